@@ -1,0 +1,51 @@
+# Needs python3 (3.11 or newer) and make; everything else is installed into .venv.
+#   make train                    train the byte-level model with DualPipe on 8 virtual CPU devices
+#   make test                     lint, types, and every test
+#   make test-fast                the tests that take seconds
+# Another Python: make test-fast VENV=.venv-3.12 PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/bytes.py
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-fast lint format bench clean
+
+help:
+	@sed -n 's/^# *//p' $(firstword $(MAKEFILE_LIST))
+
+# The stamp is written last, so that an install which failed is tried again.
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 must be 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+train: $(STAMP)
+	$(BIN)/python -m dualpipe_jax train $(CONFIG) $(ARGS)
+
+test: lint
+	$(PYTEST) $(ARGS)
+
+test-fast: $(STAMP)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	set -e; for file in benchmarks/*.py; do JAX_PLATFORMS=cpu $(BIN)/python $$file; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Training configurations: one file each, whose `config()` returns a frozen dataclass."""

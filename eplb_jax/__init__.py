@@ -1,0 +1,1 @@
+"""EPLB for JAX: expert load balancing inside the jitted program."""
