@@ -165,7 +165,7 @@ class Schedule:
 
     @classmethod
     def from_csv(cls, text: str, kind: str = "csv") -> Schedule:
-        """Reads `to_csv`'s format; empty cells (idle in torch's tables) are skipped.
+        r"""Reads `to_csv`'s format; empty cells (idle in torch's tables) are skipped.
 
         Args:
           text: one row a rank, cells such as `0F3`, `2I0`, `2W0`, `1B2` or
@@ -176,7 +176,7 @@ class Schedule:
           ValueError: a cell cannot be read, or the table is not a valid schedule.
 
         Examples:
-          >>> print(Schedule.from_csv("0F0,,,0B0\\n,1F0,1B0").to_csv(), end="")
+          >>> print(Schedule.from_csv("0F0,,,0B0\n,1F0,1B0").to_csv(), end="")
           0F0,0B0
           1F0,1B0
         """
