@@ -1,0 +1,356 @@
+"""The body that every device runs: a `Program` as loops, guards and permutes.
+
+How the loops are built is decided by what XLA does with them (docs/design.md):
+- a permute never stands under a predicate that differs between ranks: it would
+  deadlock; which permute a tick uses is a switch on the tick, alike everywhere;
+- what only some ranks do is guarded by a while loop of zero or one trip, whose
+  carry aliases in place, where `lax.cond` would copy every buffer;
+- a steady state is a loop of its own with neither;
+- a step reads all that it needs, then computes, then writes, so that the two halves
+  of an overlapped pair do not depend on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dualpipe_jax._ticks import Kind, Loop
+from dualpipe_jax.lowering import Program
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """What the loops carry. Leaves of buffers have a leading slot axis."""
+
+    messages: PyTree  # activations and cotangents on their way between stages
+    residuals: tuple[jax.Array, ...]  # from F to W
+    queue: tuple[jax.Array, ...]  # from I to W
+    stage_grads: tuple[PyTree, ...]  # one tree a chunk
+    embed_grads: PyTree
+    head_grads: PyTree
+    losses: jax.Array  # [num_microbatches]; in forward-only programs the outputs
+    stage_aux: tuple[PyTree, ...]  # one tree a chunk
+    loss_aux: PyTree
+
+
+class Row(NamedTuple):
+    """This rank's entries of the program's table in one tick: scalars, int32."""
+
+    kind: jax.Array
+    f_microbatch: jax.Array
+    f_first: jax.Array
+    f_last: jax.Array
+    f_in: jax.Array
+    f_out: jax.Array
+    f_slot: jax.Array
+    b_microbatch: jax.Array
+    b_first: jax.Array
+    b_in: jax.Array
+    b_out: jax.Array
+    b_slot: jax.Array
+    queue: jax.Array
+    loss_out: jax.Array
+    send: jax.Array  # [rounds]
+    receive: jax.Array  # [rounds]
+
+
+class Work(NamedTuple):
+    """What the ticks call; the executor knows no model beyond these functions.
+
+    Each gets and gives values of one microbatch; `stage` is a traced scalar.
+    """
+
+    embed: Callable[[jax.Array], PyTree]  # microbatch -> x
+    forward: Callable[..., tuple]  # params, x, stage, microbatch -> y, aux, residuals
+    backward_input: Callable[..., tuple]  # params, residuals, dy -> dx, crossing
+    backward_weights: Callable[..., PyTree]  # params, residuals, crossing -> grads
+    finish: Callable[..., tuple]  # y, microbatch -> loss, aux, head and embed grads, dy
+    embed_backward: Callable[..., PyTree] | None  # dx, microbatch -> grads
+
+
+def run(
+    program: Program,
+    work: Work,
+    chunks: tuple[PyTree, ...],
+    state: State,
+    rank: jax.Array,
+    axis_name: str,
+    add_aux: Callable[[PyTree, PyTree, jax.Array], PyTree],
+) -> State:
+    """Runs all ticks of a program on one device, inside `jax.shard_map`.
+
+    Args:
+      program: what to run.
+      work: the functions of the model.
+      chunks: this rank's stage parameters, one tree a chunk.
+      state: buffers, with zeros in gradients and sums.
+      rank: position on the pipeline axis.
+      axis_name: name of the pipeline axis.
+      add_aux: adds one microbatch's auxiliary outputs to their accumulator.
+
+    Returns:
+      The state after the last tick.
+    """
+    return _Runner(program, work, chunks, rank, axis_name, add_aux).run(state)
+
+
+class _Runner:
+    def __init__(self, program, work, chunks, rank, axis_name, add_aux):
+        self.program = program
+        self.work: Work = work
+        self.chunks = chunks
+        self.axis_name = axis_name
+        self.add_aux = add_aux
+        self.stages = jnp.asarray(np.asarray(program.chunks, np.int32))[rank]
+        table = program.table
+        self.table = Row(*(jnp.asarray(field)[:, rank] for field in table))
+        self.forward_only = program.schedule.is_forward_only
+        steady = np.zeros(program.num_ticks, bool)
+        for loop in program.loops:
+            steady[loop.start : loop.stop] = True
+        self.general = np.flatnonzero(~steady)
+        self.patterns = [
+            sorted({self._pairs(int(t), k) for t in self.general} - {()})
+            for k in range(program.num_rounds)
+        ]
+
+    def _pairs(self, tick: int, k: int) -> tuple[tuple[int, int], ...]:
+        groups = self.program.permutes[tick]
+        return groups[k] if k < len(groups) else ()
+
+    def run(self, state: State) -> State:
+        ticks = jnp.asarray(self.general, jnp.int32)
+        trips = np.zeros((len(self.program.loops), len(self.general)), np.int32)
+        for number, loop in enumerate(self.program.loops):
+            before = np.searchsorted(self.general, loop.start) - 1
+            trips[number, before] = loop.trips
+        choice = np.zeros((len(self.general), self.program.num_rounds), np.int32)
+        for i, tick in enumerate(self.general):
+            for k, patterns in enumerate(self.patterns):
+                pairs = self._pairs(int(tick), k)
+                choice[i, k] = 1 + patterns.index(pairs) if pairs else 0
+
+        def body(i, state):
+            state = self._general_tick(state, ticks[i], jnp.asarray(choice)[i])
+            for number, loop in enumerate(self.program.loops):
+                state = lax.fori_loop(
+                    0,
+                    jnp.asarray(trips[number])[i],
+                    lambda trip, state, loop=loop: self._steady(loop, trip, state),
+                    state,
+                )
+            return state
+
+        return lax.fori_loop(0, len(self.general), body, state)
+
+    def _row(self, tick: jax.Array) -> Row:
+        return Row(
+            *(lax.dynamic_index_in_dim(f, tick, keepdims=False) for f in self.table)
+        )
+
+    def _general_tick(self, state: State, tick, choice) -> State:
+        row = self._row(tick)
+        state = self._embed(row, state)
+        for number, kind in enumerate(self.program.kinds):
+            if not (self.program.table.kind[self.general] == number).any():
+                continue
+            state = _when(
+                row.kind == number,
+                lambda state, kind=kind: self._step(kind, row, state),
+                state,
+            )
+        state = self._finish(row, state)
+        state = self._embed_backward(row, state)
+        for k, patterns in enumerate(self.patterns):
+            branches = [lambda value: value]
+            branches += [
+                lambda value, pairs=pairs: lax.ppermute(value, self.axis_name, pairs)
+                for pairs in patterns
+            ]
+            state = self._exchange(
+                row, k, state, lambda v, b=branches, k=k: lax.switch(choice[k], b, v)
+            )
+        return state
+
+    def _steady(self, loop: Loop, trip: jax.Array, state: State) -> State:
+        for j in range(loop.period):
+            first = loop.start + j
+            row = self._row(first + trip * loop.period)
+            fields = self.program.table
+            here = slice(first, loop.stop, loop.period)
+            kind = self.program.kinds[int(fields.kind[first, 0])]
+            if fields.f_first[here].any():
+                state = self._embed(row, state)
+            state = self._step(kind, row, state)
+            if fields.f_last[here].any():
+                state = self._finish(row, state)
+            if fields.b_first[here].any():
+                state = self._embed_backward(row, state)
+            for k, pairs in enumerate(self.program.permutes[first]):
+                state = self._exchange(
+                    row,
+                    k,
+                    state,
+                    lambda v, pairs=pairs: lax.ppermute(v, self.axis_name, pairs),
+                )
+        return state
+
+    def _step(self, kind: Kind, row: Row, state: State) -> State:
+        """Runs one task, or the two of an overlapped pair side by side."""
+        ops = dict(kind)
+        messages, residuals, queue = state.messages, state.residuals, state.queue
+        reads = {}
+        if "F" in ops:
+            reads["x"] = _read(messages, row.f_in)
+        if "B" in ops or "I" in ops:
+            reads["dy"] = _read(messages, row.b_in)
+        if {"B", "I", "W"} & set(ops):
+            reads["residuals"] = _read(residuals, row.b_slot)
+        if "W" in ops:
+            reads["crossing"] = _read(queue, row.queue)
+        if "W" not in ops:
+            # Without this order between reads and writes of a buffer, XLA copies all
+            # of it.
+            reads, messages, residuals = lax.optimization_barrier(
+                (reads, messages, residuals)
+            )
+        grads = list(state.stage_grads)
+        aux = list(state.stage_aux)
+        writes = []
+        if "F" in ops:
+            chunk = ops["F"]
+            y, new_aux, saved = self.work.forward(
+                self.chunks[chunk], reads["x"], self.stages[chunk], row.f_microbatch
+            )
+            aux[chunk] = self.add_aux(aux[chunk], new_aux, row.f_microbatch)
+            writes.append((row.f_out, y))
+            if not self.forward_only:
+                residuals = _write(residuals, row.f_slot, saved)
+        crossing = reads.get("crossing")
+        if "B" in ops or "I" in ops:
+            chunk = ops.get("B", ops.get("I"))
+            dx, crossing = self.work.backward_input(
+                self.chunks[chunk], reads["residuals"], reads["dy"]
+            )
+            writes.append((row.b_out, dx))
+        if "I" in ops:
+            queue = _write(queue, row.queue, crossing)
+        if "B" in ops or "W" in ops:
+            chunk = ops.get("B", ops.get("W"))
+            new = self.work.backward_weights(
+                self.chunks[chunk], reads["residuals"], crossing
+            )
+            grads[chunk] = _accumulate(grads[chunk], new)
+        for slot, value in writes:
+            messages = _write(messages, slot, value)
+        return state._replace(
+            messages=messages,
+            residuals=residuals,
+            queue=queue,
+            stage_grads=tuple(grads),
+            stage_aux=tuple(aux),
+        )
+
+    def _embed(self, row: Row, state: State) -> State:
+        return state._replace(
+            messages=_when(
+                row.f_first == 1,
+                lambda messages: _write(
+                    messages, row.f_in, self.work.embed(row.f_microbatch)
+                ),
+                state.messages,
+            )
+        )
+
+    def _finish(self, row: Row, state: State) -> State:
+        """After the last stage: the loss and its cotangent, or the model's output."""
+
+        def body(carry):
+            messages, losses, head_grads, embed_grads, aux = carry
+            y = _read(messages, row.f_out)
+            loss, new_aux, head, embed, dy = self.work.finish(y, row.f_microbatch)
+            losses = _write(losses, row.f_microbatch, loss)
+            if dy is not None:
+                messages = _write(messages, row.loss_out, dy)
+            return (
+                messages,
+                losses,
+                _accumulate(head_grads, head),
+                embed_grads if embed is None else _accumulate(embed_grads, embed),
+                self.add_aux(aux, new_aux, row.f_microbatch),
+            )
+
+        messages, losses, head_grads, embed_grads, aux = _when(
+            row.f_last == 1,
+            body,
+            (
+                state.messages,
+                state.losses,
+                state.head_grads,
+                state.embed_grads,
+                state.loss_aux,
+            ),
+        )
+        return state._replace(
+            messages=messages,
+            losses=losses,
+            head_grads=head_grads,
+            embed_grads=embed_grads,
+            loss_aux=aux,
+        )
+
+    def _embed_backward(self, row: Row, state: State) -> State:
+        backward = self.work.embed_backward
+        if backward is None or self.forward_only:
+            return state
+        return state._replace(
+            embed_grads=_when(
+                row.b_first == 1,
+                lambda grads: _accumulate(
+                    grads, backward(_read(state.messages, row.b_out), row.b_microbatch)
+                ),
+                state.embed_grads,
+            )
+        )
+
+    def _exchange(self, row: Row, k: int, state: State, permute) -> State:
+        value = permute(_read(state.messages, row.send[k]))
+        return state._replace(messages=_write(state.messages, row.receive[k], value))
+
+
+def _when(predicate: jax.Array, body: Callable[[PyTree], PyTree], carry: PyTree):
+    """`body(carry)` where the predicate holds, in place; see the module's docstring."""
+    return lax.while_loop(
+        lambda c: c[0],
+        lambda c: (jnp.zeros_like(c[0]), body(c[1])),
+        (predicate, carry),
+    )[1]
+
+
+def _read(tree: PyTree, slot: jax.Array) -> PyTree:
+    return jax.tree.map(
+        lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), tree
+    )
+
+
+def _write(tree: PyTree, slot: jax.Array, value: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, axis=0),
+        tree,
+        value,
+    )
+
+
+def _accumulate(total: PyTree, new: PyTree) -> PyTree:
+    def add(t, n):
+        # Integer parameters have no gradient; AD says so with float0.
+        return t if n.dtype == jax.dtypes.float0 else t + n.astype(t.dtype)
+
+    return jax.tree.map(add, total, new)
