@@ -1,0 +1,245 @@
+"""Jaxprs as straight lists of equations: flattening, liveness, kinds and prices."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex_core
+
+from dualpipe_jax import compat
+
+Atom = Any  # a Var or a Literal
+Literal = jex_core.Literal
+
+
+class Kind(enum.IntEnum):
+    """What it takes to run an equation a second time."""
+
+    CHEAP = 0  # elementwise or a change of layout: may be repeated
+    REDUCE = 1  # reads much and writes little: never repeated, but free to move
+    FIXED = 2  # not worth repeating, though it multiplies no matrices
+    HEAVY = 3  # matrix products, loops of unknown length, collectives, random bits
+
+
+_CHEAP = frozenset(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh axis_index
+    bitcast_convert_type broadcast_in_dim cbrt ceil clamp clz complex concatenate conj
+    convert_element_type copy copy_p cos cosh device_put digamma div dynamic_slice empty
+    empty2 eq erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt imag integer_pow
+    iota is_finite le lgamma log log1p log2 logistic lt max min mul name ne neg nextafter
+    not one_minus_square optimization_barrier or pad pcast polynomial population_count
+    pow pvary random_fold_in random_seed random_split random_unwrap random_wrap real
+    reduce_precision rem reshape rev round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square
+    squeeze stop_gradient sub tan tanh transpose xor
+    """.split()
+)
+_REDUCE = frozenset(
+    """
+    argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max
+    reduce_min reduce_or reduce_prod reduce_sum reduce_xor
+    """.split()
+)
+_FIXED = frozenset(
+    """
+    approx_top_k dynamic_update_slice gather reduce reduce_window reduce_window_max
+    reduce_window_min reduce_window_sum scatter scatter-add scatter_add scatter_max
+    scatter_min scatter_mul select_and_gather_add select_and_scatter_add
+    sharding_constraint sort top_k
+    """.split()
+)
+
+
+def real_effects(eqn: Any) -> set[Any]:
+    """Returns the effects that must happen once: prints, callbacks, references.
+
+    The use of a mesh axis is an effect too in JAX, but only a mark in the types.
+    """
+    return {e for e in eqn.effects if type(e).__name__ != "NamedAxisEffect"}
+
+
+def kind(eqn: Any) -> Kind:
+    """Returns what it takes to run ``eqn`` a second time."""
+    if real_effects(eqn):
+        return Kind.HEAVY
+    name = eqn.primitive.name
+    if name in _CHEAP:
+        return Kind.CHEAP
+    if name in _REDUCE:
+        return Kind.REDUCE
+    if name in _FIXED:
+        return Kind.FIXED
+    body = compat.custom_body(eqn) or compat.call_body(eqn)
+    if body is not None:
+        inner, _ = compat.open_jaxpr(body)
+        return max((kind(e) for e in inner.eqns), default=Kind.CHEAP)
+    if name in ("scan", "cond"):
+        bodies = eqn.params.get("branches") or (eqn.params["jaxpr"],)
+        kinds = (kind(e) for b in bodies for e in compat.open_jaxpr(b)[0].eqns)
+        return max(Kind.FIXED, max(kinds, default=Kind.FIXED))
+    return Kind.HEAVY
+
+
+def nbytes(aval: Any) -> int:
+    """Returns the size of a value in bytes (at least 1, so that nothing is free)."""
+    shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
+    itemsize = 4 if dtype is None else dtype.itemsize
+    return max(1, int(np.prod(shape, dtype=np.int64)) * itemsize)
+
+
+def is_var(atom: Atom) -> bool:
+    return not isinstance(atom, Literal)
+
+
+def needed_operands(eqn: Any, needed: Sequence[bool]) -> list[bool]:
+    """Returns which operands of ``eqn`` its ``needed`` results depend on."""
+    name = eqn.primitive.name
+    if not any(needed) and not real_effects(eqn):
+        return [False] * len(eqn.invars)
+    if name == "optimization_barrier":
+        return list(needed)
+    return [True] * len(eqn.invars)
+
+
+def live_vars(jaxpr: Any, needed: Sequence[bool], roots: Sequence[Any] = ()) -> set:
+    """Returns the variables that the ``needed`` outputs and ``roots`` depend on.
+
+    Args:
+      jaxpr: flat, without constants.
+      needed: for each output, whether it is wanted.
+      roots: equations that must run whatever is wanted (prints).
+    """
+    live = {v for v, n in zip(jaxpr.outvars, needed, strict=True) if n and is_var(v)}
+    pinned = {id(eqn) for eqn in roots}
+    for eqn in reversed(jaxpr.eqns):
+        mask = [v in live for v in eqn.outvars]
+        if id(eqn) in pinned:
+            operands = [True] * len(eqn.invars)
+        elif any(mask):
+            operands = needed_operands(eqn, mask)
+        else:
+            continue
+        live.update(
+            v for v, n in zip(eqn.invars, operands, strict=True) if n and is_var(v)
+        )
+    return live
+
+
+def flatten(closed: Any, *, inline_custom: bool) -> tuple[Any, tuple[Any, ...]]:
+    """Inlines calls, and merges equal cheap equations, at every depth.
+
+    ``jit`` and remat disappear; a remat of a backward pass leaves an
+    ``optimization_barrier`` on its operands, as its lowering would, so that XLA cannot
+    merge the recomputation with the forward pass that it repeats.
+
+    Args:
+      closed: a closed jaxpr.
+      inline_custom: also inline calls with custom derivatives: right in a backward
+        pass, which is not differentiated again.
+
+    Returns:
+      A jaxpr without constants whose first inputs are the constants, and their values.
+    """
+    jaxpr, consts = compat.open_jaxpr(closed)
+    builder = _Flattener(inline_custom)
+    invars = [*jaxpr.constvars, *jaxpr.invars]
+    outs = builder.inline(jaxpr, invars, first=True)
+    return compat.new_jaxpr(invars, outs, builder.eqns, jaxpr), consts
+
+
+@dataclasses.dataclass
+class _Flattener:
+    inline_custom: bool
+    eqns: list[Any] = dataclasses.field(default_factory=list)
+    seen: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
+
+    def inline(self, jaxpr: Any, args: Sequence[Atom], first: bool = False) -> list:
+        inner = [*jaxpr.constvars, *jaxpr.invars]
+        env: dict[Any, Atom] = dict(zip(inner, args, strict=True))
+
+        def read(atom: Atom) -> Atom:
+            return env[atom] if is_var(atom) else atom
+
+        for eqn in jaxpr.eqns:
+            operands = [read(a) for a in eqn.invars]
+            body = compat.call_body(eqn)
+            if body is None and self.inline_custom:
+                body = compat.custom_body(eqn)
+            if body is not None:
+                results = self.call(eqn, body, operands)
+            else:
+                results = self.emit(eqn, operands, rename=not first)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(a) for a in jaxpr.outvars]
+
+    def call(self, eqn: Any, body: Any, operands: list[Atom]) -> list[Atom]:
+        inner, consts = compat.open_jaxpr(body)
+        guarded = eqn.params.get("prevent_cse", False)
+        if eqn.params.get("differentiated") and guarded:
+            if guarded is True:
+                guarded = (True,) * len(operands)
+            operands = self.barrier(operands, guarded)
+        consts = [Literal(c, jax.typeof(c)) for c in consts]
+        return self.inline(inner, [*consts, *operands])
+
+    def barrier(self, operands: list[Atom], guarded: Sequence[bool]) -> list[Atom]:
+        chosen = [a for a, g in zip(operands, guarded, strict=True) if g and is_var(a)]
+        chosen = list(dict.fromkeys(chosen))
+        if not chosen:
+            return operands
+        outs = [jex_core.Var(v.aval) for v in chosen]
+        self.eqns.append(barrier_equation(chosen, outs))
+        env = dict(zip(chosen, outs, strict=True))
+        return [
+            env.get(a, a) if g and is_var(a) else a
+            for a, g in zip(operands, guarded, strict=True)
+        ]
+
+    def emit(self, eqn: Any, operands: list[Atom], rename: bool) -> list[Atom]:
+        key = None
+        if kind(eqn) <= Kind.REDUCE and eqn.primitive.name != "optimization_barrier":
+            key = _equation_key(eqn, operands)
+            if key is not None and key in self.seen:
+                return self.seen[key]
+        outs = [jex_core.Var(v.aval) for v in eqn.outvars] if rename else eqn.outvars
+        self.eqns.append(eqn.replace(invars=operands, outvars=outs))
+        if key is not None:
+            self.seen[key] = outs
+        return outs
+
+
+def barrier_equation(operands: Sequence[Any], results: Sequence[Any]) -> Any:
+    """Returns ``results = optimization_barrier(operands)`` over variables."""
+    trace = jax.make_jaxpr(lambda: jax.lax.optimization_barrier((0, 1)))()
+    eqn = trace.eqns[-1]
+    return eqn.replace(invars=list(operands), outvars=list(results))
+
+
+def _equation_key(eqn: Any, operands: Sequence[Atom]) -> Any | None:
+    """Returns a key that equal equations share; None if there is no safe one."""
+    atoms = []
+    for atom in operands:
+        if is_var(atom):
+            atoms.append(atom)
+        elif np.ndim(atom.val) == 0 and isinstance(atom.val, (int, float, np.generic)):
+            atoms.append((np.asarray(atom.val).tobytes(), str(atom.aval)))
+        else:
+            return None
+    params = tuple(sorted(((k, v) for k, v in eqn.params.items()), key=lambda p: p[0]))
+    key = (eqn.primitive, tuple(atoms), params, id(eqn.ctx))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def trace(function: Callable[..., Any], avals: Sequence[Any]) -> Any:
+    """Traces ``function`` at ``avals`` to a closed jaxpr."""
+    return jax.make_jaxpr(function)(*(compat.struct(aval) for aval in avals))

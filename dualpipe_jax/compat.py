@@ -1,0 +1,100 @@
+"""What differs between the supported versions of JAX (0.10, 0.11, 0.12), in one place.
+
+Everything else in the package uses JAX's public names, `jax.extend.core` among them.
+Where a version moved something, a function here hides it; nothing here decides
+anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+Literal = jex_core.Literal
+
+# Calls that only name or guard a body: their meaning is that of the body.
+_CALL_BODIES = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+_CUSTOM_BODIES = {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """Returns (jaxpr, consts) of a closed or open jaxpr; 0.12 merged the two."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return inner, tuple(getattr(jaxpr, "consts", ()))
+
+
+def new_jaxpr(invars: Sequence, outvars: Sequence, eqns: Sequence, like: Any) -> Any:
+    """Returns a jaxpr without constants made of existing equations."""
+    effects = set().union(*(eqn.effects for eqn in eqns)) if eqns else set()
+    debug_info = like.debug_info._replace(
+        arg_names=("",) * len(invars), result_paths=("",) * len(outvars)
+    )
+    return jex_core.Jaxpr(
+        constvars=[],
+        invars=list(invars),
+        outvars=list(outvars),
+        eqns=list(eqns),
+        effects=effects,
+        debug_info=debug_info,
+    )
+
+
+def close(jaxpr: Any, consts: Sequence[Any] = ()) -> Any:
+    """Returns the closed form of ``jaxpr``."""
+    return jex_core.ClosedJaxpr(jaxpr, list(consts))
+
+
+def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
+    """Runs a jaxpr that has no constants."""
+    return jex_core.jaxpr_as_fun(close(jaxpr))(*args)
+
+
+def call_body(eqn: Any) -> Any | None:
+    """Returns the (closed or open) body of a jit, remat or plain call, else None."""
+    name = _CALL_BODIES.get(eqn.primitive.name)
+    return None if name is None else eqn.params[name]
+
+
+def custom_body(eqn: Any) -> Any | None:
+    """Returns the body of a call with a custom derivative, else None."""
+    name = _CUSTOM_BODIES.get(eqn.primitive.name)
+    return None if name is None else eqn.params[name]
+
+
+def scan_sizes(eqn: Any) -> tuple[int, int]:
+    """Returns (number of constants, number of carried values) of a scan."""
+    params = eqn.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from 0.11 on: trees of the operands
+    return len(consts), len(carry)
+
+
+def struct(aval: Any) -> jax.ShapeDtypeStruct:
+    """Returns ``aval`` as a public struct, with the mesh axes that it varies over."""
+    kwargs = {}
+    if (axes := getattr(aval, "manual_axis_type", None)) is not None:
+        kwargs["manual_axis_type"] = axes
+    elif vma := getattr(aval, "vma", None):
+        kwargs["vma"] = vma
+    sharding = getattr(aval, "sharding", None)
+    if sharding is not None and not sharding.mesh.empty:
+        kwargs["sharding"] = sharding
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False), **kwargs
+    )
