@@ -26,34 +26,32 @@ class Kind(enum.IntEnum):
     HEAVY = 3  # matrix products, loops of unknown length, collectives, random bits
 
 
-_CHEAP = frozenset(
-    """
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_CHEAP = _names("""
     abs acos acosh add add_any and asin asinh atan atan2 atanh axis_index
     bitcast_convert_type broadcast_in_dim cbrt ceil clamp clz complex concatenate conj
-    convert_element_type copy copy_p cos cosh device_put digamma div dynamic_slice empty
-    empty2 eq erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt imag integer_pow
-    iota is_finite le lgamma log log1p log2 logistic lt max min mul name ne neg nextafter
-    not one_minus_square optimization_barrier or pad pcast polynomial population_count
-    pow pvary random_fold_in random_seed random_split random_unwrap random_wrap real
+    convert_element_type copy copy_p cos cosh digamma div dynamic_slice empty empty2 eq
+    erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota
+    is_finite le lgamma log log1p log2 logistic lt max min mul name ne neg nextafter not
+    one_minus_square optimization_barrier or pad pcast polynomial population_count pow
+    pvary random_fold_in random_seed random_split random_unwrap random_wrap real
     reduce_precision rem reshape rev round rsqrt select_n shift_left
     shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square
     squeeze stop_gradient sub tan tanh transpose xor
-    """.split()
-)
-_REDUCE = frozenset(
-    """
+""")
+_REDUCE = _names("""
     argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max
     reduce_min reduce_or reduce_prod reduce_sum reduce_xor
-    """.split()
-)
-_FIXED = frozenset(
-    """
-    approx_top_k dynamic_update_slice gather reduce reduce_window reduce_window_max
-    reduce_window_min reduce_window_sum scatter scatter-add scatter_add scatter_max
-    scatter_min scatter_mul select_and_gather_add select_and_scatter_add
+""")
+_FIXED = _names("""
+    approx_top_k device_put dynamic_update_slice gather reduce reduce_window
+    reduce_window_max reduce_window_min reduce_window_sum scatter scatter-add scatter_add
+    scatter_max scatter_min scatter_mul select_and_gather_add select_and_scatter_add
     sharding_constraint sort top_k
-    """.split()
-)
+""")
 
 
 def real_effects(eqn: Any) -> set[Any]:
@@ -80,8 +78,7 @@ def kind(eqn: Any) -> Kind:
         inner, _ = compat.open_jaxpr(body)
         return max((kind(e) for e in inner.eqns), default=Kind.CHEAP)
     if name in ("scan", "cond"):
-        bodies = eqn.params.get("branches") or (eqn.params["jaxpr"],)
-        kinds = (kind(e) for b in bodies for e in compat.open_jaxpr(b)[0].eqns)
+        kinds = (kind(e) for body in bodies(eqn) for e in body.eqns)
         return max(Kind.FIXED, max(kinds, default=Kind.FIXED))
     return Kind.HEAVY
 
@@ -97,14 +94,49 @@ def is_var(atom: Atom) -> bool:
     return not isinstance(atom, Literal)
 
 
+def bodies(eqn: Any) -> tuple[Any, ...]:
+    """Returns the bodies of a scan, a cond or a shard_map as open jaxprs."""
+    closed = eqn.params.get("branches") or (eqn.params["jaxpr"],)
+    return tuple(compat.open_jaxpr(body)[0] for body in closed)
+
+
 def needed_operands(eqn: Any, needed: Sequence[bool]) -> list[bool]:
     """Returns which operands of ``eqn`` its ``needed`` results depend on."""
-    name = eqn.primitive.name
-    if not any(needed) and not real_effects(eqn):
-        return [False] * len(eqn.invars)
-    if name == "optimization_barrier":
-        return list(needed)
-    return [True] * len(eqn.invars)
+    match eqn.primitive.name:
+        case "optimization_barrier":
+            return list(needed)
+        case "scan":
+            num_consts, _ = compat.scan_sizes(eqn)
+            (body,) = bodies(eqn)
+            live = live_vars(body, scan_closure(eqn, needed))
+            carry = slice(num_consts, num_consts + compat.scan_sizes(eqn)[1])
+            operands = [v in live for v in body.invars]
+            operands[carry] = scan_closure(eqn, needed)[: carry.stop - carry.start]
+            return operands
+        case "cond":
+            lives = [(b, live_vars(b, needed)) for b in bodies(eqn)]
+            operands = [
+                any(b.invars[i] in live for b, live in lives)
+                for i in range(len(eqn.invars) - 1)
+            ]
+            return [True, *operands]
+        case _:
+            return [True] * len(eqn.invars)
+
+
+def scan_closure(eqn: Any, needed: Sequence[bool]) -> list[bool]:
+    """Returns ``needed``, and the carried values that those depend on through time."""
+    num_consts, num_carry = compat.scan_sizes(eqn)
+    (body,) = bodies(eqn)
+    carry_in = body.invars[num_consts : num_consts + num_carry]
+    needed = list(needed)
+    while True:
+        live = live_vars(body, needed)
+        wider = [n or v in live for n, v in zip(needed, carry_in, strict=False)]
+        wider += needed[num_carry:]
+        if wider == needed:
+            return needed
+        needed = wider
 
 
 def live_vars(jaxpr: Any, needed: Sequence[bool], roots: Sequence[Any] = ()) -> set:
@@ -147,19 +179,28 @@ def flatten(closed: Any, *, inline_custom: bool) -> tuple[Any, tuple[Any, ...]]:
       A jaxpr without constants whose first inputs are the constants, and their values.
     """
     jaxpr, consts = compat.open_jaxpr(closed)
-    builder = _Flattener(inline_custom)
+    builder = Builder(inline_custom=inline_custom)
     invars = [*jaxpr.constvars, *jaxpr.invars]
-    outs = builder.inline(jaxpr, invars, first=True)
+    outs = builder.inline(jaxpr, invars, rename=False)
     return compat.new_jaxpr(invars, outs, builder.eqns, jaxpr), consts
 
 
 @dataclasses.dataclass
-class _Flattener:
-    inline_custom: bool
+class Builder:
+    """A list of equations under construction.
+
+    Attributes:
+      inline_custom: whether calls with custom derivatives are inlined too.
+      eqns: the list.
+      seen: cheap equations in the list, by what they compute.
+    """
+
+    inline_custom: bool = False
     eqns: list[Any] = dataclasses.field(default_factory=list)
     seen: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
 
-    def inline(self, jaxpr: Any, args: Sequence[Atom], first: bool = False) -> list:
+    def inline(self, jaxpr: Any, args: Sequence[Atom], rename: bool = True) -> list:
+        """Appends the equations of ``jaxpr``, flat; returns its outputs."""
         inner = [*jaxpr.constvars, *jaxpr.invars]
         env: dict[Any, Atom] = dict(zip(inner, args, strict=True))
 
@@ -172,23 +213,27 @@ class _Flattener:
             if body is None and self.inline_custom:
                 body = compat.custom_body(eqn)
             if body is not None:
-                results = self.call(eqn, body, operands)
+                results = self._call(eqn, body, operands)
             else:
-                results = self.emit(eqn, operands, rename=not first)
+                results = self._emit(eqn, operands, rename)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(a) for a in jaxpr.outvars]
 
-    def call(self, eqn: Any, body: Any, operands: list[Atom]) -> list[Atom]:
-        inner, consts = compat.open_jaxpr(body)
+    def inline_closed(self, closed: Any, args: Sequence[Atom]) -> list[Atom]:
+        """The same for a closed jaxpr; its constants become literals."""
+        jaxpr, consts = compat.open_jaxpr(closed)
+        literals = [Literal(c, jax.typeof(c)) for c in consts]
+        return self.inline(jaxpr, [*literals, *args])
+
+    def _call(self, eqn: Any, body: Any, operands: list[Atom]) -> list[Atom]:
         guarded = eqn.params.get("prevent_cse", False)
         if eqn.params.get("differentiated") and guarded:
             if guarded is True:
                 guarded = (True,) * len(operands)
-            operands = self.barrier(operands, guarded)
-        consts = [Literal(c, jax.typeof(c)) for c in consts]
-        return self.inline(inner, [*consts, *operands])
+            operands = self._barrier(operands, guarded)
+        return self.inline_closed(body, operands)
 
-    def barrier(self, operands: list[Atom], guarded: Sequence[bool]) -> list[Atom]:
+    def _barrier(self, operands: list[Atom], guarded: Sequence[bool]) -> list[Atom]:
         chosen = [a for a, g in zip(operands, guarded, strict=True) if g and is_var(a)]
         chosen = list(dict.fromkeys(chosen))
         if not chosen:
@@ -197,11 +242,13 @@ class _Flattener:
         self.eqns.append(barrier_equation(chosen, outs))
         env = dict(zip(chosen, outs, strict=True))
         return [
-            env.get(a, a) if g and is_var(a) else a
+            env[a] if g and is_var(a) else a
             for a, g in zip(operands, guarded, strict=True)
         ]
 
-    def emit(self, eqn: Any, operands: list[Atom], rename: bool) -> list[Atom]:
+    def _emit(self, eqn: Any, operands: list[Atom], rename: bool) -> list[Atom]:
+        if eqn.primitive.name in ("scan", "cond"):
+            eqn = self._flatten_bodies(eqn)
         key = None
         if kind(eqn) <= Kind.REDUCE and eqn.primitive.name != "optimization_barrier":
             key = _equation_key(eqn, operands)
@@ -213,11 +260,26 @@ class _Flattener:
             self.seen[key] = outs
         return outs
 
+    def _flatten_bodies(self, eqn: Any) -> Any:
+        def flat(closed):
+            jaxpr, _ = compat.open_jaxpr(closed)
+            builder = Builder(inline_custom=self.inline_custom)
+            outs = builder.inline_closed(closed, jaxpr.invars)
+            return compat.close(
+                compat.new_jaxpr(jaxpr.invars, outs, builder.eqns, jaxpr)
+            )
+
+        if (branches := eqn.params.get("branches")) is not None:
+            new = {"branches": tuple(map(flat, branches))}
+        else:
+            new = {"jaxpr": flat(eqn.params["jaxpr"])}
+        return eqn.replace(params={**eqn.params, **new})
+
 
 def barrier_equation(operands: Sequence[Any], results: Sequence[Any]) -> Any:
     """Returns ``results = optimization_barrier(operands)`` over variables."""
-    trace = jax.make_jaxpr(lambda: jax.lax.optimization_barrier((0, 1)))()
-    eqn = trace.eqns[-1]
+    template = jax.make_jaxpr(lambda: jax.lax.optimization_barrier((0, 1)))()
+    eqn = template.eqns[-1]
     return eqn.replace(invars=list(operands), outvars=list(results))
 
 
@@ -231,7 +293,7 @@ def _equation_key(eqn: Any, operands: Sequence[Atom]) -> Any | None:
             atoms.append((np.asarray(atom.val).tobytes(), str(atom.aval)))
         else:
             return None
-    params = tuple(sorted(((k, v) for k, v in eqn.params.items()), key=lambda p: p[0]))
+    params = tuple(sorted(eqn.params.items(), key=lambda item: item[0]))
     key = (eqn.primitive, tuple(atoms), params, id(eqn.ctx))
     try:
         hash(key)

@@ -21,8 +21,9 @@ import numpy as np
 from jax import dtypes
 
 from dualpipe_jax import compat
-from dualpipe_jax._cut import Policy, Status, cut
+from dualpipe_jax._cut import Policy, Status
 from dualpipe_jax._jaxprs import flatten, trace
+from dualpipe_jax._loops import fuse, sink, split
 
 PyTree = Any
 
@@ -247,7 +248,7 @@ def _trace(cls, fn, params, inputs, has_aux, early_reductions):
         + [Status.EARLY] * num_inputs
         + [Status.LATE] * len(ct_avals)
     )
-    first = cut(
+    first = split(
         joint,
         status,
         [i < num_kept for i in range(len(joint.outvars))],
@@ -260,19 +261,20 @@ def _trace(cls, fn, params, inputs, has_aux, early_reductions):
         + [Status.FREE] * len(first.crossing)
         + [Status.EARLY] * len(ct_avals)
     )
-    second = cut(
-        first.late,
+    backward_jaxpr = sink(fuse(first.late), status)
+    second = split(
+        backward_jaxpr,
         status,
-        [i < num_input_cts for i in range(len(first.late.outvars))],
+        [i < num_input_cts for i in range(len(backward_jaxpr.outvars))],
         Policy(late_heavy=True, early_reductions=early_reductions),
     )
     residual_avals = tuple(v.aval for v in first.crossing)
     crossing_avals = tuple(v.aval for v in second.crossing)
     programs = _Programs(
         forward=first.early,
-        backward=first.late,
+        backward=backward_jaxpr,
         backward_input=second.early,
-        backward_weights=second.late,
+        backward_weights=fuse(second.late),
         in_tree=in_tree,
         out_tree=out_tree,
         aux_tree=aux_tree,
