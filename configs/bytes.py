@@ -1,0 +1,23 @@
+"""The main job: a byte-level language model, trained with DualPipe."""
+
+from dualpipe_jax.dualpipe import dualpipe
+from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+from dualpipe_jax.train.model import Transformer
+
+
+def config() -> TrainConfig:
+    """A 1.8M-parameter transformer on 8 virtual CPU devices, pp=4 x dp=2.
+
+    Command: `make train`, or `python -m dualpipe_jax train configs/bytes.py`.
+    """
+    return TrainConfig(
+        name="bytes",
+        model=Transformer(width=128, hidden=384, num_heads=4, num_layers=8),
+        mesh={"pp": 4, "dp": 2},
+        schedule=dualpipe,
+        num_microbatches=8,
+        microbatch_size=4,
+        sequence_length=128,
+        num_steps=200,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+    )

@@ -1,0 +1,27 @@
+"""The training job: a config, real text, one jitted pipelined step, and a loop around it."""
+
+from dualpipe_jax.train.config import (
+    ModelConfig,
+    OptimizerConfig,
+    PipelineFns,
+    TrainConfig,
+    load_config,
+)
+from dualpipe_jax.train.data import Text, load_text
+from dualpipe_jax.train.loop import Result, train
+from dualpipe_jax.train.step import Programs, TrainState, make_programs
+
+__all__ = [
+    "ModelConfig",
+    "OptimizerConfig",
+    "PipelineFns",
+    "Programs",
+    "Result",
+    "Text",
+    "TrainConfig",
+    "TrainState",
+    "load_config",
+    "load_text",
+    "make_programs",
+    "train",
+]

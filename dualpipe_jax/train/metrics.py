@@ -1,0 +1,77 @@
+"""The record of a run: metrics.jsonl, one object a step, and the loss curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends one JSON object a step to a file, and flushes it at once.
+
+    Args:
+      path: the file.
+      keep_until: records of later steps are dropped; a run that resumes from step
+        n writes them anew.
+
+    Examples:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> with MetricsLog(path) as log:
+      ...     log.write({"step": 1, "loss": 5.5})
+      >>> read_metrics(path)
+      [{'step': 1, 'loss': 5.5}]
+    """
+
+    def __init__(self, path: Path, keep_until: int = 0):
+        kept = []
+        if keep_until and path.exists():
+            kept = [r for r in read_metrics(path) if r["step"] <= keep_until]
+        self._file = path.open("w")
+        for record in kept:
+            self.write(record)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        print(json.dumps(record), file=self._file, flush=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that was cut off is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
+    """Draws the loss of every step and the held-out losses into an image file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*_series(records, "loss"), label="train", color="#4878a8", linewidth=1)
+    axes.plot(
+        *_series(records, "held_out_loss"),
+        label="held out",
+        color="#c44e52",
+        marker="o",
+        markersize=4,
+    )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a byte")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    having = [record for record in records if name in record]
+    return [r["step"] for r in having], [r[name] for r in having]
