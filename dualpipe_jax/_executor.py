@@ -12,6 +12,7 @@ How the loops are built is decided by what XLA does with them (docs/design.md):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ class Work(NamedTuple):
 
     embed: Callable[[jax.Array], PyTree]  # microbatch -> x
     forward: Callable[..., tuple]  # params, x, stage, microbatch -> y, aux, residuals
+    backward: Callable[..., tuple]  # params, residuals, dy -> grads, dx
     backward_input: Callable[..., tuple]  # params, residuals, dy -> dx, crossing
     backward_weights: Callable[..., PyTree]  # params, residuals, crossing -> grads
     finish: Callable[..., tuple]  # y, microbatch -> loss, aux, head and embed grads, dy
@@ -168,16 +170,22 @@ class _Runner:
             )
         state = self._finish(row, state)
         state = self._embed_backward(row, state)
-        for k, patterns in enumerate(self.patterns):
-            branches = [lambda value: value]
-            branches += [
-                lambda value, pairs=pairs: lax.ppermute(value, self.axis_name, pairs)
-                for pairs in patterns
-            ]
-            state = self._exchange(
-                row, k, state, lambda v, b=branches, k=k: lax.switch(choice[k], b, v)
-            )
-        return state
+        return self._exchange(
+            row,
+            state,
+            [
+                functools.partial(self._choose, choice[k], patterns)
+                for k, patterns in enumerate(self.patterns)
+            ],
+        )
+
+    def _choose(self, choice, patterns, value: PyTree) -> PyTree:
+        branches = [lambda value: value]
+        branches += [functools.partial(self._permute, pairs) for pairs in patterns]
+        return lax.switch(choice, branches, value)
+
+    def _permute(self, pairs, value: PyTree) -> PyTree:
+        return lax.ppermute(value, self.axis_name, pairs)
 
     def _steady(self, loop: Loop, trip: jax.Array, state: State) -> State:
         for j in range(loop.period):
@@ -193,13 +201,11 @@ class _Runner:
                 state = self._finish(row, state)
             if fields.b_first[here].any():
                 state = self._embed_backward(row, state)
-            for k, pairs in enumerate(self.program.permutes[first]):
-                state = self._exchange(
-                    row,
-                    k,
-                    state,
-                    lambda v, pairs=pairs: lax.ppermute(v, self.axis_name, pairs),
-                )
+            permutes = [
+                functools.partial(self._permute, pairs)
+                for pairs in self.program.permutes[first]
+            ]
+            state = self._exchange(row, state, permutes)
         return state
 
     def _step(self, kind: Kind, row: Row, state: State) -> State:
@@ -233,19 +239,23 @@ class _Runner:
             writes.append((row.f_out, y))
             if not self.forward_only:
                 residuals = _write(residuals, row.f_slot, saved)
-        crossing = reads.get("crossing")
-        if "B" in ops or "I" in ops:
-            chunk = ops.get("B", ops.get("I"))
-            dx, crossing = self.work.backward_input(
+        if "B" in ops:
+            chunk = ops["B"]
+            new, dx = self.work.backward(
                 self.chunks[chunk], reads["residuals"], reads["dy"]
             )
             writes.append((row.b_out, dx))
+            grads[chunk] = _accumulate(grads[chunk], new)
         if "I" in ops:
+            dx, crossing = self.work.backward_input(
+                self.chunks[ops["I"]], reads["residuals"], reads["dy"]
+            )
+            writes.append((row.b_out, dx))
             queue = _write(queue, row.queue, crossing)
-        if "B" in ops or "W" in ops:
-            chunk = ops.get("B", ops.get("W"))
+        if "W" in ops:
+            chunk = ops["W"]
             new = self.work.backward_weights(
-                self.chunks[chunk], reads["residuals"], crossing
+                self.chunks[chunk], reads["residuals"], reads["crossing"]
             )
             grads[chunk] = _accumulate(grads[chunk], new)
         for slot, value in writes:
@@ -310,28 +320,40 @@ class _Runner:
         backward = self.work.embed_backward
         if backward is None or self.forward_only:
             return state
-        return state._replace(
-            embed_grads=_when(
-                row.b_first == 1,
-                lambda grads: _accumulate(
-                    grads, backward(_read(state.messages, row.b_out), row.b_microbatch)
-                ),
-                state.embed_grads,
-            )
-        )
 
-    def _exchange(self, row: Row, k: int, state: State, permute) -> State:
-        value = permute(_read(state.messages, row.send[k]))
-        return state._replace(messages=_write(state.messages, row.receive[k], value))
+
+        def body(carry):
+            messages, grads = carry
+            dx = _read(messages, row.b_out)
+            return messages, _accumulate(grads, backward(dx, row.b_microbatch))
+
+        messages, grads = _when(
+            row.b_first == 1, body, (state.messages, state.embed_grads)
+        )
+        return state._replace(messages=messages, embed_grads=grads)
+
+    def _exchange(self, row: Row, state: State, permutes) -> State:
+        """Sends and receives: all of a tick's messages are read before one is written."""
+        values = [_read(state.messages, row.send[k]) for k in range(len(permutes))]
+        values, messages = lax.optimization_barrier((values, state.messages))
+        for k, (permute, value) in enumerate(zip(permutes, values, strict=True)):
+            messages = _write(messages, row.receive[k], permute(value))
+        return state._replace(messages=messages)
 
 
 def _when(predicate: jax.Array, body: Callable[[PyTree], PyTree], carry: PyTree):
-    """`body(carry)` where the predicate holds, in place; see the module's docstring."""
-    return lax.while_loop(
+    """`body(carry)` where the predicate holds, in place; see the module's docstring.
+
+    The carry holds all buffers that `body` reads or writes. The barrier keeps what
+    follows after those reads: XLA forgets the order of a buffer that passes through
+    a loop unchanged, and would copy it before the next write.
+    """
+    _, carry = lax.while_loop(
         lambda c: c[0],
         lambda c: (jnp.zeros_like(c[0]), body(c[1])),
         (predicate, carry),
-    )[1]
+    )
+    return lax.optimization_barrier(carry)
 
 
 def _read(tree: PyTree, slot: jax.Array) -> PyTree:

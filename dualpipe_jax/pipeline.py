@@ -396,6 +396,7 @@ class _Model:
                 forward,
                 _never,
                 _never,
+                _never,
                 finish,
                 None,
             )
@@ -413,6 +414,10 @@ class _Model:
             (y, aux), residuals = plan.forward(p, x, key_of(stage, microbatch))
             return y, aux, residuals
 
+        def backward(p, residuals, dy):
+            grads, cotangents = plan.backward(p, residuals, dy)
+            return grads, cotangents[0]
+
         def backward_input(p, residuals, dy):
             cotangents, crossing = plan.backward_input(p, residuals, dy)
             return cotangents[0], crossing
@@ -427,6 +432,7 @@ class _Model:
         work = Work(
             functools.partial(embed, params.embed),
             forward,
+            backward,
             backward_input,
             plan.backward_weights,
             finish,
