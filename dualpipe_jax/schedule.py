@@ -11,41 +11,30 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import operator
-import re
-from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
-OPS = ("F", "B", "I", "W")
+from dualpipe_jax import _validate
+from dualpipe_jax._validate import check_size
+from dualpipe_jax.tasks import (
+    OPS,
+    Step,
+    Task,
+    predecessors,
+    result_of,
+    step_from_text,
+    step_to_text,
+)
 
-_TASK = re.compile(r"(\d+)([FBIW])(\d+)")
-_PAIR = re.compile(r"\((\d+[FBIW]\d+);(\d+[FBIW]\d+)\)OVERLAP_F_B")
-
-
-class Task(NamedTuple):
-    """One unit of work: what is done, by which stage, on which microbatch.
-
-    Attributes:
-      op: `"F"` forward, `"B"` full backward, `"I"` backward for input only,
-        `"W"` backward for weights only; a B is an I and a W together.
-      stage: logical stage, 0 is the first slice of the model.
-      microbatch: numbered once over both directions.
-
-    Examples:
-      >>> str(Task("F", 0, 3))
-      '0F3'
-    """
-
-    op: str
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.op}{self.microbatch}"
-
-
-Step = tuple[Task, ...]
+__all__ = [
+    "OPS",
+    "Schedule",
+    "Step",
+    "Task",
+    "check_size",
+    "predecessors",
+    "result_of",
+    "step_to_text",
+]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -84,8 +73,8 @@ class Schedule:
     steps: tuple[tuple[Step, ...], ...]
 
     def __post_init__(self):
-        _check_shape(self)
-        _check_complete(self, _check_steps(self))
+        _validate.check_shape(self)
+        _validate.check_complete(self, _validate.check_steps(self))
         self.dependency_order  # noqa: B018  (raises when ranks deadlock)
 
     def __repr__(self) -> str:
@@ -144,7 +133,7 @@ class Schedule:
     @functools.cached_property
     def dependency_order(self) -> tuple[tuple[int, int], ...]:
         """(rank, position) of every step, each after all that it waits for."""
-        return _dependency_order(self)
+        return _validate.dependency_order(self)
 
     def forward_only(self) -> Schedule:
         """The same order with nothing but its F tasks, for inference."""
@@ -181,7 +170,7 @@ class Schedule:
           1F0,1B0
         """
         steps = tuple(
-            tuple(_step_from_text(cell.strip(), rank) for cell in row if cell.strip())
+            tuple(step_from_text(cell.strip(), rank) for cell in row if cell.strip())
             for rank, row in enumerate(csv.reader(text.rstrip().splitlines()))
         )
         tasks = [task for rank in steps for step in rank for task in step]
@@ -204,61 +193,6 @@ class Schedule:
         return show.html_fragment(self)
 
 
-def predecessors(task: Task, schedule: Schedule) -> list[Task]:
-    """The tasks whose results `task` needs, as op F, I or B (never both of the last).
-
-    A full B stands for its I: what consumes an input cotangent may have been fed
-    by either, and the caller looks up whichever the schedule holds.
-    """
-    op, stage, microbatch = task
-    if op == "F":
-        return [Task("F", stage - 1, microbatch)] if stage else []
-    if op == "W":
-        return [Task("I", stage, microbatch)]
-    needs = [Task("F", stage, microbatch)]
-    if stage + 1 < schedule.num_stages:
-        needs.append(Task("I", stage + 1, microbatch))
-    return needs
-
-
-def result_of(task: Task) -> Task:
-    """What `predecessors` calls a task's result: a full B gives what an I gives."""
-    return task._replace(op="I") if task.op == "B" else task
-
-
-def step_to_text(step: Step) -> str:
-    """One cell of the CSV: `0F3`, or `(0F3;7B1)OVERLAP_F_B`."""
-    if len(step) == 1:
-        return str(step[0])
-    return f"({step[0]};{step[1]})OVERLAP_F_B"
-
-
-def check_size(name: str, value: int, minimum: int = 1) -> int:
-    """Returns `value` as a plain int, or says what is wrong with it."""
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r} must be an integer.") from None
-    if value < minimum:
-        raise ValueError(f"{name}={value} must be at least {minimum}.")
-    return value
-
-
-def _step_from_text(cell: str, rank: int) -> Step:
-    pair = _PAIR.fullmatch(cell)
-    names = pair.groups() if pair else (cell,)
-    tasks = []
-    for name in names:
-        match = _TASK.fullmatch(name)
-        if match is None:
-            raise ValueError(
-                f"{cell=} of rank {rank} is not a step; write cells such as 0F3, "
-                "2I0, 2W0, 1B2 or (0F3;7B1)OVERLAP_F_B."
-            )
-        tasks.append(Task(match[2], int(match[1]), int(match[3])))
-    return tuple(tasks)
-
-
 def _directions_along(route: Sequence[int]) -> tuple[int, ...]:
     """Direction of each stage, given the rank that holds it."""
     directions: list[int] = []
@@ -275,113 +209,3 @@ def _directions_along(route: Sequence[int]) -> tuple[int, ...]:
             directions.append(directions[-1])
             heading = move
     return tuple(directions)
-
-
-def _check_shape(schedule: Schedule) -> None:
-    for name in ("num_ranks", "num_stages", "num_microbatches"):
-        check_size(name, getattr(schedule, name))
-    if len(schedule.steps) != schedule.num_ranks:
-        raise ValueError(
-            f"steps has {len(schedule.steps)} rows, but "
-            f"num_ranks={schedule.num_ranks}; give one row a rank."
-        )
-    for rank, steps in enumerate(schedule.steps):
-        if not steps:
-            raise ValueError(f"Rank {rank} has no step; leave out ranks without work.")
-
-
-def _check_steps(schedule: Schedule) -> dict[Task, tuple[int, int]]:
-    """Checks each step on its own; returns (rank, position) of every task."""
-    where: dict[Task, tuple[int, int]] = {}
-    owners: dict[tuple[int, int], int] = {}
-    for rank, position, step in schedule:
-        ops = tuple(task.op for task in step)
-        if len(step) not in (1, 2) or (len(step) == 2 and ops != ("F", "B")):
-            raise ValueError(
-                f"{step=} of rank {rank} is neither one task nor an overlapped pair "
-                "(F, B)."
-            )
-        if len(step) == 2 and step[0].microbatch == step[1].microbatch:
-            raise ValueError(
-                f"{step=} of rank {rank} overlaps a microbatch with itself; its B "
-                "needs its F first."
-            )
-        for task in step:
-            if (
-                task.op not in OPS
-                or not 0 <= task.stage < schedule.num_stages
-                or not 0 <= task.microbatch < schedule.num_microbatches
-            ):
-                raise ValueError(
-                    f"{task=} of rank {rank} is unknown: op must be one of {OPS}, "
-                    f"stage below {schedule.num_stages}, microbatch below "
-                    f"{schedule.num_microbatches}."
-                )
-            if task in where:
-                raise ValueError(f"{task} stands twice; run each task exactly once.")
-            owner = owners.setdefault((task.stage, task.microbatch), rank)
-            if owner != rank:
-                raise ValueError(
-                    f"{task} runs on rank {rank}, but rank {owner} holds stage "
-                    f"{task.stage} for microbatch {task.microbatch}; keep all tasks "
-                    "of one stage and microbatch on one rank."
-                )
-            where[task] = (rank, position)
-    return where
-
-
-def _check_complete(schedule: Schedule, where: dict[Task, tuple[int, int]]) -> None:
-    forward_only = schedule.is_forward_only
-    for stage in range(schedule.num_stages):
-        for microbatch in range(schedule.num_microbatches):
-            at = {
-                op: where[task]
-                for op in OPS
-                if (task := Task(op, stage, microbatch)) in where
-            }
-            name = f"Stage {stage}, microbatch {microbatch}"
-            if "F" not in at:
-                raise ValueError(f"{name} has no F; add {stage}F{microbatch}.")
-            if forward_only:
-                continue
-            if set(at) not in ({"F", "B"}, {"F", "I", "W"}):
-                has = ", ".join(op for op in "BIW" if op in at) or "none of them"
-                raise ValueError(
-                    f"{name} must have either one B, or one I and one W; has {has}."
-                )
-            if at["F"] > at.get("B", at.get("I", at["F"])):
-                raise ValueError(f"{name} runs backward before its F; move F earlier.")
-            if "W" in at and at["I"] > at["W"]:
-                raise ValueError(f"{name} runs W before its I; move I earlier.")
-
-
-def _dependency_order(schedule: Schedule) -> tuple[tuple[int, int], ...]:
-    order: list[tuple[int, int]] = []
-    done: set[Task] = set()
-    waiting: dict[Task, list[int]] = {}
-    position = [0] * schedule.num_ranks
-    awake = deque(range(schedule.num_ranks))
-    while awake:
-        rank = awake.popleft()
-        while position[rank] < len(schedule.steps[rank]):
-            step = schedule.steps[rank][position[rank]]
-            needs = (need for task in step for need in predecessors(task, schedule))
-            missing = next((need for need in needs if need not in done), None)
-            if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
-                break
-            order.append((rank, position[rank]))
-            position[rank] += 1
-            for result in map(result_of, step):
-                done.add(result)
-                awake.extend(waiting.pop(result, ()))
-    if waiting:
-        waits = ", ".join(
-            f"rank {rank} at {step_to_text(schedule.steps[rank][position[rank]])} "
-            f"waits for {'the backward' if need.op == 'I' else 'the forward'} of "
-            f"stage {need.stage}, microbatch {need.microbatch}"
-            for need, ranks in waiting.items()
-            for rank in ranks
-        )
-        raise ValueError(f"The schedule deadlocks: {waits}; reorder these steps.")
-    return tuple(order)

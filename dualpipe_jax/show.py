@@ -11,7 +11,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from dualpipe_jax import _picture
+from dualpipe_jax import _picture, _render
 from dualpipe_jax.schedule import Schedule, Step
 from dualpipe_jax.simulate import Timeline, simulate
 
@@ -69,7 +69,7 @@ def text(shown: Schedule | Timeline) -> str:
 
 def svg(shown: Schedule | Timeline) -> str:
     """A self-contained SVG, in the manner of the published schedule figure."""
-    return _picture.to_svg(_picture.draw(_timeline(shown)))
+    return _render.to_svg(_picture.draw(_timeline(shown)))
 
 
 def png(shown: Schedule | Timeline, dpi: int = 200) -> bytes:
@@ -78,7 +78,7 @@ def png(shown: Schedule | Timeline, dpi: int = 200) -> bytes:
     Raises:
       ImportError: matplotlib is not installed.
     """
-    return _picture.to_png(_picture.draw(_timeline(shown)), dpi)
+    return _render.to_png(_picture.draw(_timeline(shown)), dpi)
 
 
 def html_fragment(shown: Schedule | Timeline) -> str:
