@@ -151,7 +151,7 @@ def align_loops(clock: Clock, kinds: list[list[Kind]]) -> None:
 
 
 def _wanted(clock: Clock, kinds: list[list[Kind]], tick: int) -> Kind | None:
-    """The kind of pair that all steps of `tick` have, if the next tick is steady too."""
+    """The kind of pair that all steps of `tick` have, if the next tick is steady."""
     following = uniform_kind(clock, kinds, tick + 1)
     here = {
         kinds[rank][position]
@@ -261,8 +261,8 @@ def find_loops(
             (_loop_at(uniform, permutes, tick, period) for period in (1, 2)),
             key=lambda loop: loop.stop,
         )
-        kind = uniform[tick]
-        least = 2 if kind is not None and len(kind) == 2 else _LONG
+        pairs = all(len(kind or ()) == 2 for kind in uniform[tick : tick + loop.period])
+        least = 2 if pairs else _LONG
         enough = loop.trips and loop.stop - loop.start >= least
         if enough and not _known(loop, loops, uniform, permutes):
             loops.append(loop)
