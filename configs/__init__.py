@@ -1,1 +1,1 @@
-"""Training configurations: one file each, whose `config()` returns a frozen dataclass."""
+"""Training configurations: one file each, with a function `config()`."""

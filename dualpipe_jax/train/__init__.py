@@ -1,4 +1,4 @@
-"""The training job: a config, real text, one jitted pipelined step, and a loop around it."""
+"""The training job: a config, real text, one jitted pipelined step, and its loop."""
 
 from dualpipe_jax.train.config import (
     ModelConfig,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-
-State = TypeVar("State")
 
 
 class Checkpoints:
@@ -37,12 +35,12 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Starts to write `state`, unless that step is written already."""
         if step != self.latest_step:
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
-    def restore(self, abstract_state: State) -> State:
+    def restore(self, abstract_state: Any) -> Any:
         """Reads the latest checkpoint into the shapes and shardings given.
 
         Raises:
@@ -68,7 +66,7 @@ class Checkpoints:
         )
 
 
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

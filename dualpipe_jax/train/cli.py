@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +13,6 @@ from rich.console import Console
 from dualpipe_jax.train.config import TrainConfig, load_config
 from dualpipe_jax.train.data import load_text
 from dualpipe_jax.train.loop import Result, train
-
-DESCRIPTION = "Train a language model on text, as a file of configs/ says."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,22 +36,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the job that `add_arguments` describes; returns the exit status."""
+    """Runs the job that `add_arguments` describes.
+
+    Returns:
+      The exit status: 0, also after a signal that was asked to stop; 1 if the loss
+      is not finite any more.
+
+    Raises:
+      ValueError: bad input, before anything is compiled.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every file.
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    config = load_config(args.config)
+    if args.steps is not None:
+        config = dataclasses.replace(config, num_steps=args.steps)
+    text = load_text(
+        args.data,
+        sequence_length=config.sequence_length,
+        held_out_fraction=config.held_out_fraction,
+    )
+    folder = args.out or Path("runs") / config.name
     try:
-        config = load_config(args.config)
-        if args.steps is not None:
-            config = dataclasses.replace(config, num_steps=args.steps)
-        text = load_text(
-            args.data,
-            sequence_length=config.sequence_length,
-            held_out_fraction=config.held_out_fraction,
-        )
-        folder = args.out or Path("runs") / config.name
         result = train(config, text, folder, resume=args.resume, console=console)
-    except (ValueError, FloatingPointError) as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(summary(config, result, folder))
     return 0
@@ -70,7 +77,8 @@ def summary(config: TrainConfig, result: Result, folder: Path) -> str:
         first, last = result.metrics[0], result.metrics[-1]
         rates = sorted(record["tokens_per_s"] for record in result.metrics)
         lines.append(
-            f"loss           {last['loss']:.3f} nats a byte (first step {first['loss']:.3f})"
+            f"loss           {last['loss']:.3f} nats a byte "
+            f"(first step {first['loss']:.3f})"
         )
         if result.held_out_loss is not None:
             lines.append(f"held-out loss  {result.held_out_loss:.3f} nats a byte")

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dualpipe_jax import show
 from dualpipe_jax.lowering import lower
 from dualpipe_jax.simulate import simulate
 from dualpipe_jax.train import data
@@ -93,7 +94,11 @@ def train(
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = checkpoints.restore(programs.abstract_state) if resume else None
         (folder / "config.json").write_text(config.to_json() + "\n")
-        _draw_schedule(programs, folder)
+        # The lowered program at structural costs: virtual devices that share a few
+        # cores cannot show their bubble by a clock.
+        timeline = simulate(lower(programs.schedule))
+        for suffix in ("svg", "png"):
+            show.save(timeline, folder / f"schedule.{suffix}")
 
         with _stop_signals() as stop:
             started = time.perf_counter()
@@ -108,9 +113,19 @@ def train(
                 f"{text.source}; compiled in {compile_s:.0f} s"
             )
             started = time.perf_counter()
-            state = _run(
-                config, programs, state, text, folder, checkpoints, console, stop
-            )
+            steps = _steps(config, programs, state, text)
+            with (
+                MetricsLog(folder / "metrics.jsonl", int(state.step)) as log,
+                TrainProgress(console, config.num_steps, int(state.step)) as progress,
+            ):
+                for state, record in steps:
+                    record["pipeline_bubble_ratio"] = timeline.bubble_ratio
+                    log.write(record)
+                    progress.update(record)
+                    if record["step"] % config.checkpoint_every == 0:
+                        checkpoints.save(record["step"], state)
+                    if stop:
+                        break
             checkpoints.save(int(state.step), state)
     metrics = read_metrics(folder / "metrics.jsonl")
     draw_loss(metrics, folder / "loss.png")
@@ -123,54 +138,30 @@ def train(
     )
 
 
-def _run(
-    config: TrainConfig,
-    programs: Programs,
-    state: TrainState,
-    text: data.Text,
-    folder: Path,
-    checkpoints: Checkpoints,
-    console: Console,
-    stop: list[str],
-) -> TrainState:
+def _steps(
+    config: TrainConfig, programs: Programs, state: TrainState, text: data.Text
+) -> Iterator[tuple[TrainState, dict[str, Any]]]:
+    """Yields the state after each step that is left, and what the step measured."""
     shape = (config.num_microbatches, config.microbatch_size)
     held_out = data.held_out_batch(text.held_out, shape, config.sequence_length)
-    # Of the lowered program, at structural costs: a figure of the schedule, which
-    # virtual devices that share a few cores cannot show.
-    bubble_ratio = simulate(lower(programs.schedule)).bubble_ratio
-    step = int(state.step)
-    with (
-        MetricsLog(folder / "metrics.jsonl", keep_until=step) as log,
-        TrainProgress(console, config.num_steps, step) as progress,
-    ):
-        while step < config.num_steps and not stop:
-            started = time.perf_counter()
-            batch = data.sample_batch(
-                text.train, shape, config.sequence_length, seed=config.seed, step=step
+    for step in range(int(state.step) + 1, config.num_steps + 1):
+        started = time.perf_counter()
+        batch = data.sample_batch(
+            text.train, shape, config.sequence_length, seed=config.seed, step=step
+        )
+        state, metrics = programs.train_step(state, *batch)
+        record = {"step": step} | {k: float(v) for k, v in metrics.items()}
+        seconds = time.perf_counter() - started
+        if not math.isfinite(record["loss"]):
+            raise FloatingPointError(
+                f"loss={record['loss']} at {step=}; lower the learning rate, or resume "
+                "from the last checkpoint with other data."
             )
-            state, metrics = programs.train_step(state, *batch)
-            metrics = {name: float(value) for name, value in metrics.items()}
-            seconds = time.perf_counter() - started
-            step += 1
-            if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {metrics['loss']} at {step=}; lower the learning "
-                    f"rate, or resume from step {checkpoints.latest_step}."
-                )
-            record = {
-                "step": step,
-                **metrics,
-                "tokens_per_s": config.tokens_per_step / seconds,
-                "pipeline_bubble_ratio": bubble_ratio,
-            }
-            if step % config.eval_every == 0 or step == config.num_steps:
-                loss = programs.held_out_loss(state.params, *held_out)
-                record["held_out_loss"] = float(loss)
-            log.write(record)
-            progress.update(record)
-            if step % config.checkpoint_every == 0:
-                checkpoints.save(step, state)
-    return state
+        record["tokens_per_s"] = config.tokens_per_step / seconds
+        if step % config.eval_every == 0 or step == config.num_steps:
+            loss = programs.held_out_loss(state.params, *held_out)
+            record["held_out_loss"] = float(loss)
+        yield state, record
 
 
 @contextlib.contextmanager
@@ -210,7 +201,3 @@ def _move_earlier_run(folder: Path, console: Console) -> None:
     for path in found:
         path.rename(aside / path.name)
     console.print(f"the earlier run's files are now in {aside}")
-
-
-def _draw_schedule(programs: Programs, folder: Path) -> None:
-    pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,15 +26,18 @@ from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
 class TrainState(NamedTuple):
     """What a step reads and writes, and what a checkpoint holds.
 
+    The fields are typed Any: the same tree also holds shapes or shardings, and
+    optax's types know no pytrees of others.
+
     Attributes:
       step: [] int32, optimizer steps done.
       params: `PipelineParams`; stages lie on the rank that runs them.
       opt_state: optax's, laid out as the parameters are.
     """
 
-    step: jax.Array
-    params: PipelineParams
-    opt_state: optax.OptState
+    step: Any
+    params: Any
+    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +80,9 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, num_steps - 1),
-        decay_steps=num_steps,
+        warmup_steps=config.warmup_steps,
+        # A run that is shorter than its warm-up never reaches the peak.
+        decay_steps=max(num_steps, config.warmup_steps + 1),
         end_value=config.final_fraction * config.learning_rate,
     )
 
@@ -113,7 +118,7 @@ def make_programs(config: TrainConfig) -> Programs:
 
     def init() -> TrainState:
         stages, embed, head = fns.init(jax.random.key(config.seed))
-        params = PipelineParams(stages=stack_stages(stages), embed=embed, head=head)
+        params: Any = PipelineParams(stack_stages(stages), embed, head)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     layout: dict[str, Any] = {
@@ -127,6 +132,7 @@ def make_programs(config: TrainConfig) -> Programs:
     forward = pipeline_forward(fns.stage_fn, **layout)
 
     def train_step(state: TrainState, inputs: jax.Array, targets: jax.Array):
+        grads: Any
         (losses, _), grads = value_and_grad(state.params, inputs, targets)
         step = state.step + 1
         # optax mixes floats with its int32 counts; all else here is strict.
@@ -180,12 +186,10 @@ def make_mesh(config: TrainConfig) -> Mesh:
       ValueError: there are too few devices.
     """
     needed = config.num_devices
-    try:
-        # As good as XLA's --xla_force_host_platform_device_count, and no more can
-        # be done once jax has its devices (in a notebook, say).
+    # Does what XLA's --xla_force_host_platform_device_count does. Once jax has its
+    # devices (in a notebook, say) it refuses, and those must do.
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", needed)
-    except RuntimeError:
-        pass
     if jax.device_count() < needed:
         raise ValueError(
             f"mesh={dict(config.mesh)} needs {needed} devices, but jax has "
