@@ -48,10 +48,13 @@ _REDUCE = _names("""
 """)
 _FIXED = _names("""
     approx_top_k device_put dynamic_update_slice gather reduce reduce_window
-    reduce_window_max reduce_window_min reduce_window_sum scatter scatter-add scatter_add
-    scatter_max scatter_min scatter_mul select_and_gather_add select_and_scatter_add
+    reduce_window_max reduce_window_min reduce_window_sum scatter scatter-add
+    scatter_add scatter_max scatter_min scatter_mul select_and_gather_add
+    select_and_scatter_add
     sharding_constraint sort top_k
 """)
+
+_WITH_BODIES = ("scan", "cond", "shard_map")
 
 
 def real_effects(eqn: Any) -> set[Any]:
@@ -77,7 +80,7 @@ def kind(eqn: Any) -> Kind:
     if body is not None:
         inner, _ = compat.open_jaxpr(body)
         return max((kind(e) for e in inner.eqns), default=Kind.CHEAP)
-    if name in ("scan", "cond"):
+    if name in _WITH_BODIES:
         kinds = (kind(e) for body in bodies(eqn) for e in body.eqns)
         return max(Kind.FIXED, max(kinds, default=Kind.FIXED))
     return Kind.HEAVY
@@ -120,6 +123,10 @@ def needed_operands(eqn: Any, needed: Sequence[bool]) -> list[bool]:
                 for i in range(len(eqn.invars) - 1)
             ]
             return [True, *operands]
+        case "shard_map":
+            (body,) = bodies(eqn)
+            live = live_vars(body, needed)
+            return [v in live for v in body.invars]
         case _:
             return [True] * len(eqn.invars)
 
@@ -161,6 +168,22 @@ def live_vars(jaxpr: Any, needed: Sequence[bool], roots: Sequence[Any] = ()) -> 
             v for v, n in zip(eqn.invars, operands, strict=True) if n and is_var(v)
         )
     return live
+
+
+def dce(jaxpr: Any) -> Any:
+    """Returns ``jaxpr`` without the equations that nothing reads; prints stay."""
+    roots = [eqn for eqn in jaxpr.eqns if real_effects(eqn)]
+    live = live_vars(jaxpr, [True] * len(jaxpr.outvars), roots)
+    kept = [
+        eqn
+        for eqn in jaxpr.eqns
+        if real_effects(eqn) or any(v in live for v in eqn.outvars)
+    ]
+    return compat.new_jaxpr(jaxpr.invars, jaxpr.outvars, kept, jaxpr)
+
+
+def avals_of(atoms: Sequence[Atom]) -> list[Any]:
+    return [a.aval for a in atoms]
 
 
 def flatten(closed: Any, *, inline_custom: bool) -> tuple[Any, tuple[Any, ...]]:
@@ -247,8 +270,7 @@ class Builder:
         ]
 
     def _emit(self, eqn: Any, operands: list[Atom], rename: bool) -> list[Atom]:
-        if eqn.primitive.name in ("scan", "cond"):
-            eqn = self._flatten_bodies(eqn)
+        eqn = self._flatten_bodies(eqn)
         key = None
         if kind(eqn) <= Kind.REDUCE and eqn.primitive.name != "optimization_barrier":
             key = _equation_key(eqn, operands)
@@ -261,19 +283,29 @@ class Builder:
         return outs
 
     def _flatten_bodies(self, eqn: Any) -> Any:
-        def flat(closed):
-            jaxpr, _ = compat.open_jaxpr(closed)
+        def flat(body):
+            jaxpr, _ = compat.open_jaxpr(body)
             builder = Builder(inline_custom=self.inline_custom)
-            outs = builder.inline_closed(closed, jaxpr.invars)
-            return compat.close(
-                compat.new_jaxpr(jaxpr.invars, outs, builder.eqns, jaxpr)
-            )
+            outs = builder.inline_closed(body, jaxpr.invars)
+            return compat.new_jaxpr(jaxpr.invars, outs, builder.eqns, jaxpr)
 
-        if (branches := eqn.params.get("branches")) is not None:
-            new = {"branches": tuple(map(flat, branches))}
-        else:
-            new = {"jaxpr": flat(eqn.params["jaxpr"])}
-        return eqn.replace(params={**eqn.params, **new})
+        return map_bodies(eqn, flat)
+
+
+def map_bodies(eqn: Any, function: Callable[[Any], Any]) -> Any:
+    """Applies ``function`` to the bodies of a scan, a cond or a shard_map.
+
+    Bodies are passed as they are; ``function`` returns an open jaxpr.
+    """
+    if eqn.primitive.name == "cond":
+        branches = tuple(compat.close(function(b)) for b in eqn.params["branches"])
+        return eqn.replace(params={**eqn.params, "branches": branches})
+    if eqn.primitive.name not in _WITH_BODIES:
+        return eqn
+    body = function(eqn.params["jaxpr"])
+    if eqn.primitive.name == "scan":
+        body = compat.close(body)  # a shard_map's is open
+    return eqn.replace(params={**eqn.params, "jaxpr": body})
 
 
 def barrier_equation(operands: Sequence[Any], results: Sequence[Any]) -> Any:

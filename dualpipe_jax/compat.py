@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 Literal = jex_core.Literal
@@ -85,16 +86,42 @@ def scan_sizes(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def varying_axes(aval: Any) -> frozenset[Any]:
+    """Returns the mesh axes over which a value differs (inside ``jax.shard_map``)."""
+    if (axes := getattr(aval, "manual_axis_type", None)) is not None:
+        return frozenset(axes.varying)
+    return frozenset(getattr(aval, "vma", ()))
+
+
+def zeros(aval: Any) -> Any:
+    """Returns zeros of the type ``aval``, varying axes included."""
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        impl = key_impl(aval)
+        bits = jax.eval_shape(jax.random.key_data, struct(aval))
+        value = jax.random.wrap_key_data(jnp.zeros(bits.shape, bits.dtype), impl=impl)
+    else:
+        value = jnp.zeros(aval.shape, aval.dtype)
+    axes = tuple(varying_axes(aval))
+    return jax.lax.pcast(value, axes, to="varying") if axes else value
+
+
+def key_impl(aval: Any) -> Any:
+    """Returns the generator of a random key's type."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), struct(aval))
+    return found[0]
+
+
 def struct(aval: Any) -> jax.ShapeDtypeStruct:
     """Returns ``aval`` as a public struct, with the mesh axes that it varies over."""
-    kwargs = {}
-    if (axes := getattr(aval, "manual_axis_type", None)) is not None:
-        kwargs["manual_axis_type"] = axes
-    elif vma := getattr(aval, "vma", None):
-        kwargs["vma"] = vma
+    kwargs: dict[str, Any] = {}
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and not sharding.mesh.empty:
         kwargs["sharding"] = sharding
+        if (axes := getattr(aval, "manual_axis_type", None)) is not None:
+            kwargs["manual_axis_type"] = axes
+        elif hasattr(aval, "vma"):
+            kwargs["vma"] = aval.vma
     return jax.ShapeDtypeStruct(
         aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False), **kwargs
     )

@@ -22,8 +22,9 @@ from jax import dtypes
 
 from dualpipe_jax import compat
 from dualpipe_jax._cut import Policy, Status
+from dualpipe_jax._fuse import fuse
 from dualpipe_jax._jaxprs import flatten, trace
-from dualpipe_jax._loops import fuse, sink, split
+from dualpipe_jax._loops import sink, split
 
 PyTree = Any
 
@@ -261,7 +262,7 @@ def _trace(cls, fn, params, inputs, has_aux, early_reductions):
         + [Status.FREE] * len(first.crossing)
         + [Status.EARLY] * len(ct_avals)
     )
-    backward_jaxpr = sink(fuse(first.late), status)
+    backward_jaxpr = sink(first.late)
     second = split(
         backward_jaxpr,
         status,
@@ -417,6 +418,6 @@ def _from_storage(values: Sequence[Any], avals: Sequence[Any], name: str) -> lis
             f"{name} must hold {len(avals)} arrays as the plan says, got {len(values)}."
         )
     return [
-        jax.random.wrap_key_data(v, impl=jax.random.key_impl(a)) if _is_key(a) else v
+        jax.random.wrap_key_data(v, impl=compat.key_impl(a)) if _is_key(a) else v
         for v, a in zip(values, avals, strict=True)
     ]
