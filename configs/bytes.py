@@ -1,6 +1,6 @@
 """The main job: a byte-level language model, trained with DualPipe."""
 
-from dualpipe_jax.dualpipe import dualpipe
+from dualpipe_jax.generators.dualpipe import dualpipe
 from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
 from dualpipe_jax.train.model import Transformer
 

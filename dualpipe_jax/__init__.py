@@ -4,29 +4,63 @@ Schedules, their simulator and their lowering need no jax, so importing this
 package does not import it; the names that do need it are loaded when first used.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
-from dualpipe_jax.schedule import Schedule, Task
+from dualpipe_jax.generators.dualpipe import dualpipe
+from dualpipe_jax.generators.dualpipev import dualpipev
+from dualpipe_jax.generators.gpipe import gpipe
+from dualpipe_jax.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.zb1p import zb1p
+from dualpipe_jax.lowering import Program, lower
+from dualpipe_jax.schedule import Schedule
+from dualpipe_jax.simulator import Costs, Timeline, simulate
+from dualpipe_jax.tasks import Task
 
 if TYPE_CHECKING:
-    pass
+    from dualpipe_jax.pipeline import (
+        PipelineParams,
+        pipeline_forward,
+        pipeline_value_and_grad,
+        stack_stages,
+    )
+    from dualpipe_jax.split_backward import split_vjp
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Costs",
+    "PipelineParams",
+    "Program",
     "Schedule",
     "Task",
+    "Timeline",
+    "dualpipe",
+    "dualpipev",
+    "gpipe",
+    "lower",
+    "one_f_one_b",
+    "pipeline_forward",
+    "pipeline_value_and_grad",
+    "simulate",
+    "split_vjp",
+    "stack_stages",
+    "zb1p",
 ]
 
 # Exported names that need jax, and the modules that define them (PEP 562).
-_NEEDS_JAX: dict[str, str] = {}
+_NEEDS_JAX = {
+    "PipelineParams": "dualpipe_jax.pipeline",
+    "pipeline_forward": "dualpipe_jax.pipeline",
+    "pipeline_value_and_grad": "dualpipe_jax.pipeline",
+    "split_vjp": "dualpipe_jax.split_backward",
+    "stack_stages": "dualpipe_jax.pipeline",
+}
 
 
 def __getattr__(name: str):
     if name not in _NEEDS_JAX:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
     value = getattr(importlib.import_module(_NEEDS_JAX[name]), name)
     globals()[name] = value
     return value

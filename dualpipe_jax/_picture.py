@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dualpipe_jax.schedule import OPS, Task
-from dualpipe_jax.simulate import Span, Timeline
+from dualpipe_jax.simulator import Span, Timeline
 
 # Okabe and Ito's colours, which the colour-blind tell apart. Direction 0 is the
 # lighter one of each pair; near-black text is readable on all of them.

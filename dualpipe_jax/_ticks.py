@@ -13,7 +13,7 @@ import bisect
 from typing import NamedTuple
 
 from dualpipe_jax.schedule import Schedule, Step, Task, predecessors, result_of
-from dualpipe_jax.simulate import Costs, Timeline, simulate
+from dualpipe_jax.simulator import Costs, Timeline, simulate
 
 # The shape of a schedule: every unit of work alike, no communication. Deriving
 # the ticks from real costs instead tears the steady state apart.

@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 from dualpipe_jax import show
 from dualpipe_jax._picture import title_of
-from dualpipe_jax.dualpipe import dualpipe
-from dualpipe_jax.dualpipev import dualpipev
-from dualpipe_jax.gpipe import gpipe
-from dualpipe_jax.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.dualpipe import dualpipe
+from dualpipe_jax.generators.dualpipev import dualpipev
+from dualpipe_jax.generators.gpipe import gpipe
+from dualpipe_jax.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.zb1p import zb1p
 from dualpipe_jax.schedule import Schedule
-from dualpipe_jax.simulate import Costs, Timeline, simulate
-from dualpipe_jax.zb1p import zb1p
+from dualpipe_jax.simulator import Costs, Timeline, simulate
 
 
 class Command(NamedTuple):

@@ -27,7 +27,7 @@ from dualpipe_jax._ticks import (
     step_kind,
 )
 from dualpipe_jax.schedule import Schedule, Task
-from dualpipe_jax.simulate import Costs, Span, Timeline, measure, simulate
+from dualpipe_jax.simulator import Costs, Span, Timeline, measure, simulate
 
 Pairs = tuple[tuple[int, int], ...]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dualpipe_jax import _picture, _render
 from dualpipe_jax.schedule import Schedule, Step
-from dualpipe_jax.simulate import Timeline, simulate
+from dualpipe_jax.simulator import Timeline, simulate
 
 
 def text(shown: Schedule | Timeline) -> str:
@@ -23,7 +23,7 @@ def text(shown: Schedule | Timeline) -> str:
     Small letters are direction 1.
 
     Examples:
-      >>> from dualpipe_jax.dualpipev import dualpipev
+      >>> from dualpipe_jax.generators.dualpipev import dualpipev
       >>> print(text(dualpipev(2, 4)))
       DualPipeV, 2 ranks, 4 microbatches
       makespan 26, bubble 2 (7.7 %), at most 5 activations alive

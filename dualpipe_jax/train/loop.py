@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dualpipe_jax import show
 from dualpipe_jax.lowering import lower
-from dualpipe_jax.simulate import simulate
+from dualpipe_jax.simulator import simulate
 from dualpipe_jax.train import data
 from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig

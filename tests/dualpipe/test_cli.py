@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from dualpipe_jax import cli, show
-from dualpipe_jax.dualpipe import dualpipe
+from dualpipe_jax.generators.dualpipe import dualpipe
+from dualpipe_jax.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax.lowering import lower
-from dualpipe_jax.one_f_one_b import one_f_one_b
 from dualpipe_jax.schedule import Schedule
-from dualpipe_jax.simulate import Costs, simulate
+from dualpipe_jax.simulator import Costs, simulate
 
 SIZES = ["--ranks", "4", "--microbatches", "8"]
 DEEPSEEK = "F=97,I=104,W=35,B=139,FB=129,p2p=1.2"

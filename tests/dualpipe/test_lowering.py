@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from dualpipe_jax._slots import Interval, assign_slots
-from dualpipe_jax.dualpipe import dualpipe
-from dualpipe_jax.dualpipev import dualpipev
-from dualpipe_jax.gpipe import gpipe
+from dualpipe_jax.generators.dualpipe import dualpipe
+from dualpipe_jax.generators.dualpipev import dualpipev
+from dualpipe_jax.generators.gpipe import gpipe
+from dualpipe_jax.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.zb1p import zb1p
 from dualpipe_jax.lowering import Program, lower
-from dualpipe_jax.one_f_one_b import one_f_one_b
 from dualpipe_jax.schedule import Schedule
-from dualpipe_jax.simulate import Costs, simulate
-from dualpipe_jax.zb1p import zb1p
+from dualpipe_jax.simulator import Costs, simulate
 
 # What DeepSeek's published training trace shows for one chunk, in milliseconds.
 REAL = Costs(F=97, I=104, W=35, B=139, FB=129, p2p=1.2)

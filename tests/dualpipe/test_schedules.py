@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_jax.dualpipe import dualpipe
-from dualpipe_jax.dualpipev import dualpipev
-from dualpipe_jax.gpipe import gpipe
-from dualpipe_jax.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.dualpipe import dualpipe
+from dualpipe_jax.generators.dualpipev import dualpipev
+from dualpipe_jax.generators.gpipe import gpipe
+from dualpipe_jax.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.zb1p import zb1p
 from dualpipe_jax.schedule import OPS, Schedule, Task, predecessors, result_of
-from dualpipe_jax.zb1p import zb1p
 
 # [rank][step][task] = [op, direction, index within direction], recorded by running
 # deepseek-ai/DualPipe@3da1bbe with compute and communication stubbed.

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax import _picture, show
-from dualpipe_jax.dualpipe import dualpipe
-from dualpipe_jax.dualpipev import dualpipev
-from dualpipe_jax.gpipe import gpipe
-from dualpipe_jax.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.dualpipe import dualpipe
+from dualpipe_jax.generators.dualpipev import dualpipev
+from dualpipe_jax.generators.gpipe import gpipe
+from dualpipe_jax.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.zb1p import zb1p
 from dualpipe_jax.schedule import Schedule
-from dualpipe_jax.simulate import Costs, simulate
-from dualpipe_jax.zb1p import zb1p
+from dualpipe_jax.simulator import Costs, simulate
 
 KINDS = (dualpipe, dualpipev, one_f_one_b, zb1p, gpipe)
 DEEPSEEK = Costs(F=97, I=104, W=35, B=139, FB=129, p2p=1.2)
@@ -260,7 +260,7 @@ def test_save_takes_the_format_from_the_suffix(tmp_path):
 def test_pictures_need_neither_jax_nor_matplotlib_until_asked():
     code = (
         "import sys, dualpipe_jax.show;"
-        "from dualpipe_jax.dualpipe import dualpipe;"
+        "from dualpipe_jax.generators.dualpipe import dualpipe;"
         "dualpipe_jax.show.svg(dualpipe(2, 4));"
         "print([m for m in ('jax', 'matplotlib') if m in sys.modules])"
     )

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_jax.dualpipe import dualpipe
-from dualpipe_jax.dualpipev import dualpipev
-from dualpipe_jax.gpipe import gpipe
-from dualpipe_jax.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.dualpipe import dualpipe
+from dualpipe_jax.generators.dualpipev import dualpipev
+from dualpipe_jax.generators.gpipe import gpipe
+from dualpipe_jax.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.zb1p import zb1p
 from dualpipe_jax.schedule import Schedule, Task
-from dualpipe_jax.simulate import Costs, Timeline, peak_activations, simulate
-from dualpipe_jax.zb1p import zb1p
+from dualpipe_jax.simulator import Costs, Timeline, peak_activations, simulate
 
 KINDS = (dualpipe, dualpipev, one_f_one_b, zb1p, gpipe)
 

@@ -6,7 +6,7 @@ Megatron-LM (arXiv:2104.04473, section 2.2.1), without interleaving.
 
 from __future__ import annotations
 
-from dualpipe_jax.phases import unroll
+from dualpipe_jax.generators.phases import unroll
 from dualpipe_jax.schedule import Schedule, check_size
 
 

@@ -6,8 +6,8 @@ The "cut-in-half" of DualPipe (Sea AI Lab, 2025); the order of steps is that of
 
 from __future__ import annotations
 
-from dualpipe_jax.dualpipe import folded_phases
-from dualpipe_jax.phases import unroll
+from dualpipe_jax.generators.dualpipe import folded_phases
+from dualpipe_jax.generators.phases import unroll
 from dualpipe_jax.schedule import Schedule, check_size
 
 

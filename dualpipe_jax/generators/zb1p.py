@@ -6,7 +6,7 @@ figure 3, top); DeepSeek calls it ZB1P. That paper writes B for what is I here.
 
 from __future__ import annotations
 
-from dualpipe_jax.phases import unroll
+from dualpipe_jax.generators.phases import unroll
 from dualpipe_jax.schedule import Schedule, check_size
 
 

@@ -76,7 +76,7 @@ class Timeline:
       spans: for each rank a tuple of (step, start, end), in the rank's order.
 
     Examples:
-      >>> from dualpipe_jax.dualpipe import dualpipe
+      >>> from dualpipe_jax.generators.dualpipe import dualpipe
       >>> timeline = simulate(dualpipe(8, 20))
       >>> timeline
       Timeline(dualpipe, 8 ranks, 20 microbatches: makespan 66, bubble 9.1 %)
@@ -144,7 +144,7 @@ def peak_activations(steps: Iterable[Step]) -> int:
     the new F's and the B's own count. A rank that never runs backward keeps none.
 
     Examples:
-      >>> from dualpipe_jax.gpipe import gpipe
+      >>> from dualpipe_jax.generators.gpipe import gpipe
       >>> peak_activations(gpipe(2, 7).steps[0])
       7
     """
@@ -176,7 +176,7 @@ def simulate(schedule_or_program: Any, costs: Costs = Costs()) -> Timeline:
       TypeError: `schedule_or_program` is neither.
 
     Examples:
-      >>> from dualpipe_jax.one_f_one_b import one_f_one_b
+      >>> from dualpipe_jax.generators.one_f_one_b import one_f_one_b
       >>> simulate(one_f_one_b(4, 8)).bubble  # (P-1)(F+B) on every rank
       (9.0, 9.0, 9.0, 9.0)
     """

@@ -6,7 +6,7 @@ order of steps is that of `deepseek-ai/DualPipe@3da1bbe dualpipe.py`, step by st
 
 from __future__ import annotations
 
-from dualpipe_jax.phases import Phase, unroll
+from dualpipe_jax.generators.phases import Phase, unroll
 from dualpipe_jax.schedule import Schedule, check_size
 
 

@@ -5,7 +5,7 @@ GPipe (arXiv:1811.06965, section 2.2 and figure 2c), without its recomputation.
 
 from __future__ import annotations
 
-from dualpipe_jax.phases import unroll
+from dualpipe_jax.generators.phases import unroll
 from dualpipe_jax.schedule import Schedule, check_size
 
 
