@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-Literal = jex_core.Literal
-
 # Calls that only name or guard a body: their meaning is that of the body.
 _CALL_BODIES = {
     "jit": "jaxpr",
@@ -71,6 +69,23 @@ def call_body(eqn: Any) -> Any | None:
     return None if name is None else eqn.params[name]
 
 
+def call_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
+    """Returns the shardings that a jit asks of its operands and results, or None."""
+    found = []
+    for name in ("in_shardings", "out_shardings"):
+        shardings = eqn.params.get(name, ())
+        found.append(
+            [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
+        )
+    return found[0], found[1]
+
+
+def within_scope(eqn: Any, outer: Any) -> Any:
+    """Returns ``eqn`` inside the ``jax.named_scope`` of the equation ``outer``."""
+    scope = outer.source_info.name_stack + eqn.source_info.name_stack
+    return eqn.replace(source_info=eqn.source_info.replace(name_stack=scope))
+
+
 def custom_body(eqn: Any) -> Any | None:
     """Returns the body of a call with a custom derivative, else None."""
     name = _CUSTOM_BODIES.get(eqn.primitive.name)
@@ -93,6 +108,12 @@ def varying_axes(aval: Any) -> frozenset[Any]:
     return frozenset(getattr(aval, "vma", ()))
 
 
+def vary_like(x: Any, aval: Any) -> Any:
+    """Returns ``x``, varying at least over the mesh axes that ``aval`` varies over."""
+    missing = tuple(varying_axes(aval) - varying_axes(jax.typeof(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
 def zeros(aval: Any) -> Any:
     """Returns zeros of the type ``aval``, varying axes included."""
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
@@ -101,8 +122,7 @@ def zeros(aval: Any) -> Any:
         value = jax.random.wrap_key_data(jnp.zeros(bits.shape, bits.dtype), impl=impl)
     else:
         value = jnp.zeros(aval.shape, aval.dtype)
-    axes = tuple(varying_axes(aval))
-    return jax.lax.pcast(value, axes, to="varying") if axes else value
+    return vary_like(value, aval)
 
 
 def key_impl(aval: Any) -> Any:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualpipe_jax import compat
-from dualpipe_jax._branches import append_cond
-from dualpipe_jax._jaxprs import (
-    Builder,
+from dualpipe_jax._split.branches import append_cond
+from dualpipe_jax._split.flatten import Builder
+from dualpipe_jax._split.jaxprs import (
     Kind,
     avals_of,
     bodies,
@@ -23,7 +23,7 @@ from dualpipe_jax._jaxprs import (
     real_effects,
     trace,
 )
-from dualpipe_jax._scans import Scan
+from dualpipe_jax._split.scans import Scan
 
 
 def read_in_step(jaxpr: Any) -> set[Any]:
@@ -129,7 +129,8 @@ def _fuse_into_scan(builder: Builder, eqn: Any, producers: dict[Any, Any]) -> li
         carry, ys = scan.run(step, init, (source_xs, own))
         return [*carry, *ys]
 
-    return builder.inline_closed(trace(fused, avals_of(operands)), operands)
+    closed = trace(fused, avals_of(operands))
+    return builder.inline_closed(closed, operands, within=eqn)
 
 
 def _run_all(eqns: Sequence[Any], consts: Sequence[Any], xs: Sequence[Any]) -> dict:

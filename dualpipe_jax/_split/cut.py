@@ -16,25 +16,49 @@ from typing import Any
 from jax.extend import core as jex_core
 
 from dualpipe_jax import compat
-from dualpipe_jax._jaxprs import (
+from dualpipe_jax._split.jaxprs import (
     Kind,
     barrier_equation,
+    is_barrier,
     is_var,
     kind,
     live_vars,
     nbytes,
     real_effects,
 )
-from dualpipe_jax._mincut import cheapest_cut
+from dualpipe_jax._split.mincut import cheapest_cut
 
 
-class Status(enum.Enum):
-    """Where a value can be had."""
+class Status(enum.IntEnum):
+    """Where a value can be had, from everywhere to one place only.
 
-    STATIC = "static"  # in both programs: parameters and constants
-    FREE = "free"  # in both programs: residuals, when the backward is cut
-    EARLY = "early"  # in the early program; the late one must be handed it
-    LATE = "late"  # only in the late program
+    A result's status is the highest among its operands', or higher.
+    """
+
+    CONSTANT = 0  # in both programs, the same in every call
+    STATIC = 1  # in both programs: parameters
+    FREE = 2  # in both programs: residuals, when the backward is cut
+    EARLY = 3  # in the early program; the late one must be handed it
+    LATE = 4  # only in the late program
+
+
+def result_status(eqn: Any, operands: Sequence[Status]) -> Status:
+    """Returns the status of an equation's results, if it may run anywhere.
+
+    Constants are made wherever they are read, whatever that takes: keeping them would
+    keep one copy a call. What depends on parameters only is made again too (a cast of
+    the weights), unless that multiplies matrices. Collectives never run twice.
+    """
+    highest = max(operands, default=Status.CONSTANT)
+    if highest is Status.CONSTANT:
+        repeatable = kind(eqn) < Kind.HEAVY or not eqn.effects
+    elif highest is Status.STATIC:
+        repeatable = kind(eqn) < Kind.HEAVY
+    elif highest is Status.FREE:
+        repeatable = kind(eqn) is Kind.CHEAP
+    else:
+        repeatable = True
+    return highest if repeatable else Status.EARLY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +82,7 @@ class Cut:
 
     Attributes:
       early: (inputs that are not late) -> (early outputs, crossing).
-      late: (static and free inputs, crossing, late inputs) -> late outputs.
+      late: (inputs of both programs, crossing, late inputs) -> late outputs.
       crossing: the variables, of the jaxpr that was cut, that cross.
     """
 
@@ -98,19 +122,17 @@ class _Cutter:
         self.input_status = dict(zip(jaxpr.invars, status, strict=True))
         self.producer = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
         self.kinds = {id(eqn): kind(eqn) for eqn in jaxpr.eqns}
-        pinned = [
-            eqn
-            for eqn in jaxpr.eqns
-            if real_effects(eqn) and id(eqn) not in late_equations
-        ]
-        self.pinned = self._early_effects(pinned)
-        self.needed_early = live_vars(jaxpr, early_outputs, self.pinned)
-        self.status = self._propagate(set(late_equations))
+        self.effectful = [eqn for eqn in jaxpr.eqns if real_effects(eqn)]
+        pinned = self._early_effects(late_equations)
+        self.pinned = {id(eqn) for eqn in pinned}
+        self.needed_early = live_vars(jaxpr, early_outputs, pinned)
+        self.status = self._propagate(late_equations)
 
-    def _early_effects(self, effectful: Sequence[Any]) -> list[Any]:
+    def _early_effects(self, late: Collection[int]) -> list[Any]:
         """A print runs early unless it reports on what only the late program has."""
+        effectful = [eqn for eqn in self.effectful if id(eqn) not in late]
         if not effectful or not self.policy.late_heavy:
-            return list(effectful)
+            return effectful
         wanted = live_vars(self.jaxpr, self.early_outputs)
         chosen = []
         for eqn in effectful:
@@ -120,43 +142,38 @@ class _Cutter:
                 chosen.append(eqn)
         return chosen
 
+    def _only_late(self, eqn: Any) -> bool:
+        return not any(v in self.needed_early for v in eqn.outvars)
+
     def _must_be_late(self, eqn: Any) -> bool:
         """Whether only the late program may run ``eqn``, whatever its operands."""
-        if not self.policy.late_heavy or id(eqn) in {id(e) for e in self.pinned}:
-            return False
-        if any(v in self.needed_early for v in eqn.outvars):
+        if not self.policy.late_heavy or id(eqn) in self.pinned:
             return False
         limit = Kind.REDUCE if self.policy.early_reductions else Kind.CHEAP
-        return self.kinds[id(eqn)] > limit
+        return self._only_late(eqn) and self.kinds[id(eqn)] > limit
 
-    def _propagate(self, late: set[int]) -> dict[Any, Status]:
+    def _propagate(self, late: Collection[int]) -> dict[Any, Status]:
         status = dict(self.input_status)
-
-        def of(atom):
-            return status[atom] if is_var(atom) else Status.STATIC
-
         for eqn in self.jaxpr.eqns:
-            operands = [of(a) for a in eqn.invars]
-            if eqn.primitive.name == "optimization_barrier" and id(eqn) not in late:
-                for var, s in zip(eqn.outvars, operands, strict=True):
-                    status[var] = Status.EARLY if s is Status.FREE else s
-                continue
-            if id(eqn) in late or Status.LATE in operands or self._must_be_late(eqn):
-                result = Status.LATE
-            elif (
-                all(s is Status.STATIC for s in operands)
-                and self.kinds[id(eqn)] < Kind.HEAVY
-            ):
-                result = Status.STATIC
+            operands = [status[a] if is_var(a) else Status.CONSTANT for a in eqn.invars]
+            if id(eqn) in late:
+                results = [Status.LATE] * len(eqn.outvars)
+            elif is_barrier(eqn):
+                results = [Status.EARLY if s is Status.FREE else s for s in operands]
             else:
-                result = Status.EARLY
-            for var in eqn.outvars:
-                status[var] = result
+                result = result_status(eqn, operands)
+                # What is free is recomputed under the rules for early values.
+                if result is Status.FREE:
+                    result = Status.EARLY
+                if result is Status.EARLY and self._must_be_late(eqn):
+                    result = Status.LATE
+                results = [result] * len(eqn.outvars)
+            status.update(zip(eqn.outvars, results, strict=True))
         return status
 
     def cut(self) -> Cut:
         needed = self._needed_late()
-        prices, operands, only_early, sinks = {}, {}, [], []
+        prices, operands, only_early = {}, {}, []
         for var in needed.wanted:
             late_only = var not in self.needed_early
             prices[var] = 2 * self.price(var) + (1 if late_only else 0)
@@ -164,13 +181,9 @@ class _Cutter:
                 only_early.append(var)
             else:
                 operands[var] = [s for s in sources if is_var(s) and s in needed.wanted]
-        sinks = list(needed.roots)
-        keep, _ = cheapest_cut(prices, operands, only_early, sinks)
-        order = {v: i for i, v in enumerate(self.jaxpr.invars)}
-        for eqn in self.jaxpr.eqns:
-            for v in eqn.outvars:
-                order[v] = len(order)
-        crossing = tuple(sorted(keep, key=order.__getitem__))
+        keep, _ = cheapest_cut(prices, operands, only_early, needed.roots)
+        order = [*self.jaxpr.invars, *(v for e in self.jaxpr.eqns for v in e.outvars)]
+        crossing = tuple(v for v in order if v in keep)
         return Cut(self._early(crossing), self._late(crossing), crossing)
 
     def _recompute_from(self, var: Any) -> Sequence[Any] | None:
@@ -178,11 +191,9 @@ class _Cutter:
         eqn = self.producer.get(var)
         if eqn is None:
             return None
-        if eqn.primitive.name == "optimization_barrier":
-            return [eqn.invars[eqn.outvars.index(var)]]
-        kind_ = self.kinds[id(eqn)]
-        only_late = not any(v in self.needed_early for v in eqn.outvars)
-        if kind_ is Kind.CHEAP or (only_late and kind_ is Kind.REDUCE):
+        if self.kinds[id(eqn)] is Kind.CHEAP:
+            return _read_for(eqn, var)
+        if self.kinds[id(eqn)] is Kind.REDUCE and self._only_late(eqn):
             return eqn.invars
         return None
 
@@ -206,8 +217,8 @@ class _Cutter:
         for var, early in zip(self.jaxpr.outvars, self.early_outputs, strict=True):
             if not early:
                 visit(var, root=True)
-        for eqn in self.jaxpr.eqns:
-            if real_effects(eqn) and id(eqn) not in {id(e) for e in self.pinned}:
+        for eqn in self.effectful:
+            if id(eqn) not in self.pinned:
                 for a in eqn.invars:
                     visit(a, root=True)
         while stack:
@@ -219,62 +230,47 @@ class _Cutter:
                 for a in self._recompute_from(var) or ():
                     visit(a, root=False)
             elif eqn is not None:
-                if eqn.primitive.name == "optimization_barrier":
-                    atoms = [eqn.invars[eqn.outvars.index(var)]]
-                else:
-                    atoms = eqn.invars
-                for a in atoms:
+                for a in _read_for(eqn, var):
                     visit(a, root=status is Status.LATE)
         return _Needed(wanted, roots)
 
     def _early(self, crossing: Sequence[Any]) -> Any:
-        invars = [
-            v for v in self.jaxpr.invars if self.input_status[v] is not Status.LATE
-        ]
-        outs = [
-            v
-            for v, early in zip(self.jaxpr.outvars, self.early_outputs, strict=True)
-            if early
-        ]
-        outvars = [*outs, *crossing]
-        pinned = {id(e) for e in self.pinned}
-        live = {v for v in outvars if is_var(v)}
-        eqns = []
-        for eqn in reversed(self.jaxpr.eqns):
-            if id(eqn) not in pinned and not any(v in live for v in eqn.outvars):
-                continue
-            eqn = _narrow_barrier(eqn, live)
-            eqns.append(eqn)
-            live.update(a for a in eqn.invars if is_var(a))
-        return compat.new_jaxpr(invars, outvars, eqns[::-1], self.jaxpr)
+        invars = [v for v in self.jaxpr.invars if self.input_status[v] < Status.LATE]
+        outvars = [*self._outputs(early=True), *crossing]
+        return self._program(invars, outvars, self.pinned)
 
     def _late(self, crossing: Sequence[Any]) -> Any:
-        common = [
-            v
-            for v in self.jaxpr.invars
-            if self.input_status[v] in (Status.STATIC, Status.FREE)
-        ]
-        own = [v for v in self.jaxpr.invars if self.input_status[v] is Status.LATE]
-        given = {*common, *own, *crossing}
-        outs = [
-            v
-            for v, early in zip(self.jaxpr.outvars, self.early_outputs, strict=True)
-            if not early
-        ]
-        pinned = {id(e) for e in self.pinned}
-        live = {v for v in outs if is_var(v)}
+        status = self.input_status
+        common = [v for v in self.jaxpr.invars if status[v] <= Status.FREE]
+        own = [v for v in self.jaxpr.invars if status[v] is Status.LATE]
+        effects = {id(eqn) for eqn in self.effectful} - self.pinned
+        invars = [*common, *crossing, *own]
+        return self._program(invars, self._outputs(early=False), effects)
+
+    def _outputs(self, early: bool) -> list[Any]:
+        pairs = zip(self.jaxpr.outvars, self.early_outputs, strict=True)
+        return [v for v, is_early in pairs if is_early is early]
+
+    def _program(
+        self, invars: Sequence[Any], outvars: Sequence[Any], effects: Collection[int]
+    ) -> Any:
+        """Returns the equations that lead from ``invars`` to ``outvars``."""
+        given = set(invars)
+        live = {v for v in outvars if is_var(v)} - given
         eqns = []
         for eqn in reversed(self.jaxpr.eqns):
-            effectful = real_effects(eqn) and id(eqn) not in pinned
-            mask = [v in live and v not in given for v in eqn.outvars]
-            if not effectful and not any(mask):
+            if id(eqn) not in effects and not any(v in live for v in eqn.outvars):
                 continue
-            eqn = _narrow_barrier(eqn, {v for v in live if v not in given})
+            if is_barrier(eqn):
+                pairs = zip(eqn.invars, eqn.outvars, strict=True)
+                read = [(a, v) for a, v in pairs if v in live]
+                eqn = barrier_equation([a for a, _ in read], [v for _, v in read])
+            elif any(v in given for v in eqn.outvars):
+                fresh = [jex_core.Var(v.aval) if v in given else v for v in eqn.outvars]
+                eqn = eqn.replace(outvars=fresh)
             eqns.append(eqn)
-            live.update(a for a in eqn.invars if is_var(a))
-        return compat.new_jaxpr(
-            [*common, *crossing, *own], outs, _unshadow(eqns[::-1], given), self.jaxpr
-        )
+            live.update(a for a in eqn.invars if is_var(a) and a not in given)
+        return compat.new_jaxpr(invars, outvars, eqns[::-1], self.jaxpr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,20 +279,8 @@ class _Needed:
     roots: dict[Any, None]  # those that it reads for certain
 
 
-def _narrow_barrier(eqn: Any, live: Collection[Any]) -> Any:
-    """Drops the operands of a barrier that this program does not read."""
-    if eqn.primitive.name != "optimization_barrier":
-        return eqn
-    pairs = [(a, v) for a, v in zip(eqn.invars, eqn.outvars, strict=True) if v in live]
-    return barrier_equation([a for a, _ in pairs], [v for _, v in pairs])
-
-
-def _unshadow(eqns: Sequence[Any], given: Collection[Any]) -> list[Any]:
-    """Renames results that the program also receives as inputs."""
-    fixed = []
-    for eqn in eqns:
-        if any(v in given for v in eqn.outvars):
-            outvars = [jex_core.Var(v.aval) if v in given else v for v in eqn.outvars]
-            eqn = eqn.replace(outvars=outvars)
-        fixed.append(eqn)
-    return fixed
+def _read_for(eqn: Any, result: Any) -> Sequence[Any]:
+    """Returns the operands that one result depends on."""
+    if is_barrier(eqn):
+        return [eqn.invars[eqn.outvars.index(result)]]
+    return eqn.invars

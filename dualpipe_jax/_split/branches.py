@@ -1,4 +1,4 @@
-"""Conds and shard_maps that become two, as scans do in ``_scans``."""
+"""Conds and shard_maps that become two, as scans do in ``scans``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from jax.extend import core as jex_core
 from jax.sharding import PartitionSpec
 
 from dualpipe_jax import compat
-from dualpipe_jax._cut import Cut, Status
-from dualpipe_jax._jaxprs import (
-    Builder,
+from dualpipe_jax._split.cut import Cut, Status
+from dualpipe_jax._split.flatten import Builder
+from dualpipe_jax._split.jaxprs import (
     avals_of,
     bodies,
     dce,
-    is_var,
     live_vars,
     nbytes,
+    prune,
     trace,
 )
-from dualpipe_jax._scans import Piece
+from dualpipe_jax._split.scans import Piece
 
 
 class CondSplit:
@@ -72,7 +72,7 @@ class CondSplit:
 
             def run(*values):
                 env = dict(zip((invars[i] for i in used), values, strict=True))
-                body = _prune(cut.early, env)
+                body, _ = prune(cut.early)
                 outs = compat.evaluate(body, *(env[v] for v in body.invars))
                 crossing = dict(zip(cut.crossing, outs[num:], strict=True))
                 slots = [
@@ -97,7 +97,7 @@ class CondSplit:
                 env = dict(zip((invars[i] for i in used), values, strict=False))
                 slots = zip(assigned, values[len(used) :], strict=True)
                 env |= {v: value for v, value in slots if v is not None}
-                body = _prune(cut.late, env)
+                body, _ = prune(cut.late)
                 return compat.evaluate(body, *(env[v] for v in body.invars))
 
             return run
@@ -205,7 +205,7 @@ class ShardMapSplit:
     def early(self) -> Piece:
         """Returns the early shard_map: early results, then what crosses."""
         num = len(self.early_outputs)
-        body = _prune(self._cut.early, self._operands)
+        body, _ = prune(self._cut.early)
         out_specs = [self._eqn.params["out_specs"][i] for i in self.early_outputs]
 
         def run(*values):
@@ -226,7 +226,7 @@ class ShardMapSplit:
     def late(self, crossing: Sequence[Any]) -> tuple[Piece, dict[int, Any]]:
         """Returns the late shard_map."""
         operands = self._operands | dict(zip(self._emitted, crossing, strict=True))
-        body = _prune(self._cut.late, operands)
+        body, _ = prune(self._cut.late)
         specs = self._in_specs | self._specs
 
         def run(*values):
@@ -270,10 +270,3 @@ class ShardMapSplit:
         return lambda builder: builder.inline_closed(
             trace(flat, avals_of(operands)), operands
         )
-
-
-def _prune(body: Any, given: Any) -> Any:
-    """Drops the inputs that nothing reads, and checks that the others are given."""
-    live = live_vars(body, [True] * len(body.outvars), body.eqns)
-    invars = [v for v in body.invars if v in live and is_var(v) and v in given]
-    return compat.new_jaxpr(invars, body.outvars, body.eqns, body)

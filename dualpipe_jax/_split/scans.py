@@ -8,9 +8,9 @@ from typing import Any
 from jax import lax
 
 from dualpipe_jax import compat
-from dualpipe_jax._cut import Cut, Status
-from dualpipe_jax._jaxprs import (
-    Builder,
+from dualpipe_jax._split.cut import Cut, Status
+from dualpipe_jax._split.flatten import Builder
+from dualpipe_jax._split.jaxprs import (
     bodies,
     is_var,
     live_vars,

@@ -1,8 +1,7 @@
-"""Jaxprs as straight lists of equations: flattening, liveness, kinds and prices."""
+"""Jaxprs as straight lists of equations: what they cost, and what depends on what."""
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,8 +49,7 @@ _FIXED = _names("""
     approx_top_k device_put dynamic_update_slice gather reduce reduce_window
     reduce_window_max reduce_window_min reduce_window_sum scatter scatter-add
     scatter_add scatter_max scatter_min scatter_mul select_and_gather_add
-    select_and_scatter_add
-    sharding_constraint sort top_k
+    select_and_scatter_add sharding_constraint sort top_k
 """)
 
 _WITH_BODIES = ("scan", "cond", "shard_map")
@@ -95,6 +93,10 @@ def nbytes(aval: Any) -> int:
 
 def is_var(atom: Atom) -> bool:
     return not isinstance(atom, Literal)
+
+
+def is_barrier(eqn: Any) -> bool:
+    return eqn.primitive.name == "optimization_barrier"
 
 
 def bodies(eqn: Any) -> tuple[Any, ...]:
@@ -182,114 +184,16 @@ def dce(jaxpr: Any) -> Any:
     return compat.new_jaxpr(jaxpr.invars, jaxpr.outvars, kept, jaxpr)
 
 
+def prune(jaxpr: Any) -> tuple[Any, tuple[bool, ...]]:
+    """Drops the inputs that nothing reads; also returns which are read."""
+    live = live_vars(jaxpr, [True] * len(jaxpr.outvars), jaxpr.eqns)
+    read = tuple(v in live for v in jaxpr.invars)
+    invars = [v for v, r in zip(jaxpr.invars, read, strict=True) if r]
+    return compat.new_jaxpr(invars, jaxpr.outvars, jaxpr.eqns, jaxpr), read
+
+
 def avals_of(atoms: Sequence[Atom]) -> list[Any]:
     return [a.aval for a in atoms]
-
-
-def flatten(closed: Any, *, inline_custom: bool) -> tuple[Any, tuple[Any, ...]]:
-    """Inlines calls, and merges equal cheap equations, at every depth.
-
-    ``jit`` and remat disappear; a remat of a backward pass leaves an
-    ``optimization_barrier`` on its operands, as its lowering would, so that XLA cannot
-    merge the recomputation with the forward pass that it repeats.
-
-    Args:
-      closed: a closed jaxpr.
-      inline_custom: also inline calls with custom derivatives: right in a backward
-        pass, which is not differentiated again.
-
-    Returns:
-      A jaxpr without constants whose first inputs are the constants, and their values.
-    """
-    jaxpr, consts = compat.open_jaxpr(closed)
-    builder = Builder(inline_custom=inline_custom)
-    invars = [*jaxpr.constvars, *jaxpr.invars]
-    outs = builder.inline(jaxpr, invars, rename=False)
-    return compat.new_jaxpr(invars, outs, builder.eqns, jaxpr), consts
-
-
-@dataclasses.dataclass
-class Builder:
-    """A list of equations under construction.
-
-    Attributes:
-      inline_custom: whether calls with custom derivatives are inlined too.
-      eqns: the list.
-      seen: cheap equations in the list, by what they compute.
-    """
-
-    inline_custom: bool = False
-    eqns: list[Any] = dataclasses.field(default_factory=list)
-    seen: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
-
-    def inline(self, jaxpr: Any, args: Sequence[Atom], rename: bool = True) -> list:
-        """Appends the equations of ``jaxpr``, flat; returns its outputs."""
-        inner = [*jaxpr.constvars, *jaxpr.invars]
-        env: dict[Any, Atom] = dict(zip(inner, args, strict=True))
-
-        def read(atom: Atom) -> Atom:
-            return env[atom] if is_var(atom) else atom
-
-        for eqn in jaxpr.eqns:
-            operands = [read(a) for a in eqn.invars]
-            body = compat.call_body(eqn)
-            if body is None and self.inline_custom:
-                body = compat.custom_body(eqn)
-            if body is not None:
-                results = self._call(eqn, body, operands)
-            else:
-                results = self._emit(eqn, operands, rename)
-            env.update(zip(eqn.outvars, results, strict=True))
-        return [read(a) for a in jaxpr.outvars]
-
-    def inline_closed(self, closed: Any, args: Sequence[Atom]) -> list[Atom]:
-        """The same for a closed jaxpr; its constants become literals."""
-        jaxpr, consts = compat.open_jaxpr(closed)
-        literals = [Literal(c, jax.typeof(c)) for c in consts]
-        return self.inline(jaxpr, [*literals, *args])
-
-    def _call(self, eqn: Any, body: Any, operands: list[Atom]) -> list[Atom]:
-        guarded = eqn.params.get("prevent_cse", False)
-        if eqn.params.get("differentiated") and guarded:
-            if guarded is True:
-                guarded = (True,) * len(operands)
-            operands = self._barrier(operands, guarded)
-        return self.inline_closed(body, operands)
-
-    def _barrier(self, operands: list[Atom], guarded: Sequence[bool]) -> list[Atom]:
-        chosen = [a for a, g in zip(operands, guarded, strict=True) if g and is_var(a)]
-        chosen = list(dict.fromkeys(chosen))
-        if not chosen:
-            return operands
-        outs = [jex_core.Var(v.aval) for v in chosen]
-        self.eqns.append(barrier_equation(chosen, outs))
-        env = dict(zip(chosen, outs, strict=True))
-        return [
-            env[a] if g and is_var(a) else a
-            for a, g in zip(operands, guarded, strict=True)
-        ]
-
-    def _emit(self, eqn: Any, operands: list[Atom], rename: bool) -> list[Atom]:
-        eqn = self._flatten_bodies(eqn)
-        key = None
-        if kind(eqn) <= Kind.REDUCE and eqn.primitive.name != "optimization_barrier":
-            key = _equation_key(eqn, operands)
-            if key is not None and key in self.seen:
-                return self.seen[key]
-        outs = [jex_core.Var(v.aval) for v in eqn.outvars] if rename else eqn.outvars
-        self.eqns.append(eqn.replace(invars=operands, outvars=outs))
-        if key is not None:
-            self.seen[key] = outs
-        return outs
-
-    def _flatten_bodies(self, eqn: Any) -> Any:
-        def flat(body):
-            jaxpr, _ = compat.open_jaxpr(body)
-            builder = Builder(inline_custom=self.inline_custom)
-            outs = builder.inline_closed(body, jaxpr.invars)
-            return compat.new_jaxpr(jaxpr.invars, outs, builder.eqns, jaxpr)
-
-        return map_bodies(eqn, flat)
 
 
 def map_bodies(eqn: Any, function: Callable[[Any], Any]) -> Any:
@@ -313,25 +217,6 @@ def barrier_equation(operands: Sequence[Any], results: Sequence[Any]) -> Any:
     template = jax.make_jaxpr(lambda: jax.lax.optimization_barrier((0, 1)))()
     eqn = template.eqns[-1]
     return eqn.replace(invars=list(operands), outvars=list(results))
-
-
-def _equation_key(eqn: Any, operands: Sequence[Atom]) -> Any | None:
-    """Returns a key that equal equations share; None if there is no safe one."""
-    atoms = []
-    for atom in operands:
-        if is_var(atom):
-            atoms.append(atom)
-        elif np.ndim(atom.val) == 0 and isinstance(atom.val, (int, float, np.generic)):
-            atoms.append((np.asarray(atom.val).tobytes(), str(atom.aval)))
-        else:
-            return None
-    params = tuple(sorted(eqn.params.items(), key=lambda item: item[0]))
-    key = (eqn.primitive, tuple(atoms), params, id(eqn.ctx))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
 
 
 def trace(function: Callable[..., Any], avals: Sequence[Any]) -> Any:

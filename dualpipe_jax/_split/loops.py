@@ -13,11 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from dualpipe_jax import compat
-from dualpipe_jax._branches import CondSplit, ShardMapSplit
-from dualpipe_jax._cut import Cut, Policy, Status, cut
-from dualpipe_jax._fuse import fuse, read_in_step
-from dualpipe_jax._jaxprs import Builder, Kind, is_var, kind, live_vars, map_bodies
-from dualpipe_jax._scans import Piece, ScanSplit
+from dualpipe_jax._split.branches import CondSplit, ShardMapSplit
+from dualpipe_jax._split.cut import Cut, Policy, Status, cut, result_status
+from dualpipe_jax._split.flatten import Builder
+from dualpipe_jax._split.fuse import fuse, read_in_step
+from dualpipe_jax._split.jaxprs import is_var, live_vars, map_bodies
+from dualpipe_jax._split.scans import Piece, ScanSplit
 
 _SPLITS = {"scan": ScanSplit, "cond": CondSplit, "shard_map": ShardMapSplit}
 
@@ -31,7 +32,7 @@ def split(
     late_equations: Collection[int] = (),
     price: Callable[[Any], float] | None = None,
 ) -> Cut:
-    """Cuts ``jaxpr`` as ``_cut.cut`` does, after splitting its loops and branches."""
+    """Cuts ``jaxpr`` as ``cut.cut`` does, after splitting its loops and branches."""
     needed = live_vars(jaxpr, early_outputs)
     live = live_vars(jaxpr, [True] * len(jaxpr.outvars))
 
@@ -115,19 +116,19 @@ class _Splitter:
 
         status = [self._body_status(a) for a in eqn.invars]
         halves = _SPLITS[eqn.primitive.name](eqn, early, live, status, split_body)
-        outs = self._append(halves.early(), late=False)
+        outs = self._append(halves.early(), eqn, late=False)
         num = len(halves.early_outputs)
         results = dict(zip(halves.early_outputs, outs[:num], strict=True))
         if halves.late_outputs:
             piece, present = halves.late(outs[num:])
             results |= present
             if piece is not None:
-                late = self._append(piece, late=not self.free)
+                late = self._append(piece, eqn, late=not self.free)
                 results |= dict(zip(halves.computed_late, late, strict=True))
         return results
 
-    def _append(self, piece: Piece, late: bool) -> list[Any]:
-        builder = Builder()
+    def _append(self, piece: Piece, origin: Any, late: bool) -> list[Any]:
+        builder = Builder(within=origin)
         outs = piece(builder)
         for eqn in builder.eqns:
             self._keep(eqn, late)
@@ -137,19 +138,12 @@ class _Splitter:
         self.eqns.append(eqn)
         if late:
             self.late.add(id(eqn))
-        operands = {self._status_of(a) for a in eqn.invars}
-        if late or Status.LATE in operands:
-            result = Status.LATE
-        elif operands <= {Status.STATIC} and kind(eqn) < Kind.HEAVY:
-            result = Status.STATIC
-        elif operands <= {Status.STATIC, Status.FREE} and kind(eqn) is Kind.CHEAP:
-            result = Status.FREE
-        else:
-            result = Status.EARLY
+        operands = [self._status_of(a) for a in eqn.invars]
+        result = Status.LATE if late else result_status(eqn, operands)
         self.known |= dict.fromkeys(eqn.outvars, result)
 
     def _status_of(self, atom: Any) -> Status:
-        return self.known[atom] if is_var(atom) else Status.STATIC
+        return self.known[atom] if is_var(atom) else Status.CONSTANT
 
     def _body_status(self, atom: Any) -> Status:
         status = self._status_of(atom)

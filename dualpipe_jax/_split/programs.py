@@ -1,0 +1,302 @@
+"""The programs F, I, W and B of a function, traced and cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import dtypes
+
+from dualpipe_jax import compat
+from dualpipe_jax._split.cut import Policy, Status
+from dualpipe_jax._split.flatten import flatten, join
+from dualpipe_jax._split.fuse import fuse
+from dualpipe_jax._split.jaxprs import prune, trace
+from dualpipe_jax._split.loops import sink, split
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Programs:
+    """The programs of a split, as jaxprs over flat lists; no arrays.
+
+    ``operands`` below are flat: constants, parameters, residuals.
+    """
+
+    f: Any  # constants, params, inputs -> outputs, aux, residuals
+    i: Any  # operands, output cotangents -> input cotangents, crossing
+    w: Any  # what it reads of (operands, crossing) -> param cotangents
+    b: Any  # operands, output cotangents -> input cotangents, param cotangents
+    read_by_w: tuple[bool, ...]  # of (operands, crossing)
+    in_tree: Any  # of (params, inputs)
+    out_tree: Any
+    aux_tree: Any  # None without aux
+    in_avals: tuple[Any, ...]
+    out_avals: tuple[Any, ...]
+    residual_avals: tuple[Any, ...]
+    crossing_avals: tuple[Any, ...]
+    num_params: int
+
+    @property
+    def read_by_weights(self) -> tuple[bool, ...]:
+        stop = len(self.read_by_w) - len(self.crossing_avals)
+        return self.read_by_w[stop - len(self.residual_avals) : stop]
+
+    def forward(self, consts, params, inputs):
+        flat = _leaves(self.in_tree, (params, inputs), "(params, inputs)")
+        flat = _checked(flat, self.in_avals, "(params, inputs)")
+        outs = iter(compat.evaluate(self.f, *consts, *flat))
+        outputs = jax.tree.unflatten(self.out_tree, _take(outs, self.out_tree))
+        if self.aux_tree is not None:
+            aux = jax.tree.unflatten(self.aux_tree, _take(outs, self.aux_tree))
+            outputs = outputs, aux
+        return outputs, tuple(map(_to_storage, outs))
+
+    def operands(self, consts, params, residuals):
+        params_tree = self.in_tree.children()[0]
+        flat = _leaves(params_tree, params, "params")
+        flat = _checked(flat, self.in_avals[: self.num_params], "params")
+        stored = _from_storage(residuals, self.residual_avals, "residuals")
+        return [*consts, *flat, *stored]
+
+    def backward_input(self, operands, output_cts):
+        cts = self._cotangents(output_cts)
+        outs = compat.evaluate(self.i, *operands, *cts)
+        num = len(outs) - len(self.crossing_avals)
+        return self._input_cts(outs[:num]), tuple(map(_to_storage, outs[num:]))
+
+    def backward_weights(self, operands, crossing):
+        crossing = _from_storage(crossing, self.crossing_avals, "crossing")
+        read = zip([*operands, *crossing], self.read_by_w, strict=True)
+        return self._param_cts(compat.evaluate(self.w, *(x for x, r in read if r)))
+
+    def backward(self, operands, output_cts):
+        cts = self._cotangents(output_cts)
+        outs = compat.evaluate(self.b, *operands, *cts)
+        num = sum(map(_has_cotangent, self.in_avals[self.num_params :]))
+        return self._param_cts(outs[num:]), self._input_cts(outs[:num])
+
+    # What split_vjp hands out: `saved` holds the residuals that W reads.
+
+    def kept_until_weights(self, operands):
+        stop = len(operands) - len(self.residual_avals)
+        read = zip(operands[:stop], self.read_by_w, strict=False)
+        return [x for x, r in read if r]
+
+    def start(self, operands, output_cts):
+        input_cts, crossing = self.backward_input(operands, output_cts)
+        residuals = operands[len(operands) - len(self.residual_avals) :]
+        read = zip(residuals, self.read_by_weights, strict=True)
+        return input_cts, (*(_to_storage(x) for x, r in read if r), *crossing)
+
+    def finish(self, kept, saved):
+        read = zip(self.residual_avals, self.read_by_weights, strict=True)
+        residual_avals = [aval for aval, r in read if r]
+        values = _from_storage(saved, [*residual_avals, *self.crossing_avals], "saved")
+        num, stop = len(residual_avals), len(self.read_by_w) - len(self.crossing_avals)
+        crossed = zip(values[num:], self.read_by_w[stop:], strict=True)
+        args = [*kept, *values[:num], *(x for x, r in crossed if r)]
+        return self._param_cts(compat.evaluate(self.w, *args))
+
+    def _cotangents(self, output_cts):
+        flat = _leaves(self.out_tree, output_cts, "output_cts")
+        pairs = list(zip(flat, self.out_avals, strict=True))
+        flat = [ct for ct, aval in pairs if _has_cotangent(aval)]
+        avals = [aval for _, aval in pairs if _has_cotangent(aval)]
+        return _checked(flat, avals, "output_cts")
+
+    def _input_cts(self, flat):
+        full = _with_float0(self.in_avals[self.num_params :], flat)
+        return jax.tree.unflatten(self.in_tree.children()[1], full)
+
+    def _param_cts(self, flat):
+        full = _with_float0(self.in_avals[: self.num_params], flat)
+        return jax.tree.unflatten(self.in_tree.children()[0], full)
+
+
+def trace_programs(fn, params, inputs, has_aux, early_reductions):
+    """Returns (programs, constants)."""
+    in_avals = _avals((params, inputs))
+    in_tree = jax.tree.structure((params, inputs))
+    num_params = jax.tree.structure(params).num_leaves
+    record = {}
+
+    def forward(*flat):
+        params, inputs = jax.tree.unflatten(in_tree, flat)
+        call = _checked_function(fn, has_aux)
+        outputs, pullback, *aux = jax.vjp(call, params, *inputs, has_aux=has_aux)
+        record["out"] = jax.tree.structure(outputs)
+        record["aux"] = jax.tree.structure(aux[0]) if has_aux else None
+        saved, record["pullback"] = jax.tree.flatten(pullback)
+        return jax.tree.leaves((outputs, aux, saved))
+
+    def backward(*flat):
+        saved, cts = flat[:num_saved], flat[num_saved:]
+        pullback = jax.tree.unflatten(record["pullback"], saved)
+        full = _with_float0(out_avals, cts)
+        param_cts, *input_cts = pullback(jax.tree.unflatten(record["out"], full))
+        leaves = jax.tree.leaves((input_cts, param_cts))
+        return [ct for ct in leaves if ct.dtype != dtypes.float0]
+
+    f, f_consts = flatten(trace(forward, in_avals), inline_custom=False)
+    num_kept = sum(
+        record[k].num_leaves for k in ("out", "aux") if record[k] is not None
+    )
+    out_avals = tuple(v.aval for v in f.outvars[: record["out"].num_leaves])
+    saved_avals = [v.aval for v in f.outvars[num_kept:]]
+    num_saved = len(saved_avals)
+    ct_avals = [aval for aval in out_avals if _has_cotangent(aval)]
+    b, b_consts = flatten(
+        trace(backward, [*saved_avals, *ct_avals]), inline_custom=True
+    )
+    joint, late = join(f, b, len(f_consts), len(b_consts), num_kept)
+    consts = (*f_consts, *b_consts)
+
+    both = [Status.CONSTANT] * len(consts) + [Status.STATIC] * num_params
+    early = [Status.EARLY] * (len(in_avals) - num_params)
+    step = split(
+        joint,
+        [*both, *early, *[Status.LATE] * len(ct_avals)],
+        [i < num_kept for i in range(len(joint.outvars))],
+        Policy(late_heavy=False),
+        late_equations=late,
+    )
+    whole = sink(step.late)
+    num_input_cts = sum(map(_has_cotangent, in_avals[num_params:]))
+    free = [Status.FREE] * len(step.crossing)
+    halves = split(
+        whole,
+        [*both, *free, *[Status.EARLY] * len(ct_avals)],
+        [i < num_input_cts for i in range(len(whole.outvars))],
+        Policy(late_heavy=True, early_reductions=early_reductions),
+    )
+    w, read_by_w = prune(fuse(halves.late))
+    programs = Programs(
+        f=step.early,
+        i=halves.early,
+        w=w,
+        b=whole,
+        read_by_w=read_by_w,
+        in_tree=in_tree,
+        out_tree=record["out"],
+        aux_tree=record["aux"],
+        in_avals=in_avals,
+        out_avals=out_avals,
+        residual_avals=tuple(v.aval for v in step.crossing),
+        crossing_avals=tuple(v.aval for v in halves.crossing),
+        num_params=num_params,
+    )
+    return programs, consts
+
+
+def _avals(args: PyTree) -> tuple[Any, ...]:
+    avals = []
+    for path, leaf in jax.tree.leaves_with_path(args):
+        kind = "params" if path[0].idx == 0 else "inputs"
+        where = kind + jax.tree_util.keystr(path[1:])
+        avals.append(_aval(leaf, where, "pass arrays, or jax.ShapeDtypeStruct"))
+    return tuple(avals)
+
+
+def _checked_function(fn, has_aux):
+    """Returns ``fn`` with errors that name the result that is wrong."""
+
+    def checked(*args):
+        result = fn(*args)
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(
+                f"fn must return (outputs, aux) with {has_aux=}, got "
+                f"{type(result).__name__}; return a pair or leave has_aux out."
+            )
+        for path, leaf in jax.tree.leaves_with_path(result):
+            where = "fn(...)" + jax.tree_util.keystr(path)
+            _aval(leaf, where, "return arrays only")
+        return result
+
+    return checked
+
+
+def _aval(x: Any, name: str, remedy: str) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.make_jaxpr(lambda x: x)(x).in_avals[0]
+    try:
+        aval = jax.typeof(x)
+    except TypeError:
+        aval = None
+    if not hasattr(aval, "dtype") or hasattr(aval, "inner_aval"):  # a jax.Ref has one
+        raise ValueError(f"{name} must be an array, got {x!r}; {remedy}.")
+    return aval
+
+
+def _has_cotangent(aval: Any) -> bool:
+    return dtypes.issubdtype(aval.dtype, np.inexact)
+
+
+def _with_float0(avals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    """Puts the zeros of float0 where ``jax.vjp`` has them, at integer values."""
+    given = iter(cotangents)
+    return [
+        next(given) if _has_cotangent(a) else np.zeros(a.shape, dtypes.float0)
+        for a in avals
+    ]
+
+
+def _take(values, tree: Any) -> list[Any]:
+    return [next(values) for _ in range(tree.num_leaves)]
+
+
+def _leaves(tree: Any, value: PyTree, name: str) -> list[Any]:
+    leaves, actual = jax.tree.flatten(value)
+    if actual != tree:
+        raise ValueError(
+            f"{name} must have the structure of the trace, {tree}, got {actual}; trace "
+            "another plan for it."
+        )
+    return leaves
+
+
+def _checked(values: Sequence[Any], avals: Sequence[Any], name: str) -> list[Any]:
+    """Returns ``values``, varying over the mesh axes that the trace says."""
+    if len(values) != len(avals):
+        raise ValueError(
+            f"{name} must hold {len(avals)} arrays, got {len(values)}; pass what the "
+            "plan's previous step returned."
+        )
+    for i, (x, aval) in enumerate(zip(values, avals, strict=True)):
+        actual = _aval(x, f"{name}[{i}]", "pass arrays")
+        if (actual.shape, actual.dtype) != (aval.shape, aval.dtype):
+            raise ValueError(
+                f"{name}[{i}] (flat) must be {aval.str_short()} as traced, got "
+                f"{actual.str_short()}; cast or reshape it, or trace another plan."
+            )
+    return [compat.vary_like(x, aval) for x, aval in zip(values, avals, strict=True)]
+
+
+def _is_key(aval: Any) -> bool:
+    return dtypes.issubdtype(aval.dtype, dtypes.prng_key)
+
+
+def _to_storage(x: Any) -> Any:
+    """Random keys are kept as their bits, so that any buffer can hold them."""
+    return jax.random.key_data(x) if _is_key(jax.typeof(x)) else x
+
+
+def storage_struct(aval: Any) -> jax.ShapeDtypeStruct:
+    struct = compat.struct(aval)
+    return jax.eval_shape(jax.random.key_data, struct) if _is_key(aval) else struct
+
+
+def _from_storage(values: Sequence[Any], avals: Sequence[Any], name: str) -> list[Any]:
+    stored = [_storage_aval(aval) for aval in avals]
+    return [
+        jax.random.wrap_key_data(x, impl=compat.key_impl(aval)) if _is_key(aval) else x
+        for x, aval in zip(_checked(values, stored, name), avals, strict=True)
+    ]
+
+
+def _storage_aval(aval: Any) -> Any:
+    return _aval(storage_struct(aval), "", "") if _is_key(aval) else aval
