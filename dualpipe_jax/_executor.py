@@ -321,7 +321,6 @@ class _Runner:
         if backward is None or self.forward_only:
             return state
 
-
         def body(carry):
             messages, grads = carry
             dx = _read(messages, row.b_out)

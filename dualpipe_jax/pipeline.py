@@ -466,9 +466,9 @@ class _Model:
     def _zero_grad(self, leaf) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return jnp.zeros_like(leaf)
-        return jnp.zeros(
-            leaf.shape, jnp.promote_types(leaf.dtype, self.accumulate_dtype)
-        )
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(leaf.dtype, self.accumulate_dtype)
+        return jnp.zeros(leaf.shape, dtype)
 
     def _zero_aux(self, aux) -> PyTree:
         lead = self.schedule.num_microbatches if self.aux_reduction == "stack" else None
