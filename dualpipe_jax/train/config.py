@@ -49,6 +49,8 @@ class OptimizerConfig:
       learning_rate: the peak.
       warmup_steps: steps until the peak is reached.
       final_fraction: the last step's learning rate over the peak.
+      b1: decay of the mean of the gradients.
+      b2: decay of the mean of their squares.
       weight_decay: applied to matrices only, not to the scales of norms.
       clip_norm: the largest global gradient norm that an update may have.
     """

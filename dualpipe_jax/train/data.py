@@ -56,7 +56,9 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise ValueError(f"data path {path} does not exist; give files or folders.")
+            raise ValueError(
+                f"data path {path} is no file or folder; give one that is."
+            )
     if not files:
         raise ValueError(
             f"data paths {', '.join(map(str, paths))} hold no file; give files or "

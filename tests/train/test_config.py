@@ -1,0 +1,54 @@
+"""Configs are found by path or name, and those that cannot be run are refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from dualpipe_jax.train import config as config_module
+from tests.train import tiny
+
+
+def test_by_path_and_by_name():
+    by_path = config_module.load_config(str(Path(__file__).with_name("tiny.py")))
+    assert (by_path.name, by_path.tokens_per_step) == ("tiny", 4 * 2 * 16)
+    assert config_module.load_config("bytes").num_devices == 8
+
+
+def test_a_missing_config_is_named_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"'bites' not found .* one of .*bytes"):
+        config_module.load_config("bites")
+    with pytest.raises(ValueError, match=r"'no/such.py' not found"):
+        config_module.load_config("no/such.py")
+
+
+def test_a_file_without_config_is_refused(tmp_path):
+    path = tmp_path / "empty.py"
+    path.touch()
+    with pytest.raises(ValueError, match=r"empty.py defines no config\(\)"):
+        config_module.load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 0}, r"num_steps=0 must be at least 1"),
+        ({"sequence_length": 0}, r"sequence_length=0 must be at least 1"),
+        ({"eval_every": -1}, r"eval_every=-1 must be at least 1"),
+        ({"mesh": {"pp": 2}}, r"mesh=\{'pp': 2\} must have the axes pp and dp"),
+        ({"mesh": {"pp": 2, "dp": 0}}, r"each size must be at least 1"),
+        ({"mesh": {"pp": 2, "dp": 3}}, r"microbatch_size=2 must be divisible by .* 3"),
+        ({"held_out_fraction": 1.0}, r"held_out_fraction=1.0 must lie between 0 and 1"),
+    ],
+)
+def test_values_that_cannot_be_run_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny.config(), **change)
+
+
+def test_json_names_the_schedule():
+    read = json.loads(tiny.config().to_json())
+    assert read["schedule"] == "dualpipe"
+    assert read["model"]["width"] == 16
+    assert read["mesh"] == {"pp": 2, "dp": 1}

@@ -1,0 +1,120 @@
+"""The jitted step: equal to an unpipelined one, laid out over the mesh, and checked."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from dualpipe_jax import PipelineParams
+from dualpipe_jax.train import data, make_programs
+from dualpipe_jax.train import step as step_module
+from dualpipe_jax.train.config import OptimizerConfig
+from dualpipe_jax.train.model import Transformer
+from tests import reference
+from tests.train import tiny
+
+TEXT = np.tile(np.arange(64, dtype=np.uint8), 50)
+
+
+def losses_of(config, num_steps=3):
+    """Each step's loss and gradient norm, and the last held-out loss."""
+    programs = make_programs(config).compile()
+    shape = (config.num_microbatches, config.microbatch_size)
+    state, record = programs.init(), []
+    for step in range(num_steps):
+        batch = data.sample_batch(
+            TEXT, shape, config.sequence_length, seed=0, step=step
+        )
+        state, metrics = programs.train_step(state, *batch)
+        record.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+    batch = data.held_out_batch(TEXT, shape, config.sequence_length)
+    return np.array(record), float(programs.held_out_loss(state.params, *batch))
+
+
+@pytest.mark.slow
+def test_training_is_that_of_the_unpipelined_model(monkeypatch):
+    config = dataclasses.replace(tiny.config(), mesh={"pp": 2, "dp": 2})
+    pipelined, held_out = losses_of(config)
+    monkeypatch.setattr(
+        step_module, "pipeline_value_and_grad", reference.reference_value_and_grad
+    )
+    monkeypatch.setattr(step_module, "pipeline_forward", reference.reference_forward)
+    expected, expected_held_out = losses_of(config)
+    assert expected[-1, 0] < expected[0, 0] - 0.1  # it learns, so steps matter
+    # f32: another order of sums, grown by two steps of Adam.
+    np.testing.assert_allclose(pipelined, expected, rtol=1e-4)
+    np.testing.assert_allclose(held_out, expected_held_out, rtol=1e-4)
+
+
+def test_stages_and_their_optimizer_state_lie_on_their_ranks():
+    state = make_programs(tiny.config()).abstract_state
+    adam = state.opt_state[1][0]
+    for tree in (state.params, adam.mu, adam.nu):
+        specs = [leaf.sharding.spec for leaf in jax.tree.leaves(tree.stages)]
+        assert specs == [PartitionSpec("pp")] * len(specs)
+        for leaf in jax.tree.leaves((tree.embed, tree.head)):
+            assert leaf.sharding.is_fully_replicated
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(state.params.stages))
+
+
+def test_weights_decay_and_scales_do_not():
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.5)
+    params = PipelineParams(
+        stages={"kernel": np.ones((2, 3, 3), "f"), "scale": np.ones((2, 3), "f")},
+        embed={"table": np.ones((4, 3), "f")},
+        head={"kernel": np.ones((3, 4), "f"), "scale": np.ones(3, "f")},
+    )
+    optimizer = step_module.make_optimizer(config, num_steps=10)
+    zeros = jax.tree.map(np.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):  # as the step does, for optax
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for name, leaf in [*updates.stages.items(), *updates.head.items()]:
+        assert np.all(np.asarray(leaf) == 0) == (name == "scale"), name
+    assert np.all(np.asarray(updates.embed["table"]) < 0)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "num_steps", "step", "expected"),
+    [
+        (4, 20, 1, 0.25),
+        (4, 20, 4, 1.0),
+        (4, 20, 12, 0.55),  # half way down a cosine from 1 to 0.1
+        (4, 20, 20, 0.1),
+        (0, 1, 1, 0.1),
+        (10, 5, 5, 0.5),  # a run that ends inside its warm-up
+    ],
+)
+def test_learning_rate(warmup, num_steps, step, expected):
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=warmup)
+    with jax.numpy_dtype_promotion("standard"):  # optax's floats and int counts
+        rate = step_module.learning_rate(config, num_steps)(step)
+    np.testing.assert_allclose(rate, 2 * expected, rtol=1e-6)
+
+
+def test_the_first_step_moves_the_parameters():
+    config = dataclasses.replace(tiny.config().optimizer, warmup_steps=10)
+    params = PipelineParams(stages={"w": np.ones((2, 3, 3), "f")})
+    optimizer = step_module.make_optimizer(config, num_steps=20)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert float(optax.tree.norm(updates)) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh": {"pp": 8, "dp": 2}}, r"needs 16 devices, but jax has 8 \(cpu\); use"),
+        ({"mesh": {"pp": 3, "dp": 1}}, r"num_ranks=3 must be even"),
+        ({"num_microbatches": 2}, r"num_microbatches=2 must be even and >= 2\*"),
+        (
+            {"model": Transformer(width=16, hidden=32, num_heads=2, num_layers=3)},
+            r"num_layers=3 must be a positive multiple of num_stages=2",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_compiling(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_programs(dataclasses.replace(tiny.config(), **change))
