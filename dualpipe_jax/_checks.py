@@ -8,26 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dualpipe_jax.params import PipelineParams, describe
 from dualpipe_jax.schedule import Schedule
 
 PyTree = Any
 REDUCTIONS = ("sum", "mean", "stack")
 
 
-def describe(tree: PyTree) -> str:
-    """Structure, shapes and dtypes of a pytree of arrays, as text to compare or show."""
-    return str(
-        jax.tree.map(
-            lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree
-        )
-    )
-
-
 def check_mesh(schedule: Schedule, mesh, axis_name: str, data_axes: Sequence[str]):
     if axis_name not in mesh.axis_names:
         raise ValueError(
-            f"{axis_name=} is not an axis of the mesh {tuple(mesh.axis_names)}; name its "
-            "pipeline axis, or make the mesh with one."
+            f"{axis_name=} is not an axis of the mesh {tuple(mesh.axis_names)}; name "
+            "its pipeline axis, or make the mesh with one."
         )
     size = mesh.shape[axis_name]
     if size != schedule.num_ranks:
@@ -56,8 +48,6 @@ def check_reduction(aux_reduction: str):
 
 
 def check_params(params, schedule: Schedule):
-    from dualpipe_jax.pipeline import PipelineParams
-
     if not isinstance(params, PipelineParams):
         raise ValueError(
             f"params is a {type(params).__name__}; wrap it: PipelineParams(stages=...)."
@@ -69,6 +59,12 @@ def check_params(params, schedule: Schedule):
         )
     for path, leaf in leaves:
         shape = jnp.shape(leaf)
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+            raise ValueError(
+                f"params.stages{jax.tree_util.keystr(path)} is a {leaf.dtype} array; "
+                "keep random state out of the parameters (nnx.split(module, nnx.Param, "
+                "...)) and pass key= to the step."
+            )
         if not shape or shape[0] != schedule.num_stages:
             raise ValueError(
                 f"params.stages{jax.tree_util.keystr(path)} has shape {shape}; its "
@@ -107,22 +103,18 @@ def check_activations(x: PyTree, embed_fn: Callable | None):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"{source}{jax.tree_util.keystr(path)} has dtype {leaf.dtype}; "
-                "activations must be floating, to carry gradients: pass embed_fn to turn "
-                "tokens into activations."
+                "activations must be floating, to carry gradients: pass embed_fn to "
+                "turn tokens into activations."
             )
 
 
-def check_stage(stage_fn, params, x, keys) -> tuple[Callable, bool, PyTree]:
-    """Whether the stage keeps its input's shape, and whether it returns aux."""
-    if keys:
-        out = jax.eval_shape(lambda p, x, k: stage_fn(p, x, key=k), params, x, keys[0])
-    else:
-        out = jax.eval_shape(stage_fn, params, x)
+def check_stage(out: PyTree, x: PyTree) -> tuple[bool, PyTree]:
+    """Whether the stage, whose output is `out`, returns aux beside, and which."""
     wanted = describe(x)
     if describe(out) == wanted:
-        return stage_fn, False, None
+        return False, None
     if isinstance(out, tuple) and len(out) == 2 and describe(out[0]) == wanted:
-        return stage_fn, True, out[1]
+        return True, out[1]
     raise ValueError(
         f"stage_fn turns {wanted} into {describe(out)}; a stage must return what it "
         "takes, in shape and dtype, or (that, aux). Put what differs into embed_fn or "
@@ -130,10 +122,10 @@ def check_stage(stage_fn, params, x, keys) -> tuple[Callable, bool, PyTree]:
     )
 
 
-def check_loss(out) -> PyTree:
+def check_loss(out: Any) -> PyTree:
     """Checks the shapes of the loss; returns those of its auxiliary outputs."""
     loss, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
-    if not hasattr(loss, "shape") or loss.shape:
+    if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape:
         raise ValueError(
             f"loss_fn returns {describe(loss)}; it must return a scalar, or (scalar, "
             "aux): take the mean over the microbatch."

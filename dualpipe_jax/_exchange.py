@@ -9,6 +9,7 @@ back, by permutes outside all rank-dependent control flow.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -68,7 +69,8 @@ class Exchange:
         """Owned stages, leaves [V, ...], as a tuple of chunks, leaves [...]."""
         chunks: list[Any] = [None] * self.num_chunks
         for move in self.moves:
-            sent = jax.tree.map(lambda leaf: _pick(leaf, move.owned, rank), owned)
+            pick = functools.partial(_pick, index=move.owned, rank=rank)
+            sent = jax.tree.map(pick, owned)
             got = self._permute(sent, move.pairs)
             for c in range(self.num_chunks):
                 here = move.chunk == c
@@ -95,17 +97,13 @@ class Exchange:
                 here = received & (move.owned == v)
                 if not here.any():
                     continue
+                part = got
                 if not here.all():
-                    mine = jnp.asarray(here)[rank]
-                    part = jax.tree.map(
-                        lambda leaf: jnp.where(mine, leaf, jnp.zeros_like(leaf)),  # noqa: B023
-                        got,
-                    )
-                else:
-                    part = got
-                owned[v] = (
-                    part if owned[v] is None else jax.tree.map(jnp.add, owned[v], part)
-                )
+                    none = jax.tree.map(jnp.zeros_like, got)
+                    part = _select(jnp.asarray(here)[rank], got, none)
+                if owned[v] is not None:
+                    part = jax.tree.map(jnp.add, owned[v], part)
+                owned[v] = part
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *owned)
 
     def _permute(self, tree: Any, pairs: tuple[tuple[int, int], ...]) -> Any:

@@ -36,7 +36,7 @@ class State(NamedTuple):
     stage_grads: tuple[PyTree, ...]  # one tree a chunk
     embed_grads: PyTree
     head_grads: PyTree
-    losses: jax.Array  # [num_microbatches]; in forward-only programs the outputs
+    outputs: PyTree  # [num_microbatches, ...]: losses, or what the last stage gives
     stage_aux: tuple[PyTree, ...]  # one tree a chunk
     loss_aux: PyTree
 
@@ -62,6 +62,10 @@ class Row(NamedTuple):
     receive: jax.Array  # [rounds]
 
 
+def _never(*args):
+    raise NotImplementedError("A forward-only program has no backward task.")
+
+
 class Work(NamedTuple):
     """What the ticks call; the executor knows no model beyond these functions.
 
@@ -70,11 +74,12 @@ class Work(NamedTuple):
 
     embed: Callable[[jax.Array], PyTree]  # microbatch -> x
     forward: Callable[..., tuple]  # params, x, stage, microbatch -> y, aux, residuals
-    backward: Callable[..., tuple]  # params, residuals, dy -> grads, dx
-    backward_input: Callable[..., tuple]  # params, residuals, dy -> dx, crossing
-    backward_weights: Callable[..., PyTree]  # params, residuals, crossing -> grads
-    finish: Callable[..., tuple]  # y, microbatch -> loss, aux, head and embed grads, dy
-    embed_backward: Callable[..., PyTree] | None  # dx, microbatch -> grads
+    finish: Callable[..., tuple]  # y, microbatch -> output, aux, head & embed grads, dy
+    # What a forward-only program lacks:
+    backward: Callable[..., tuple] = _never  # params, residuals, dy -> grads, dx
+    backward_input: Callable[..., tuple] = _never  # the same -> dx, crossing
+    backward_weights: Callable[..., PyTree] = _never  # .., crossing -> grads
+    embed_backward: Callable[..., PyTree] | None = None  # dx, microbatch -> grads
 
 
 def run(
@@ -283,26 +288,26 @@ class _Runner:
         """After the last stage: the loss and its cotangent, or the model's output."""
 
         def body(carry):
-            messages, losses, head_grads, embed_grads, aux = carry
+            messages, outputs, head_grads, embed_grads, aux = carry
             y = _read(messages, row.f_out)
-            loss, new_aux, head, embed, dy = self.work.finish(y, row.f_microbatch)
-            losses = _write(losses, row.f_microbatch, loss)
+            output, new_aux, head, embed, dy = self.work.finish(y, row.f_microbatch)
+            outputs = _write(outputs, row.f_microbatch, output)
             if dy is not None:
                 messages = _write(messages, row.loss_out, dy)
             return (
                 messages,
-                losses,
+                outputs,
                 _accumulate(head_grads, head),
                 embed_grads if embed is None else _accumulate(embed_grads, embed),
                 self.add_aux(aux, new_aux, row.f_microbatch),
             )
 
-        messages, losses, head_grads, embed_grads, aux = _when(
+        messages, outputs, head_grads, embed_grads, aux = _when(
             row.f_last == 1,
             body,
             (
                 state.messages,
-                state.losses,
+                state.outputs,
                 state.head_grads,
                 state.embed_grads,
                 state.loss_aux,
@@ -310,7 +315,7 @@ class _Runner:
         )
         return state._replace(
             messages=messages,
-            losses=losses,
+            outputs=outputs,
             head_grads=head_grads,
             embed_grads=embed_grads,
             loss_aux=aux,
@@ -318,7 +323,7 @@ class _Runner:
 
     def _embed_backward(self, row: Row, state: State) -> State:
         backward = self.work.embed_backward
-        if backward is None or self.forward_only:
+        if backward is None:
             return state
 
         def body(carry):
@@ -332,7 +337,7 @@ class _Runner:
         return state._replace(messages=messages, embed_grads=grads)
 
     def _exchange(self, row: Row, state: State, permutes) -> State:
-        """Sends and receives: all of a tick's messages are read before one is written."""
+        """Sends and receives: reads all of a tick's messages before it writes one."""
         values = [_read(state.messages, row.send[k]) for k in range(len(permutes))]
         values, messages = lax.optimization_barrier((values, state.messages))
         for k, (permute, value) in enumerate(zip(permutes, values, strict=True)):

@@ -333,7 +333,7 @@ class _Tabulator:
 
 
 @simulate.register
-def _(program: Program, costs: Costs = Costs()) -> Timeline:
+def _(program: Program, costs: Costs = Costs()) -> Timeline:  # noqa: B008
     """Runs the program's order of steps and permutes on a clock for each rank."""
     schedule = program.schedule
     now = [0.0] * schedule.num_ranks

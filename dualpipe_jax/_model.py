@@ -1,0 +1,212 @@
+"""A user's model on a mesh: what goes into `jax.shard_map`, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from dualpipe_jax import _checks
+from dualpipe_jax._exchange import Exchange
+from dualpipe_jax._executor import State, run
+from dualpipe_jax._work import Functions, forward_work, training_work
+from dualpipe_jax.lowering import Program
+from dualpipe_jax.params import PipelineAux, PipelineParams
+
+PyTree = Any
+P = PartitionSpec
+
+
+class Outputs(NamedTuple):
+    """What one call gives.
+
+    Attributes:
+      outputs: losses [num_microbatches]; of a forward-only program the last stage's
+        outputs, leaves [num_microbatches, microbatch, ...].
+      aux: auxiliary outputs, or None.
+      grads: gradients, in training.
+    """
+
+    outputs: PyTree
+    aux: PyTree
+    grads: PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """The user's functions, a program, and how arrays lie on the mesh.
+
+    The fields are the arguments of `pipeline_value_and_grad`, the schedule lowered;
+    without a `loss_fn` the model runs forward only.
+    """
+
+    stage_fn: Callable[..., PyTree]
+    embed_fn: Callable[..., PyTree] | None
+    loss_fn: Callable[..., Any] | None
+    program: Program
+    mesh: Mesh
+    axis_name: str
+    data_axes: tuple[str, ...]
+    param_specs: PipelineParams
+    tied: bool = False
+    aux_reduction: str = "sum"
+    accumulate_dtype: Any = jnp.float32
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The mesh axes other than the pipeline's."""
+        return tuple(a for a in self.mesh.axis_names if a != self.axis_name)
+
+    def call(self, params, inputs, targets, key) -> Outputs:
+        """Runs the program on the whole mesh; global arrays in and out."""
+        schedule = self.program.schedule
+        _checks.check_params(params, schedule)
+        _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
+        specs = self._param_specs(params)
+        batch = P(None, self.data_axes) if self.data_axes else P()
+        training = self.loss_fn is not None
+        body = jax.shard_map(
+            self._train if training else self._forward,
+            mesh=self.mesh,
+            in_specs=(specs, batch, batch, P()),
+            out_specs=(
+                Outputs(P(), PipelineAux(P(self.axis_name), P()), specs)
+                if training
+                else batch
+            ),
+            # Every value here is one device's own. The gradients of what is
+            # replicated are summed once, at the end, and not by AD in each tick.
+            check_vma=False,
+        )
+        out = body(params, inputs, targets, key)
+        if not training:
+            return Outputs(out, None, None)
+        stages, loss = out.aux
+        if stages is None or loss is None:
+            out = out._replace(aux=loss if stages is None else stages)
+        return out
+
+    def _param_specs(self, params: PipelineParams) -> PipelineParams:
+        def full(prefix, tree, *leading):
+            return jax.tree.map(
+                lambda spec, part: jax.tree.map(lambda _: P(*leading, *spec), part),
+                P() if prefix is None else prefix,
+                tree,
+                is_leaf=lambda node: isinstance(node, PartitionSpec),
+            )
+
+        own = self.param_specs
+        return PipelineParams(
+            full(own.stages, params.stages, self.axis_name),
+            full(own.embed, params.embed),
+            full(own.head, params.head),
+        )
+
+    def _run(self, make_work, params, inputs, targets, key):
+        """Runs all ticks on one device; leaves of `params.stages` are [V, ...] here."""
+        rank = lax.axis_index(self.axis_name)
+        exchange = Exchange(self.program, self.axis_name)
+        chunks = exchange.to_chunks(params.stages, rank)
+        if key is not None and self.data_axes:
+            key = jax.random.fold_in(key, lax.axis_index(self.data_axes))
+        functions = Functions(
+            self.stage_fn, self.embed_fn, self.loss_fn, self.tied, self.program, key
+        )
+        work, buffers = make_work(functions, params, chunks[0], inputs, targets)
+        state = State(
+            # One message slot more: ranks that receive nothing write there.
+            messages=_slots(buffers.activation, self.program.num_message_slots + 1),
+            residuals=_slots(buffers.residuals, self.program.num_slots),
+            queue=_slots(buffers.crossing, self.program.num_weight_slots),
+            stage_grads=tuple(map(self._zero_grads, chunks)),
+            embed_grads=self._zero_grads(params.embed),
+            head_grads=self._zero_grads(params.head),
+            outputs=_slots(buffers.output, self.program.schedule.num_microbatches),
+            stage_aux=tuple(self._zero_aux(buffers.stage_aux) for _ in chunks),
+            loss_aux=self._zero_aux(buffers.loss_aux),
+        )
+        add_aux = _write_aux if self.aux_reduction == "stack" else _sum_aux
+        state = run(self.program, work, chunks, state, rank, self.axis_name, add_aux)
+        return state, exchange, rank
+
+    def _forward(self, params, inputs, targets, key) -> PyTree:
+        state, _, _ = self._run(forward_work, params, inputs, targets, key)
+        # Only the rank of the last stage has written; the others hold zeros.
+        return lax.psum(state.outputs, self.axis_name)
+
+    def _train(self, params, inputs, targets, key) -> Outputs:
+        state, exchange, rank = self._run(training_work, params, inputs, targets, key)
+        losses = lax.psum(state.outputs, self.axis_name)
+        grads = PipelineParams(
+            exchange.to_owners(state.stage_grads, rank),
+            lax.psum(state.embed_grads, self.axis_name),
+            lax.psum(state.head_grads, self.axis_name),
+        )
+        if self.beside:
+            losses = lax.pmean(losses, self.beside)
+            grads = jax.tree.map(self._mean_grad, grads, self._param_specs(params))
+        stage_aux = exchange.to_owners(state.stage_aux, rank)
+        aux = PipelineAux(stage_aux, lax.psum(state.loss_aux, self.axis_name))
+        return Outputs(losses, self._reduce_aux(aux), grads)
+
+    def _mean_grad(self, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """The step's loss is the mean over devices: sum copies, divide by devices."""
+        if not jnp.issubdtype(grad.dtype, jnp.inexact):
+            return grad
+        sharded = set(jax.tree.leaves(tuple(spec)))
+        copies = tuple(axis for axis in self.beside if axis not in sharded)
+        total = lax.psum(grad, copies) if copies else grad
+        return total / math.prod(self.mesh.shape[axis] for axis in self.beside)
+
+    def _reduce_aux(self, aux: PipelineAux) -> PipelineAux:
+        if self.data_axes:
+            reduce = lax.psum if self.aux_reduction == "sum" else lax.pmean
+            aux = jax.tree.map(lambda leaf: reduce(leaf, self.data_axes), aux)
+        if self.aux_reduction == "mean":
+            count = self.program.schedule.num_microbatches
+            aux = jax.tree.map(lambda leaf: leaf / count, aux)
+        return PipelineAux(*(tree if jax.tree.leaves(tree) else None for tree in aux))
+
+    def _zero_grads(self, params: PyTree) -> PyTree:
+        if self.loss_fn is None:
+            return None
+        return jax.tree.map(
+            functools.partial(_zero_grad, accumulate_dtype=self.accumulate_dtype),
+            params,
+        )
+
+    def _zero_aux(self, aux: PyTree) -> PyTree:
+        lead = ()
+        if self.aux_reduction == "stack":
+            lead = (self.program.schedule.num_microbatches,)
+        return jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), aux)
+
+
+def _zero_grad(leaf: jax.Array, accumulate_dtype: Any) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(leaf.dtype, accumulate_dtype)
+    return jnp.zeros(leaf.shape, dtype)
+
+
+def _sum_aux(total: PyTree, new: PyTree, microbatch: jax.Array) -> PyTree:
+    del microbatch
+    return jax.tree.map(jnp.add, total, new)
+
+
+def _write_aux(total: PyTree, new: PyTree, microbatch: jax.Array) -> PyTree:
+    return jax.tree.map(
+        lambda t, n: lax.dynamic_update_index_in_dim(t, n, microbatch, 0), total, new
+    )
+
+
+def _slots(tree: PyTree, count: int) -> PyTree:
+    return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), tree)

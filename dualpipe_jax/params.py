@@ -1,0 +1,98 @@
+"""What a pipelined model's parameters look like, and how to make them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("stages", "embed", "head"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class PipelineParams:
+    """Parameters of a pipelined model; a pytree, so optax and orbax take it as it is.
+
+    Attributes:
+      stages: one copy of every stage; each leaf has a leading axis [num_stages, ...]
+        in model order. `stack_stages` makes it from a list.
+      embed: parameters of `embed_fn`, or None.
+      head: parameters of `loss_fn`, or None.
+    """
+
+    stages: PyTree = None
+    embed: PyTree = None
+    head: PyTree = None
+
+
+class PipelineAux(NamedTuple):
+    """Auxiliary outputs where both functions return some.
+
+    Attributes:
+      stages: of `stage_fn`, with a leading axis [num_stages, ...].
+      loss: of `loss_fn`.
+    """
+
+    stages: PyTree
+    loss: PyTree
+
+
+def describe(tree: PyTree) -> str:
+    """Structure, shapes and dtypes of a pytree of arrays, as text."""
+    return str(
+        jax.tree.map(
+            lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree
+        )
+    )
+
+
+def stack_stages(stages: Sequence[PyTree]) -> PyTree:
+    """Stacks the parameters of stages, in model order, along a new leading axis.
+
+    Args:
+      stages: one pytree a stage, all of the same structure and shapes.
+
+    Returns:
+      One pytree whose leaves are [num_stages, ...].
+
+    Raises:
+      ValueError: there is no stage, or the stages differ in structure or shapes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> stack_stages([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
+      (2, 3)
+    """
+    if not stages:
+        raise ValueError(f"{stages=} is empty; give one pytree a stage.")
+    first = describe(stages[0])
+    for i, stage in enumerate(stages):
+        if describe(stage) != first:
+            raise ValueError(
+                f"stages[{i}] differs from stages[0] ({describe(stage)} against "
+                f"{first}); stages must have the same structure, shapes and dtypes."
+            )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stages)
+
+
+def microbatch_key(key: jax.Array, stage: Any, microbatch: Any) -> jax.Array:
+    """The key of one stage's work on one microbatch, whatever the schedule.
+
+    Args:
+      key: the key that the step was called with.
+      stage: logical stage; the embedding has `num_stages`.
+      microbatch: numbered over both directions.
+
+    Returns:
+      A key that depends on nothing but the three.
+    """
+    return jax.random.fold_in(jax.random.fold_in(key, stage), microbatch)
