@@ -1,0 +1,160 @@
+"""GPU meshes without GPUs: compile-only devices for XLA's real GPU pipeline.
+
+What such a mesh compiles is what the GPUs would run: `compiled.as_text()` is the
+scheduled module, `compiled.memory_analysis()` the bytes a GPU needs. Nothing can
+be executed on it. It needs the extra `gpu-aot` (jax's CUDA plugin), but no CUDA
+libraries, no driver and no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What XLA wants to know of a GPU: the fields of its GpuTargetConfigProto.
+
+    Attributes:
+      name: what the driver calls it.
+      compute_capability: (major, minor).
+      core_count: streaming multiprocessors.
+      clock_rate_ghz: boost clock.
+      memory_bandwidth: bytes per second.
+      memory_size: bytes.
+      l2_cache_size: bytes.
+      shared_memory_per_core: bytes of one multiprocessor.
+      shared_memory_per_block_optin: bytes that one block may ask for.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    core_count: int
+    clock_rate_ghz: float
+    memory_bandwidth: int
+    memory_size: int
+    l2_cache_size: int
+    shared_memory_per_core: int = 233472
+    shared_memory_per_block_optin: int = 232448
+
+    def target_config(self) -> str:
+        """The GPU as the text form of stream_executor's GpuTargetConfigProto."""
+        major, minor = self.compute_capability
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared_memory_per_core}
+  shared_memory_per_block_optin: {self.shared_memory_per_block_optin}
+  threads_per_core_limit: 2048
+  core_count: {self.core_count}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {self.memory_bandwidth}
+  l2_cache_size: {self.l2_cache_size}
+  clock_rate_ghz: {self.clock_rate_ghz}
+  device_memory_size: {self.memory_size}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 9 }}
+device_description_str: "{self.name}"
+"""
+
+
+GPUS: dict[str, Gpu] = {
+    "h100": Gpu(
+        name="NVIDIA H100 80GB HBM3",
+        compute_capability=(9, 0),
+        core_count=132,
+        clock_rate_ghz=1.98,
+        memory_bandwidth=3352320000000,
+        memory_size=84929347584,
+        l2_cache_size=52428800,
+    ),
+}
+
+
+def gpu_mesh(gpu: str, axes: Mapping[str, int], *, gpus_per_host: int = 8) -> Mesh:
+    """A mesh of compile-only GPUs.
+
+    Args:
+      gpu: a key of `GPUS`.
+      axes: name and size of each mesh axis, the slowest first.
+      gpus_per_host: GPUs of one node; fewer make a smaller node.
+
+    Returns:
+      A mesh for `jax.jit(f).lower(...).compile(compiler_options=...)`, where the
+      arguments are `jax.ShapeDtypeStruct`s with shardings over it, and the options are
+      `gpu_compiler_options()`.
+
+    Raises:
+      ValueError: the GPU is not known, an axis is empty, nodes would be filled in
+        part, or the plugin is not installed.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"{gpu=} is not known; choose one of {sorted(GPUS)}.")
+    if not axes or min(axes.values()) < 1:
+        raise ValueError(f"{axes=} must name at least one axis, of size 1 or more.")
+    count = math.prod(axes.values())
+    a_host = min(gpus_per_host, count)
+    if count % a_host:
+        raise ValueError(
+            f"{axes=} has {count} GPUs, which is no multiple of {gpus_per_host=}; "
+            "change one of them."
+        )
+    devices = _devices(GPUS[gpu], f"1x{count // a_host}x{a_host}")
+    return Mesh(
+        np.array(devices).reshape(tuple(axes.values())),
+        tuple(axes),
+        axis_types=(AxisType.Auto,) * len(axes),
+    )
+
+
+def _devices(gpu: Gpu, topology: str) -> list[Any]:
+    # The plugin looks for CUDA libraries when it loads, and here it needs none.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda", target_config=gpu.target_config(), topology=topology
+        )
+    except Exception as error:
+        raise ValueError(
+            f"jax {jax.__version__} cannot describe a GPU topology without its CUDA "
+            "plugin of the same version; pip install 'dualpipe-jax[gpu-aot]'. "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return description.devices
+
+
+def gpu_compiler_options() -> dict[str, bool | int]:
+    """Options for `lowered.compile(compiler_options=...)` on a compile-only mesh.
+
+    Returns:
+      - xla_gpu_enable_latency_hiding_scheduler: orders instructions so that
+        collectives run under compute.
+      - xla_gpu_autotune_level 0: there is no GPU to time kernels on.
+
+    Examples:
+      >>> gpu_compiler_options()["xla_gpu_enable_latency_hiding_scheduler"]
+      True
+    """
+    return {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_autotune_level": 0,
+    }
