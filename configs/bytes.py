@@ -18,6 +18,8 @@ def config() -> TrainConfig:
         num_microbatches=8,
         microbatch_size=4,
         sequence_length=128,
-        num_steps=200,
+        num_steps=120,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+        eval_every=40,
+        checkpoint_every=60,
     )
