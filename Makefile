@@ -10,7 +10,6 @@ CONFIG ?= configs/bytes.py
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
@@ -19,32 +18,33 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS)
 help:
 	@sed -n 's/^# *//p' $(firstword $(MAKEFILE_LIST))
 
-# The stamp is written last, so that an install which failed is tried again.
-$(STAMP): pyproject.toml
+# One stamp for each extra that is installed. It is written last, so that an install
+# which failed is tried again, and is made anew when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 must be 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
-train: $(STAMP)
+train: $(VENV)/.installed-train
 	$(BIN)/python -m dualpipe_jax train $(CONFIG) $(ARGS)
 
 test: lint
 	$(PYTEST) $(ARGS)
 
-test-fast: $(STAMP)
+test-fast: $(VENV)/.installed-dev
 	$(PYTEST) -m 'not slow' $(ARGS)
 
-lint: $(STAMP)
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-format: $(STAMP)
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)
+bench: $(VENV)/.installed-dev
 	set -e; for file in benchmarks/*.py; do JAX_PLATFORMS=cpu $(BIN)/python $$file; done
 
 clean:

@@ -22,4 +22,5 @@ def config() -> TrainConfig:
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
         eval_every=40,
         checkpoint_every=60,
+        platform="cpu",
     )

@@ -25,6 +25,7 @@ ROOMS = {
         {"pipeline", "params", "_checks", "_exchange", "_executor", "_model", "_work"},
         {"schedule", "lowering", "split_backward"},
     ),
+    "topology": ({"topology"}, set()),
     "train": (
         {"train"},
         {"schedule", "generators", "simulator", "show", "lowering", "pipeline"},

@@ -82,6 +82,8 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints; the last step writes one too.
       held_out_fraction: part of the text that is never trained on.
       seed: of the parameters and of the data order.
+      platform: `"cpu"` trains on virtual CPU devices whatever else the machine has,
+        unless JAX_PLATFORMS is set; None takes jax's own choice.
     """
 
     name: str
@@ -97,6 +99,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     held_out_fraction: float = 0.05
     seed: int = 0
+    platform: str | None = None
 
     def __post_init__(self):
         for field in (

@@ -190,6 +190,8 @@ def make_mesh(config: TrainConfig) -> Mesh:
     # devices (in a notebook, say) it refuses, and those must do.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", needed)
+    if config.platform and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", config.platform)
     if jax.device_count() < needed:
         raise ValueError(
             f"mesh={dict(config.mesh)} needs {needed} devices, but jax has "
