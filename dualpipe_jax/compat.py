@@ -101,6 +101,22 @@ def scan_sizes(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def is_ref(aval: Any) -> bool:
+    """Returns whether a type is that of a ``jax.Ref``, a mutable array."""
+    return hasattr(aval, "inner_aval")
+
+
+def is_ordered(effect: Any) -> bool:
+    """Returns whether an effect must keep its place among others of its kind."""
+    return type(effect).__name__.startswith("Ordered")
+
+
+def manual_axes(eqn: Any) -> frozenset[Any]:
+    """Returns the mesh axes that a shard_map divides its operands over."""
+    params = eqn.params
+    return params.get("newly_manual_axes", params.get("manual_axes", frozenset()))
+
+
 def varying_axes(aval: Any) -> frozenset[Any]:
     """Returns the mesh axes over which a value differs (inside ``jax.shard_map``)."""
     if (axes := getattr(aval, "manual_axis_type", None)) is not None:

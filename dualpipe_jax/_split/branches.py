@@ -248,7 +248,7 @@ class ShardMapSplit:
         axes = [
             name
             for name in params["mesh"].axis_names
-            if name in params["newly_manual_axes"]
+            if name in compat.manual_axes(self._eqn)
             and (not params["check_vma"] or name in compat.varying_axes(aval))
         ]
         return PartitionSpec(tuple(axes)) if axes else PartitionSpec()
@@ -260,7 +260,7 @@ class ShardMapSplit:
             mesh=params["mesh"],
             in_specs=tuple(in_specs),
             out_specs=out_specs,
-            axis_names=params["newly_manual_axes"],
+            axis_names=compat.manual_axes(self._eqn),
             check_vma=params["check_vma"],
         )
 

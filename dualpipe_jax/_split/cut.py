@@ -140,6 +140,12 @@ class _Cutter:
             extra = {id(self.producer[v]) for v in live - wanted if v in self.producer}
             if all(self.kinds[e] < Kind.FIXED for e in extra):
                 chosen.append(eqn)
+            elif any(map(compat.is_ordered, eqn.effects)):
+                raise ValueError(
+                    f"fn must not have an ordered effect ({eqn.primitive.name}) in its "
+                    "backward pass that weight gradients alone need: I and W run at "
+                    "different times; make it unordered."
+                )
         return chosen
 
     def _only_late(self, eqn: Any) -> bool:

@@ -139,6 +139,12 @@ class Builder:
         ]
 
     def _emit(self, eqn: Any, operands: list[Atom], rename: bool) -> list[Atom]:
+        if any(compat.is_ref(a.aval) for a in (*operands, *eqn.outvars)):
+            raise ValueError(
+                f"fn must not read or write a jax.Ref (in {eqn.primitive.name}): when "
+                "the halves of the backward pass run is for the caller to choose; "
+                "return the new value instead."
+            )
         eqn = self._flatten_bodies(eqn)
         key = None
         if kind(eqn) <= Kind.REDUCE and not is_barrier(eqn):

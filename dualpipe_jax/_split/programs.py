@@ -20,7 +20,7 @@ from dualpipe_jax._split.loops import sink, split
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Programs:
     """The programs of a split, as jaxprs over flat lists; no arrays.
 
@@ -41,14 +41,21 @@ class Programs:
     crossing_avals: tuple[Any, ...]
     num_params: int
 
+    def __repr__(self):
+        sizes = (f"{n}: {len(getattr(self, n.lower()).eqns)} equations" for n in "FIWB")
+        return f"Programs({', '.join(sizes)})"
+
     @property
     def read_by_weights(self) -> tuple[bool, ...]:
         stop = len(self.read_by_w) - len(self.crossing_avals)
         return self.read_by_w[stop - len(self.residual_avals) : stop]
 
     def forward(self, consts, params, inputs):
-        flat = _leaves(self.in_tree, (params, inputs), "(params, inputs)")
-        flat = _checked(flat, self.in_avals, "(params, inputs)")
+        params_tree, inputs_tree = self.in_tree.children()
+        param_avals = self.in_avals[: self.num_params]
+        input_avals = self.in_avals[self.num_params :]
+        flat = _flat(params, params_tree, param_avals, "params")
+        flat += _flat(inputs, inputs_tree, input_avals, "inputs")
         outs = iter(compat.evaluate(self.f, *consts, *flat))
         outputs = jax.tree.unflatten(self.out_tree, _take(outs, self.out_tree))
         if self.aux_tree is not None:
@@ -58,8 +65,7 @@ class Programs:
 
     def operands(self, consts, params, residuals):
         params_tree = self.in_tree.children()[0]
-        flat = _leaves(params_tree, params, "params")
-        flat = _checked(flat, self.in_avals[: self.num_params], "params")
+        flat = _flat(params, params_tree, self.in_avals[: self.num_params], "params")
         stored = _from_storage(residuals, self.residual_avals, "residuals")
         return [*consts, *flat, *stored]
 
@@ -103,11 +109,9 @@ class Programs:
         return self._param_cts(compat.evaluate(self.w, *args))
 
     def _cotangents(self, output_cts):
-        flat = _leaves(self.out_tree, output_cts, "output_cts")
-        pairs = list(zip(flat, self.out_avals, strict=True))
-        flat = [ct for ct, aval in pairs if _has_cotangent(aval)]
-        avals = [aval for _, aval in pairs if _has_cotangent(aval)]
-        return _checked(flat, avals, "output_cts")
+        avals = [aval if _has_cotangent(aval) else None for aval in self.out_avals]
+        flat = _flat(output_cts, self.out_tree, avals, "output_cts")
+        return [x for x, aval in zip(flat, avals, strict=True) if aval is not None]
 
     def _input_cts(self, flat):
         full = _with_float0(self.in_avals[self.num_params :], flat)
@@ -209,8 +213,8 @@ def _checked_function(fn, has_aux):
         result = fn(*args)
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise ValueError(
-                f"fn must return (outputs, aux) with {has_aux=}, got "
-                f"{type(result).__name__}; return a pair or leave has_aux out."
+                f"fn must return a pair (outputs, aux) with {has_aux=}; return one, or "
+                "leave has_aux out."
             )
         for path, leaf in jax.tree.leaves_with_path(result):
             where = "fn(...)" + jax.tree_util.keystr(path)
@@ -227,8 +231,9 @@ def _aval(x: Any, name: str, remedy: str) -> Any:
         aval = jax.typeof(x)
     except TypeError:
         aval = None
-    if not hasattr(aval, "dtype") or hasattr(aval, "inner_aval"):  # a jax.Ref has one
-        raise ValueError(f"{name} must be an array, got {x!r}; {remedy}.")
+    if aval is None or compat.is_ref(aval):
+        got = repr(x) if aval is None else aval.str_short()
+        raise ValueError(f"{name} must be an array, got {got}; {remedy}.")
     return aval
 
 
@@ -249,31 +254,30 @@ def _take(values, tree: Any) -> list[Any]:
     return [next(values) for _ in range(tree.num_leaves)]
 
 
-def _leaves(tree: Any, value: PyTree, name: str) -> list[Any]:
-    leaves, actual = jax.tree.flatten(value)
+def _flat(value: PyTree, tree: Any, avals: Sequence[Any], name: str) -> list[Any]:
+    """Returns the leaves of ``value``, checked against ``avals`` (None: not checked).
+
+    They come back varying over the mesh axes that the trace says.
+    """
+    leaves, actual = jax.tree_util.tree_flatten_with_path(value)
     if actual != tree:
         raise ValueError(
             f"{name} must have the structure of the trace, {tree}, got {actual}; trace "
             "another plan for it."
         )
-    return leaves
-
-
-def _checked(values: Sequence[Any], avals: Sequence[Any], name: str) -> list[Any]:
-    """Returns ``values``, varying over the mesh axes that the trace says."""
-    if len(values) != len(avals):
-        raise ValueError(
-            f"{name} must hold {len(avals)} arrays, got {len(values)}; pass what the "
-            "plan's previous step returned."
-        )
-    for i, (x, aval) in enumerate(zip(values, avals, strict=True)):
-        actual = _aval(x, f"{name}[{i}]", "pass arrays")
-        if (actual.shape, actual.dtype) != (aval.shape, aval.dtype):
-            raise ValueError(
-                f"{name}[{i}] (flat) must be {aval.str_short()} as traced, got "
-                f"{actual.str_short()}; cast or reshape it, or trace another plan."
-            )
-    return [compat.vary_like(x, aval) for x, aval in zip(values, avals, strict=True)]
+    flat = []
+    for (path, x), aval in zip(leaves, avals, strict=True):
+        if aval is not None:
+            where = name + jax.tree_util.keystr(path)
+            given = _aval(x, where, "pass arrays")
+            if (given.shape, given.dtype) != (aval.shape, aval.dtype):
+                raise ValueError(
+                    f"{where} must be {aval.str_short()} as traced, got "
+                    f"{given.str_short()}; cast or reshape it, or trace another plan."
+                )
+            x = compat.vary_like(x, aval)
+        flat.append(x)
+    return flat
 
 
 def _is_key(aval: Any) -> bool:
@@ -291,10 +295,17 @@ def storage_struct(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def _from_storage(values: Sequence[Any], avals: Sequence[Any], name: str) -> list[Any]:
+    values = tuple(values)
+    if len(values) != len(avals):
+        raise ValueError(
+            f"{name} must hold {len(avals)} arrays, got {len(values)}; pass what the "
+            "previous step returned."
+        )
     stored = [_storage_aval(aval) for aval in avals]
+    flat = _flat(values, jax.tree.structure(values), stored, name)
     return [
         jax.random.wrap_key_data(x, impl=compat.key_impl(aval)) if _is_key(aval) else x
-        for x, aval in zip(_checked(values, stored, name), avals, strict=True)
+        for x, aval in zip(flat, avals, strict=True)
     ]
 
 
