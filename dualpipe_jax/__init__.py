@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         stack_stages,
     )
     from dualpipe_jax.split_backward import split_vjp
+    from dualpipe_jax.topology import gpu_compiler_options, gpu_mesh
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,8 @@ __all__ = [
     "dualpipe",
     "dualpipev",
     "gpipe",
+    "gpu_compiler_options",
+    "gpu_mesh",
     "lower",
     "one_f_one_b",
     "pipeline_forward",
@@ -51,6 +54,8 @@ __all__ = [
 # Exported names that need jax, and the modules that define them (PEP 562).
 _NEEDS_JAX = {
     "PipelineParams": "dualpipe_jax.pipeline",
+    "gpu_compiler_options": "dualpipe_jax.topology",
+    "gpu_mesh": "dualpipe_jax.topology",
     "pipeline_forward": "dualpipe_jax.pipeline",
     "pipeline_value_and_grad": "dualpipe_jax.pipeline",
     "split_vjp": "dualpipe_jax.split_backward",

@@ -24,6 +24,8 @@ FROZEN = {
         "dualpipe",
         "dualpipev",
         "gpipe",
+        "gpu_compiler_options",
+        "gpu_mesh",
         "lower",
         "one_f_one_b",
         "pipeline_forward",
