@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from dualpipe_jax.pipeline import PipelineParams
 from dualpipe_jax.schedule import Schedule
 
 
@@ -23,13 +24,13 @@ class PipelineFns(NamedTuple):
     """What the pipeline needs to know about a model; all functions are pure.
 
     Attributes:
-      init: key -> (stage parameters, one pytree a stage; embedding; head).
+      init: key -> `PipelineParams`, whose stages' leaves are [num_stages, ...].
       embed_fn: (embedding, tokens [batch, sequence]) -> activations.
       stage_fn: (stage parameters, activations) -> activations.
       loss_fn: (head, activations, targets [batch, sequence]) -> mean loss, nats.
     """
 
-    init: Callable[[jax.Array], tuple[list[Any], Any, Any]]
+    init: Callable[[jax.Array], PipelineParams]
     embed_fn: Callable[..., Any]
     stage_fn: Callable[..., Any]
     loss_fn: Callable[..., Any]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from dualpipe_jax.pipeline import PipelineParams
 from dualpipe_jax.train.config import PipelineFns
 
 NUM_BYTES = 256
@@ -145,12 +146,16 @@ class Transformer:
             for make in (stage, embed, head)
         )
 
-        def init(key: jax.Array):
-            rngs = nnx.Rngs(key)
-            return (
-                [nnx.state(stage(rngs)) for _ in range(num_stages)],
-                nnx.state(embed(rngs)),
-                nnx.state(head(rngs)),
+        def init(key: jax.Array) -> PipelineParams:
+            stage_key, embed_key, head_key = jax.random.split(key, 3)
+            # Under vmap: one stage is traced and compiled, and not all of them.
+            stages = jax.vmap(lambda key: nnx.state(stage(nnx.Rngs(key))))(
+                jax.random.split(stage_key, num_stages)
+            )
+            return PipelineParams(
+                stages=stages,
+                embed=nnx.state(embed(nnx.Rngs(embed_key))),
+                head=nnx.state(head(nnx.Rngs(head_key))),
             )
 
         def loss_fn(params, x_BTD, targets_BT):

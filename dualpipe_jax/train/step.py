@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from dualpipe_jax.pipeline import (
     PipelineParams,
     pipeline_forward,
     pipeline_value_and_grad,
-    stack_stages,
 )
 from dualpipe_jax.schedule import Schedule
 from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
@@ -117,8 +117,7 @@ def make_programs(config: TrainConfig) -> Programs:
     optimizer = make_optimizer(config.optimizer, config.num_steps)
 
     def init() -> TrainState:
-        stages, embed, head = fns.init(jax.random.key(config.seed))
-        params: Any = PipelineParams(stack_stages(stages), embed, head)
+        params: Any = fns.init(jax.random.key(config.seed))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     layout: dict[str, Any] = {
@@ -190,7 +189,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
     # devices (in a notebook, say) it refuses, and those must do.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", needed)
-    if config.platform and not jax.config.jax_platforms:
+    if config.platform and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", config.platform)
     if jax.device_count() < needed:
         raise ValueError(

@@ -70,7 +70,7 @@ def test_weights_decay_and_scales_do_not():
     optimizer = step_module.make_optimizer(config, num_steps=10)
     zeros = jax.tree.map(np.zeros_like, params)
     with jax.numpy_dtype_promotion("standard"):  # as the step does, for optax
-        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
     for name, leaf in [*updates.stages.items(), *updates.head.items()]:
         assert np.all(np.asarray(leaf) == 0) == (name == "scale"), name
     assert np.all(np.asarray(updates.embed["table"]) < 0)
@@ -99,7 +99,7 @@ def test_the_first_step_moves_the_parameters():
     params = PipelineParams(stages={"w": np.ones((2, 3, 3), "f")})
     optimizer = step_module.make_optimizer(config, num_steps=20)
     with jax.numpy_dtype_promotion("standard"):
-        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
     assert float(optax.tree.norm(updates)) > 0
 
 
