@@ -35,7 +35,12 @@ FROZEN = {
         "stack_stages",
         "zb1p",
     ],
-    eplb_jax: [],
+    eplb_jax: [
+        "balancedness",
+        "balancedness_bound",
+        "rebalance_experts",
+        "refine_placement",
+    ],
     dualpipe_jax.train: [
         "ModelConfig",
         "OptimizerConfig",

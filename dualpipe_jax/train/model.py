@@ -86,7 +86,9 @@ class Head(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.norm = nnx.RMSNorm(width, rngs=rngs)
-        self.logits = nnx.Linear(width, NUM_BYTES, use_bias=False, rngs=rngs)
+        self.logits = nnx.Linear(
+            width, NUM_BYTES, use_bias=False, kernel_init=_initializer, rngs=rngs
+        )
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.logits(self.norm(x_BTD))
