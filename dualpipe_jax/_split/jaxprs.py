@@ -39,7 +39,7 @@ _CHEAP = _names("""
     pvary random_fold_in random_seed random_split random_unwrap random_wrap real
     reduce_precision rem reshape rev round rsqrt select_n shift_left
     shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square
-    squeeze stop_gradient sub tan tanh transpose xor
+    squeeze stack stop_gradient sub tan tanh transpose unstack xor
 """)
 _REDUCE = _names("""
     argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max
@@ -105,42 +105,45 @@ def bodies(eqn: Any) -> tuple[Any, ...]:
     return tuple(compat.open_jaxpr(body)[0] for body in closed)
 
 
-def needed_operands(eqn: Any, needed: Sequence[bool]) -> list[bool]:
-    """Returns which operands of ``eqn`` its ``needed`` results depend on."""
+def needed_operands(
+    eqn: Any, needed: Sequence[bool], *, effects: bool = False
+) -> list[bool]:
+    """Returns which operands of ``eqn`` its ``needed`` results depend on.
+
+    With ``effects``, also those that prints inside it depend on.
+    """
     match eqn.primitive.name:
         case "optimization_barrier":
             return list(needed)
         case "scan":
-            num_consts, _ = compat.scan_sizes(eqn)
+            num_consts, num_carry = compat.scan_sizes(eqn)
+            needed = scan_closure(eqn, needed, effects=effects)
             (body,) = bodies(eqn)
-            live = live_vars(body, scan_closure(eqn, needed))
-            carry = slice(num_consts, num_consts + compat.scan_sizes(eqn)[1])
+            live = live_vars(body, needed, effects=effects)
             operands = [v in live for v in body.invars]
-            operands[carry] = scan_closure(eqn, needed)[: carry.stop - carry.start]
+            operands[num_consts : num_consts + num_carry] = needed[:num_carry]
             return operands
-        case "cond":
-            lives = [(b, live_vars(b, needed)) for b in bodies(eqn)]
-            operands = [
-                any(b.invars[i] in live for b, live in lives)
-                for i in range(len(eqn.invars) - 1)
-            ]
-            return [True, *operands]
-        case "shard_map":
-            (body,) = bodies(eqn)
-            live = live_vars(body, needed)
-            return [v in live for v in body.invars]
+        case "cond" | "shard_map":
+            lives = [(b, live_vars(b, needed, effects=effects)) for b in bodies(eqn)]
+            inner = zip(
+                *([v in live for v in b.invars] for b, live in lives), strict=True
+            )
+            index = [True] if eqn.primitive.name == "cond" else []
+            return index + [any(flags) for flags in inner]
         case _:
             return [True] * len(eqn.invars)
 
 
-def scan_closure(eqn: Any, needed: Sequence[bool]) -> list[bool]:
+def scan_closure(
+    eqn: Any, needed: Sequence[bool], *, effects: bool = False
+) -> list[bool]:
     """Returns ``needed``, and the carried values that those depend on through time."""
     num_consts, num_carry = compat.scan_sizes(eqn)
     (body,) = bodies(eqn)
     carry_in = body.invars[num_consts : num_consts + num_carry]
     needed = list(needed)
     while True:
-        live = live_vars(body, needed)
+        live = live_vars(body, needed, effects=effects)
         wider = [n or v in live for n, v in zip(needed, carry_in, strict=False)]
         wider += needed[num_carry:]
         if wider == needed:
@@ -148,13 +151,20 @@ def scan_closure(eqn: Any, needed: Sequence[bool]) -> list[bool]:
         needed = wider
 
 
-def live_vars(jaxpr: Any, needed: Sequence[bool], roots: Sequence[Any] = ()) -> set:
+def live_vars(
+    jaxpr: Any,
+    needed: Sequence[bool],
+    roots: Sequence[Any] = (),
+    *,
+    effects: bool = False,
+) -> set[Any]:
     """Returns the variables that the ``needed`` outputs and ``roots`` depend on.
 
     Args:
       jaxpr: flat, without constants.
       needed: for each output, whether it is wanted.
-      roots: equations that must run whatever is wanted (prints).
+      roots: equations of which every operand is wanted.
+      effects: whether to add what prints depend on, at any depth.
     """
     live = {v for v, n in zip(jaxpr.outvars, needed, strict=True) if n and is_var(v)}
     pinned = {id(eqn) for eqn in roots}
@@ -162,8 +172,8 @@ def live_vars(jaxpr: Any, needed: Sequence[bool], roots: Sequence[Any] = ()) -> 
         mask = [v in live for v in eqn.outvars]
         if id(eqn) in pinned:
             operands = [True] * len(eqn.invars)
-        elif any(mask):
-            operands = needed_operands(eqn, mask)
+        elif any(mask) or (effects and real_effects(eqn)):
+            operands = needed_operands(eqn, mask, effects=effects)
         else:
             continue
         live.update(
@@ -173,15 +183,14 @@ def live_vars(jaxpr: Any, needed: Sequence[bool], roots: Sequence[Any] = ()) -> 
 
 
 def dce(jaxpr: Any) -> Any:
-    """Returns ``jaxpr`` without the equations that nothing reads; prints stay."""
-    roots = [eqn for eqn in jaxpr.eqns if real_effects(eqn)]
-    live = live_vars(jaxpr, [True] * len(jaxpr.outvars), roots)
-    kept = [
-        eqn
-        for eqn in jaxpr.eqns
-        if real_effects(eqn) or any(v in live for v in eqn.outvars)
-    ]
-    return compat.new_jaxpr(jaxpr.invars, jaxpr.outvars, kept, jaxpr)
+    """Returns ``jaxpr`` without the equations that nothing names; prints stay."""
+    live = {v for v in jaxpr.outvars if is_var(v)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if real_effects(eqn) or any(v in live for v in eqn.outvars):
+            kept.append(eqn)
+            live.update(a for a in eqn.invars if is_var(a))
+    return compat.new_jaxpr(jaxpr.invars, jaxpr.outvars, kept[::-1], jaxpr)
 
 
 def prune(jaxpr: Any) -> tuple[Any, tuple[bool, ...]]:

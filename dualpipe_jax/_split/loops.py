@@ -17,7 +17,14 @@ from dualpipe_jax._split.branches import CondSplit, ShardMapSplit
 from dualpipe_jax._split.cut import Cut, Policy, Status, cut, result_status
 from dualpipe_jax._split.flatten import Builder
 from dualpipe_jax._split.fuse import fuse, read_in_step
-from dualpipe_jax._split.jaxprs import is_var, live_vars, map_bodies
+from dualpipe_jax._split.jaxprs import (
+    dce,
+    is_var,
+    live_vars,
+    map_bodies,
+    needed_operands,
+    real_effects,
+)
 from dualpipe_jax._split.scans import Piece, ScanSplit
 
 _SPLITS = {"scan": ScanSplit, "cond": CondSplit, "shard_map": ShardMapSplit}
@@ -34,12 +41,10 @@ def split(
 ) -> Cut:
     """Cuts ``jaxpr`` as ``cut.cut`` does, after splitting its loops and branches."""
     needed = live_vars(jaxpr, early_outputs)
-    live = live_vars(jaxpr, [True] * len(jaxpr.outvars))
 
     def choose(eqn):
-        if id(eqn) in late_equations:
-            return None
-        return [v in needed for v in eqn.outvars], [v in live for v in eqn.outvars]
+        late = id(eqn) in late_equations
+        return [not late and v in needed for v in eqn.outvars]
 
     splitter = _Splitter(jaxpr, status, policy, late_equations, choose)
     jaxpr, late_equations = splitter.run()
@@ -57,19 +62,32 @@ def sink(jaxpr: Any) -> Any:
     eqns = [
         map_bodies(eqn, lambda b: sink(compat.open_jaxpr(b)[0])) for eqn in jaxpr.eqns
     ]
-    jaxpr = fuse(compat.new_jaxpr(jaxpr.invars, jaxpr.outvars, eqns, jaxpr))
+    jaxpr = dce(fuse(compat.new_jaxpr(jaxpr.invars, jaxpr.outvars, eqns, jaxpr)))
     in_step = read_in_step(jaxpr)
-    live = live_vars(jaxpr, [True] * len(jaxpr.outvars))
 
     def choose(eqn):
-        if eqn.primitive.name == "shard_map":
-            return None
-        early = [v in live and v not in in_step for v in eqn.outvars]
-        return early, [v in live for v in eqn.outvars]
+        return [v not in in_step for v in eqn.outvars]
 
     status = [Status.FREE] * len(jaxpr.invars)
     splitter = _Splitter(jaxpr, status, Policy(late_heavy=False), (), choose, free=True)
     return fuse(splitter.run()[0])
+
+
+def _keep_body(
+    body: Any, _: Sequence[Status], early_outputs: Sequence[bool], price: Any
+) -> Cut:
+    """Cuts nothing, when all outputs belong to one half; drops what they ignore."""
+    del price
+    status = [Status.FREE] * len(body.invars)
+
+    def choose(eqn):
+        return [True] * len(eqn.outvars)
+
+    splitter = _Splitter(body, status, Policy(late_heavy=False), (), choose)
+    body, _ = splitter.run()
+    nothing = compat.new_jaxpr([], [], [], body)
+    pair = (body, nothing) if all(early_outputs) else (nothing, body)
+    return Cut(*pair, crossing=())
 
 
 @dataclasses.dataclass
@@ -77,7 +95,7 @@ class _Splitter:
     """Rewrites the loops and branches of one jaxpr.
 
     Attributes:
-      choose: for an equation, (early results, live results), or None to leave it.
+      choose: for a loop, which of its results must be computed early.
       free: whether operands of a loop are available to both of its halves.
     """
 
@@ -85,7 +103,7 @@ class _Splitter:
     status: Sequence[Status]
     policy: Policy
     late_equations: Collection[int]
-    choose: Callable[[Any], tuple[list[bool], list[bool]] | None]
+    choose: Callable[[Any], list[bool]]
     free: bool = False
 
     def run(self) -> tuple[Any, frozenset[int]]:
@@ -93,39 +111,63 @@ class _Splitter:
         self.eqns: list[Any] = []
         self.known = dict(zip(self.jaxpr.invars, self.status, strict=True))
         self.late: set[int] = set()
+        used = live_vars(self.jaxpr, [True] * len(self.jaxpr.outvars), effects=True)
         env: dict[Any, Any] = {}
 
         def read(atom):
             return env.get(atom, atom) if is_var(atom) else atom
 
         for old in self.jaxpr.eqns:
-            eqn = old.replace(invars=[read(a) for a in old.invars])
-            choice = self.choose(old) if old.primitive.name in _SPLITS else None
-            if choice is None or choice[0] == choice[1] or not any(choice[0]):
-                self._keep(eqn, late=id(old) in self.late_equations)
-            else:
-                results = self._split(eqn, *choice)
+            live = [v in used for v in old.outvars]
+            if not any(live) and not real_effects(old):
+                continue
+            if old.primitive.name in _SPLITS and any(live):
+                results = self._rewrite(old, read, live)
                 env.update((old.outvars[i], atom) for i, atom in results.items())
+            else:
+                eqn = old.replace(invars=[read(a) for a in old.invars])
+                self._keep(eqn, late=id(old) in self.late_equations)
         outs = [read(a) for a in self.jaxpr.outvars]
         jaxpr = compat.new_jaxpr(self.jaxpr.invars, outs, self.eqns, self.jaxpr)
         return jaxpr, frozenset(self.late)
 
-    def _split(self, eqn: Any, early: list[bool], live: list[bool]) -> dict[int, Any]:
-        def split_body(body, status, early_outputs, price):
-            return split(body, status, early_outputs, self.policy, price=price)
-
-        status = [self._body_status(a) for a in eqn.invars]
-        halves = _SPLITS[eqn.primitive.name](eqn, early, live, status, split_body)
-        outs = self._append(halves.early(), eqn, late=False)
-        num = len(halves.early_outputs)
-        results = dict(zip(halves.early_outputs, outs[:num], strict=True))
+    def _rewrite(self, old: Any, read: Callable, live: list[bool]) -> dict[int, Any]:
+        """Splits a loop, or drops what it computes and reads for nothing."""
+        early = [e and n for e, n in zip(self.choose(old), live, strict=True)]
+        needed = needed_operands(old, live, effects=True)
+        whole = early == live or not any(early)
+        # An operand that is not needed may be gone: any will do until it is dropped.
+        eqn = old.replace(
+            invars=[
+                read(a) if n else a for a, n in zip(old.invars, needed, strict=True)
+            ]
+        )
+        late = id(old) in self.late_equations
+        if whole and all(live) and all(needed):
+            self._keep(eqn, late)
+            return dict(enumerate(old.outvars))
+        status = [
+            self._body_status(a) if n else Status.FREE
+            for a, n in zip(eqn.invars, needed, strict=True)
+        ]
+        split_body = _keep_body if whole else self._split_body
+        halves = _SPLITS[old.primitive.name](eqn, early, live, status, split_body)
+        results, crossing = {}, []
+        if halves.early_outputs:
+            outs = self._append(halves.early(), eqn, late)
+            num = len(halves.early_outputs)
+            results = dict(zip(halves.early_outputs, outs[:num], strict=True))
+            crossing = outs[num:]
         if halves.late_outputs:
-            piece, present = halves.late(outs[num:])
+            piece, present = halves.late(crossing)
             results |= present
             if piece is not None:
-                late = self._append(piece, eqn, late=not self.free)
-                results |= dict(zip(halves.computed_late, late, strict=True))
+                outs = self._append(piece, eqn, late or not (whole or self.free))
+                results |= dict(zip(halves.computed_late, outs, strict=True))
         return results
+
+    def _split_body(self, body, status, early_outputs, price):
+        return split(body, status, early_outputs, self.policy, price=price)
 
     def _append(self, piece: Piece, origin: Any, late: bool) -> list[Any]:
         builder = Builder(within=origin)

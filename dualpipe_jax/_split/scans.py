@@ -72,7 +72,8 @@ class ScanSplit:
         split: Callable[..., Cut],
     ):
         self.scan = scan = Scan(eqn)
-        early, live = scan_closure(eqn, early), scan_closure(eqn, live)
+        early = scan_closure(eqn, early)
+        live = scan_closure(eqn, live, effects=True)
         kept = [i for i, n in enumerate(live) if n]
         self.early_outputs = [i for i in kept if early[i]]
         self.late_outputs = [i for i in kept if not early[i]]
