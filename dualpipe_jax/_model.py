@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _checks
 from dualpipe_jax._exchange import Exchange
@@ -85,6 +85,8 @@ class Model:
             # replicated are summed once, at the end, and not by AD in each tick.
             check_vma=False,
         )
+        params = self._place(params, specs)
+        inputs, targets = (self._place(tree, batch) for tree in (inputs, targets))
         out = body(params, inputs, targets, key)
         if not training:
             return Outputs(out, None, None)
@@ -92,6 +94,20 @@ class Model:
         if stages is None or loss is None:
             out = out._replace(aux=loss if stages is None else stages)
         return out
+
+    def _place(self, tree: PyTree, specs: PyTree) -> PyTree:
+        """Where axes are Explicit, arrays must have the layout that they are told."""
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return tree
+        return jax.tree.map(
+            lambda spec, part: jax.tree.map(
+                lambda leaf: jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec)),
+                part,
+            ),
+            specs,
+            tree,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
 
     def _param_specs(self, params: PipelineParams) -> PipelineParams:
         def full(prefix, tree, *leading):

@@ -88,6 +88,20 @@ def pipeline_value_and_grad(
         axis, a stage changes the shape of its input, activations are not floating,
         the loss is no scalar, and the like; before anything is compiled.
 
+    Examples:
+      >>> from dualpipe_jax import one_f_one_b
+      >>> params = PipelineParams(stages={"w": jnp.ones((2, 4, 4))})
+      >>> step = pipeline_value_and_grad(
+      ...     lambda stage, x: jnp.tanh(x @ stage["w"]),
+      ...     lambda head, y, target: jnp.mean((y - target) ** 2),
+      ...     schedule=one_f_one_b(num_ranks=2, num_microbatches=3),
+      ...     mesh=jax.make_mesh((2,), ("pp",), devices=jax.devices()[:2]),
+      ... )
+      >>> x = jnp.ones((3, 8, 4))
+      >>> (losses, aux), grads = step(params, x, jnp.zeros_like(x))
+      >>> losses.shape, grads.stages["w"].shape
+      ((3,), (2, 4, 4))
+
     References:
       DeepSeek-V3 Technical Report, section 3.2.1 (DualPipe).
     """
@@ -147,6 +161,16 @@ def pipeline_forward(
 
     Raises:
       ValueError: as `pipeline_value_and_grad`.
+
+    Examples:
+      >>> from dualpipe_jax import gpipe
+      >>> forward = pipeline_forward(
+      ...     lambda stage, x: x + stage,
+      ...     schedule=gpipe(num_ranks=2, num_microbatches=3),
+      ...     mesh=jax.make_mesh((2,), ("pp",), devices=jax.devices()[:2]),
+      ... )
+      >>> print(forward(PipelineParams(jnp.array([1.0, 10.0])), jnp.arange(3.0)))
+      [11. 12. 13.]
     """
     _checks.check_mesh(schedule, mesh, axis_name, data_axes)
     model = Model(

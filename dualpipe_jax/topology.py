@@ -106,6 +106,11 @@ def gpu_mesh(gpu: str, axes: Mapping[str, int], *, gpus_per_host: int = 8) -> Me
     Raises:
       ValueError: the GPU is not known, an axis is empty, nodes would be filled in
         part, or the plugin is not installed.
+
+    Examples:
+      >>> mesh = gpu_mesh("h100", {"pp": 16, "ep": 64})
+      >>> mesh.size, mesh.devices[0, 0].device_kind
+      (1024, 'NVIDIA H100 80GB HBM3')
     """
     if gpu not in GPUS:
         raise ValueError(f"{gpu=} is not known; choose one of {sorted(GPUS)}.")
