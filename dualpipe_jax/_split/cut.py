@@ -75,6 +75,11 @@ class Policy:
     late_heavy: bool
     early_reductions: bool = True
 
+    def only_late(self, kind: Kind) -> bool:
+        """Whether an equation of a kind runs late if only late outputs need it."""
+        limit = Kind.REDUCE if self.early_reductions else Kind.CHEAP
+        return self.late_heavy and kind > limit
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
@@ -125,7 +130,7 @@ class _Cutter:
         self.effectful = [eqn for eqn in jaxpr.eqns if real_effects(eqn)]
         pinned = self._early_effects(late_equations)
         self.pinned = {id(eqn) for eqn in pinned}
-        self.needed_early = live_vars(jaxpr, early_outputs, pinned)
+        self.needed_early = live_vars(jaxpr, early_outputs, pinned, whole=True)
         self.status = self._propagate(late_equations)
 
     def _early_effects(self, late: Collection[int]) -> list[Any]:
@@ -133,7 +138,7 @@ class _Cutter:
         effectful = [eqn for eqn in self.effectful if id(eqn) not in late]
         if not effectful or not self.policy.late_heavy:
             return effectful
-        wanted = live_vars(self.jaxpr, self.early_outputs)
+        wanted = live_vars(self.jaxpr, self.early_outputs, whole=True)
         chosen = []
         for eqn in effectful:
             live = live_vars(self.jaxpr, [False] * len(self.jaxpr.outvars), [eqn])
@@ -153,10 +158,8 @@ class _Cutter:
 
     def _must_be_late(self, eqn: Any) -> bool:
         """Whether only the late program may run ``eqn``, whatever its operands."""
-        if not self.policy.late_heavy or id(eqn) in self.pinned:
-            return False
-        limit = Kind.REDUCE if self.policy.early_reductions else Kind.CHEAP
-        return self._only_late(eqn) and self.kinds[id(eqn)] > limit
+        late = self.policy.only_late(self.kinds[id(eqn)])
+        return late and self._only_late(eqn) and id(eqn) not in self.pinned
 
     def _propagate(self, late: Collection[int]) -> dict[Any, Status]:
         status = dict(self.input_status)

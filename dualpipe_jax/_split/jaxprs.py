@@ -157,6 +157,7 @@ def live_vars(
     roots: Sequence[Any] = (),
     *,
     effects: bool = False,
+    whole: bool = False,
 ) -> set[Any]:
     """Returns the variables that the ``needed`` outputs and ``roots`` depend on.
 
@@ -165,12 +166,13 @@ def live_vars(
       needed: for each output, whether it is wanted.
       roots: equations of which every operand is wanted.
       effects: whether to add what prints depend on, at any depth.
+      whole: whether to take loops as they stand, with all that they read.
     """
     live = {v for v, n in zip(jaxpr.outvars, needed, strict=True) if n and is_var(v)}
     pinned = {id(eqn) for eqn in roots}
     for eqn in reversed(jaxpr.eqns):
         mask = [v in live for v in eqn.outvars]
-        if id(eqn) in pinned:
+        if id(eqn) in pinned or (whole and any(mask) and not is_barrier(eqn)):
             operands = [True] * len(eqn.invars)
         elif any(mask) or (effects and real_effects(eqn)):
             operands = needed_operands(eqn, mask, effects=effects)

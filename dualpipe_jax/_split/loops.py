@@ -20,6 +20,7 @@ from dualpipe_jax._split.fuse import fuse, read_in_step
 from dualpipe_jax._split.jaxprs import (
     dce,
     is_var,
+    kind,
     live_vars,
     map_bodies,
     needed_operands,
@@ -95,7 +96,7 @@ class _Splitter:
     """Rewrites the loops and branches of one jaxpr.
 
     Attributes:
-      choose: for a loop, which of its results must be computed early.
+      choose: for an equation, which of its results are needed early.
       free: whether operands of a loop are available to both of its halves.
     """
 
@@ -126,7 +127,7 @@ class _Splitter:
                 env.update((old.outvars[i], atom) for i, atom in results.items())
             else:
                 eqn = old.replace(invars=[read(a) for a in old.invars])
-                self._keep(eqn, late=id(old) in self.late_equations)
+                self._keep(eqn, self._is_late(old))
         outs = [read(a) for a in self.jaxpr.outvars]
         jaxpr = compat.new_jaxpr(self.jaxpr.invars, outs, self.eqns, self.jaxpr)
         return jaxpr, frozenset(self.late)
@@ -142,7 +143,7 @@ class _Splitter:
                 read(a) if n else a for a, n in zip(old.invars, needed, strict=True)
             ]
         )
-        late = id(old) in self.late_equations
+        late = self._is_late(old)
         if whole and all(live) and all(needed):
             self._keep(eqn, late)
             return dict(enumerate(old.outvars))
@@ -165,6 +166,12 @@ class _Splitter:
                 outs = self._append(piece, eqn, late or not (whole or self.free))
                 results |= dict(zip(halves.computed_late, outs, strict=True))
         return results
+
+    def _is_late(self, eqn: Any) -> bool:
+        if id(eqn) in self.late_equations:
+            return True
+        late = self.policy.only_late(kind(eqn)) and not real_effects(eqn)
+        return late and not any(self.choose(eqn))
 
     def _split_body(self, body, status, early_outputs, price):
         return split(body, status, early_outputs, self.policy, price=price)
