@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import dualpipe_jax
+import dualpipe_jax.train
 import eplb_jax
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +129,7 @@ def test_no_jax_up_to_lowering():
     assert run_python(code) == "[]"
 
 
-@pytest.mark.parametrize("package", [dualpipe_jax, eplb_jax])
+@pytest.mark.parametrize("package", [dualpipe_jax, dualpipe_jax.train, eplb_jax])
 def test_no_exported_name_is_also_a_submodule(package):
     # Importing a submodule binds its name in the package, over whatever was there.
     submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}

@@ -1,15 +1,22 @@
 """The training job: a config, real text, one jitted pipelined step, and its loop."""
 
-from dualpipe_jax.train.config import (
-    ModelConfig,
-    OptimizerConfig,
-    PipelineFns,
-    TrainConfig,
-    load_config,
-)
-from dualpipe_jax.train.data import Text, load_text
-from dualpipe_jax.train.loop import Result, train
-from dualpipe_jax.train.step import Programs, TrainState, make_programs
+try:
+    from dualpipe_jax.train.config import (
+        ModelConfig,
+        OptimizerConfig,
+        PipelineFns,
+        TrainConfig,
+        load_config,
+    )
+    from dualpipe_jax.train.data import Text, load_text
+    from dualpipe_jax.train.loop import Result, train
+    from dualpipe_jax.train.step import Programs, TrainState, make_programs
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.startswith("dualpipe_jax"):
+        raise
+    raise ImportError(
+        f"training needs {error.name}; pip install 'dualpipe-jax[train]'."
+    ) from error
 
 __all__ = [
     "ModelConfig",

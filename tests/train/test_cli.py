@@ -83,3 +83,16 @@ def test_bad_input_is_one_line(args, message, tmp_path, capsys, monkeypatch):
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1
     assert not out.exists()
+
+
+def test_what_is_not_installed_is_named():
+    # None in sys.modules is how Python marks a module that must not be found.
+    code = (
+        "import sys; sys.modules['rich.console'] = None\n"
+        "from dualpipe_jax.cli import main; sys.exit(main(['train', 'bytes']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "needs rich.console; pip install 'dualpipe-jax[train]'" in done.stderr
