@@ -31,7 +31,7 @@ _CUSTOM_BODIES = {
 }
 
 
-def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
     """Returns (jaxpr, consts) of a closed or open jaxpr; 0.12 merged the two."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return inner, tuple(getattr(jaxpr, "consts", ()))
@@ -132,7 +132,7 @@ def vary_like(x: Any, aval: Any) -> Any:
 
 def zeros(aval: Any) -> Any:
     """Returns zeros of the type ``aval``, varying axes included."""
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         impl = key_impl(aval)
         bits = jax.eval_shape(jax.random.key_data, struct(aval))
         value = jax.random.wrap_key_data(jnp.zeros(bits.shape, bits.dtype), impl=impl)

@@ -85,7 +85,7 @@ def _keep_body(
         return [True] * len(eqn.outvars)
 
     splitter = _Splitter(body, status, Policy(late_heavy=False), (), choose)
-    body, _ = splitter.run()
+    body = splitter.run()[0]
     nothing = compat.new_jaxpr([], [], [], body)
     pair = (body, nothing) if all(early_outputs) else (nothing, body)
     return Cut(*pair, crossing=())

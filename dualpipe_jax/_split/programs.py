@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 
@@ -238,7 +239,7 @@ def _aval(x: Any, name: str, remedy: str) -> Any:
 
 
 def _has_cotangent(aval: Any) -> bool:
-    return dtypes.issubdtype(aval.dtype, np.inexact)
+    return jnp.issubdtype(aval.dtype, np.inexact)
 
 
 def _with_float0(avals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
@@ -281,7 +282,7 @@ def _flat(value: PyTree, tree: Any, avals: Sequence[Any], name: str) -> list[Any
 
 
 def _is_key(aval: Any) -> bool:
-    return dtypes.issubdtype(aval.dtype, dtypes.prng_key)
+    return jnp.issubdtype(aval.dtype, dtypes.prng_key)
 
 
 def _to_storage(x: Any) -> Any:
