@@ -137,11 +137,11 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON only")
 
 
-def _sizes(args: argparse.Namespace, num_experts: int) -> tuple[int, int, int, int]:
+def _sizes(args: argparse.Namespace, num_experts: int) -> tuple[Any, ...]:
     num_replicas = args.num_replicas
-    if num_replicas is None and args.num_gpus > 0:
-        wanted = num_experts + -(-num_experts // 8)
-        num_replicas = -(-wanted // args.num_gpus) * args.num_gpus
+    if num_replicas is None:
+        wanted, num_gpus = num_experts + -(-num_experts // 8), max(args.num_gpus, 1)
+        num_replicas = -(-wanted // num_gpus) * num_gpus
     return num_replicas, args.num_groups, args.num_nodes, args.num_gpus
 
 
@@ -167,7 +167,8 @@ def _rebalance(args: argparse.Namespace) -> None:
     loaded = np.flatnonzero(weight.sum(axis=1) > 0)
     if not loaded.size:
         raise ValueError(f"{args.loads} records no load at all.")
-    trivial = in_order(*weight.shape, num_replicas)
+    num_layers, num_experts = weight.shape
+    trivial = in_order(num_layers, num_experts, num_replicas)
     rows = {
         "balancedness": balancedness(weight, placement, num_gpus, args.capacity),
         "balancedness of nodes": balancedness(weight, placement, num_nodes),
@@ -267,6 +268,6 @@ def _write_maps(path: Path, maps: Any) -> None:
         placement = arrays["physical_to_logical_map"].tolist()
         path.write_text(json.dumps({"physical_to_logical_map": placement}))
     elif path.suffix == ".npz":
-        np.savez(path, **arrays)
+        np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
     else:
         raise ValueError(f"--out {path} must end in .npz or .json.")

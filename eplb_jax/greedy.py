@@ -13,7 +13,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from eplb_jax.packing import divide, invert, pack_in_order, replicate_experts
+from eplb_jax.packing import (
+    divide,
+    invert,
+    pack_in_order,
+    replicate_experts,
+    take_rows,
+)
 
 # torch 2.13's float32 sum on x86-64 (ATen/native/cpu/SumKernel.cpp).
 _LANES = 8
@@ -56,7 +62,7 @@ def greedy_placement(
     weight_RE = weight_LE
     if num_groups != num_nodes:
         order_LE = experts_by_node(weight_LE, num_groups, num_nodes)
-        weight_RE = _take(weight_LE, order_LE)
+        weight_RE = take_rows(weight_LE, order_LE)
     weight_RE = weight_RE.reshape(num_layers * num_nodes, per_node)
 
     # Step 2: replicate experts within their node.
@@ -65,16 +71,16 @@ def greedy_placement(
     )
 
     # Step 3: pack replicas to the GPUs of the node.
-    load_RN = _take(divide(weight_RE, count_RE), replica_RN)
+    load_RN = take_rows(divide(weight_RE, count_RE), replica_RN)
     item_RN, slot_RN = pack_in_order(load_RN, num_gpus // num_nodes)
     item_RN = invert(slot_RN, item_RN)
-    rank_LP = _take(rank_RN, item_RN).reshape(num_layers, num_replicas)
-    expert_LNP = _take(replica_RN, item_RN).reshape(num_layers, num_nodes, -1)
+    rank_LP = take_rows(rank_RN, item_RN).reshape(num_layers, num_replicas)
+    expert_LNP = take_rows(replica_RN, item_RN).reshape(num_layers, num_nodes, -1)
     first_1N1 = per_node * jnp.arange(num_nodes, dtype=jnp.int32)[None, :, None]
     expert_LP = (expert_LNP + first_1N1).reshape(num_layers, num_replicas)
     count_LE = count_RE.reshape(num_layers, num_experts)
     if order_LE is not None:
-        expert_LP = _take(order_LE, expert_LP)
+        expert_LP = take_rows(order_LE, expert_LP)
         count_LE = invert(order_LE, count_LE)
     return expert_LP, rank_LP, count_LE
 
@@ -140,8 +146,8 @@ def _sum_rows(rows: list[jax.Array]) -> jax.Array:
     length = len(rows) // _CHAINS
     chains = [_cascade(rows[i : length * _CHAINS : _CHAINS]) for i in range(_CHAINS)]
     rest = rows[length * _CHAINS :]
-    chains[0] = ([] if chains[0] is None else [chains[0]]) + rest
-    chains[0] = _sum_in_turn(chains[0])
+    first = [] if chains[0] is None else [chains[0]]
+    chains[0] = _sum_in_turn(first + rest)
     return _sum_in_turn([chain for chain in chains if chain is not None])
 
 
@@ -170,7 +176,3 @@ def _sum_in_turn(values: list[jax.Array]) -> jax.Array:
     for value in values[1:]:
         total = total + value
     return total
-
-
-def _take(value: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(value, index, axis=1, mode="promise_in_bounds")

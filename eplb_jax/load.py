@@ -157,7 +157,8 @@ def save_state(path: str | Path, state: Any) -> None:
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    np.savez(Path(path).with_suffix(".npz"), **arrays)
+    target = Path(path).with_suffix(".npz")
+    np.savez(target, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def restore_state(path: str | Path, like: Any) -> Any:

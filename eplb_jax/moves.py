@@ -27,19 +27,31 @@ class Rules:
 
     Attributes:
       num_nodes: nodes that the devices are divided into, in order.
-      max_steps: moves of a layer at most.
-      max_moves: slots of a layer that may differ from the original; None: all.
-      min_gain: what a changed slot must at least lower the objective by.
-      remote_price: of load served away from home; None: there are no homes.
+      has_homes: whether experts have a home node.
+      has_budget: whether `Limits.max_moves` counts.
       separate: whether to part replicas of one expert on one device first.
     """
 
-    num_nodes: int
-    max_steps: int
-    max_moves: int | None = None
-    min_gain: float = 1e-6
-    remote_price: float | None = None
+    num_nodes: int = 1
+    has_homes: bool = False
+    has_budget: bool = False
     separate: bool = True
+
+
+class Limits(NamedTuple):
+    """Settings of a search that may change without a new compilation.
+
+    Attributes:
+      max_steps: [] int32, steps at most.
+      max_moves: [] int32, slots of a layer that may differ from the original.
+      min_gain: [] float32, what a changed slot must at least lower the objective by.
+      remote_price: [] float32, of load served away from home.
+    """
+
+    max_steps: jax.Array
+    max_moves: jax.Array
+    min_gain: jax.Array
+    remote_price: jax.Array
 
 
 class Problem(NamedTuple):
@@ -65,6 +77,8 @@ class Placed(NamedTuple):
     count_E: jax.Array
     is_parted: jax.Array
     is_done: jax.Array
+    best_S: jax.Array  # of all placements seen, by their true peak
+    best_cost: jax.Array
 
 
 class View(NamedTuple):
@@ -78,6 +92,9 @@ class View(NamedTuple):
     used_G: jax.Array
     phi_G: jax.Array
     hot: jax.Array
+    peak: jax.Array  # use of the hottest device, 1 being its fair share
+    num_twins: jax.Array  # slots that repeat an expert of their device
+    num_missing: jax.Array
     expert_I: jax.Array  # of the hottest device; or an expert without a replica
     load_I: jax.Array
     is_filled_I: jax.Array
@@ -125,7 +142,8 @@ def look(problem: Problem, placed: Placed) -> View:
 
     has_twins_G = (twins_KG > 1).any(axis=0)
     is_missing_E = placed.count_E == 0
-    is_missing = is_missing_E.any()
+    num_missing = is_missing_E.sum(dtype=jnp.int32)
+    is_missing = num_missing > 0
     to_part = has_twins_G.any() & ~placed.is_parted & ~is_missing
     hot = jnp.argmax(jnp.where(to_part, has_twins_G.astype(jnp.float32), used_G))
     lost = jnp.argmax(jnp.where(is_missing_E, problem.weight, -1.0)).astype(jnp.int32)
@@ -140,6 +158,9 @@ def look(problem: Problem, placed: Placed) -> View:
         used_G=used_G,
         phi_G=phi_G,
         hot=hot.astype(jnp.int32),
+        peak=hottest,
+        num_twins=(twins_KG > 1).sum(dtype=jnp.int32),
+        num_missing=num_missing,
         expert_I=expert_I,
         load_I=jnp.where(is_missing, 0.0, load_KG[:, hot]),
         is_filled_I=expert_I >= 0,
@@ -183,7 +204,7 @@ def find_homes(problem: Problem, placed: Placed, view: View, rules: Rules) -> Ho
 
 
 def score_swaps(
-    problem: Problem, view: View, homes: Homes | None, rules: Rules
+    problem: Problem, view: View, homes: Homes | None, rules: Rules, limits: Limits
 ) -> tuple[jax.Array, jax.Array]:
     """What a swap of replica i with the best one of device g is worth per slot.
 
@@ -191,7 +212,8 @@ def score_swaps(
       problem: what is to be placed, one layer.
       view: of `look`.
       homes: of `find_homes`, or None.
-      rules: settings.
+      rules: static settings.
+      limits: further settings.
 
     Returns:
       score: [I, G] float32, -inf where there is none.
@@ -243,16 +265,16 @@ def score_swaps(
         more_i_IG = homes.away_i_IG - homes.away_KG[:, view.hot][:, None]
         more_j_IG = pick(homes.away_j_KG - homes.away_KG)
         remote_IG = more_i_IG * view.load_I[:, None] + more_j_IG * load_IG
-        score_IG -= rules.remote_price * remote_IG
+        score_IG -= (rules.remote_price or 0.0) * remote_IG
     cost_IG = 2
-    if rules.max_moves is not None:
+    if rules.has_budget:
         original_KG = problem.original.reshape(num_gpus, -1).T
         changed_KG = (view.expert_KG != original_KG).astype(jnp.int32)
         will_i_IG = pick(view.expert_KG) != original_KG[:, view.hot][:, None]
         will_j_IG = view.expert_I[:, None] != pick(original_KG)
         cost_IG = will_i_IG.astype(jnp.int32) + will_j_IG.astype(jnp.int32)
         cost_IG -= changed_KG[:, view.hot][:, None] + pick(changed_KG)
-        is_valid_IG &= changed_KG.sum() + cost_IG <= rules.max_moves
+        is_valid_IG &= changed_KG.sum() + cost_IG <= limits.max_moves
     score_IG /= jnp.maximum(cost_IG, 1).astype(jnp.float32)
     if rules.separate:
         is_parting_IG = view.to_part & (parts_IG + pick(parts_KG) > 0)
@@ -266,6 +288,7 @@ def score_copies(
     view: View,
     homes: Homes | None,
     rules: Rules,
+    limits: Limits,
 ) -> tuple[jax.Array, jax.Array]:
     """What a copy of expert i over the least needed replica of device g is worth.
 
@@ -274,7 +297,8 @@ def score_copies(
       placed: where it is now.
       view: of `look`.
       homes: of `find_homes`, or None.
-      rules: settings.
+      rules: static settings.
+      limits: further settings.
 
     Returns:
       score: [I, G] float32 per slot, -inf where there is none.
@@ -318,13 +342,13 @@ def score_copies(
         made_IG = (away_I1 + homes.away_i_IG) * one_more_I[:, None]
         made_IG -= away_I1 * view.load_I[:, None]
         remote_IG = left_1G - away_1G * load_1G + made_IG
-        score_IG -= rules.remote_price * remote_IG
-    if rules.max_moves is not None:
+        score_IG -= (rules.remote_price or 0.0) * remote_IG
+    if rules.has_budget:
         original_KG = problem.original.reshape(num_gpus, -1).T
         changed_KG = (view.expert_KG != original_KG).astype(jnp.int32)
         cost_IG = (view.expert_I[:, None] != pick(original_KG)).astype(jnp.int32)
         cost_IG -= pick(changed_KG)
-        is_valid_IG &= changed_KG.sum() + cost_IG <= rules.max_moves
+        is_valid_IG &= changed_KG.sum() + cost_IG <= limits.max_moves
     score_IG += jnp.where(view.is_missing, URGENT, 0.0)
     return jnp.where(is_valid_IG, score_IG, -jnp.inf), slot_1G[0]
 

@@ -15,7 +15,7 @@ E experts, B blocks of K keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ _VALUE_SHIFT = 2 * _INDEX_BITS
 _FIELD_MASK = (1 << _INDEX_BITS) - 1
 _LOW_MASK = (1 << _VALUE_SHIFT) - 1
 _LARGEST_VALUE = (1 << 31) - 1
+# Puts loads behind all others without changing their order among each other.
+_BEHIND = 2.0**-40
 MAX_SLOTS = 1 << (_INDEX_BITS - 1)
 
 
@@ -69,7 +71,7 @@ def balanced_packing(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.
 
 
 def replicate_experts(
-    weight: jax.Array, num_phy: int, max_count: jax.Array | None = None
+    weight: jax.Array, num_phy: int, limits: Sequence[jax.Array] = ()
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gives each further replica to the expert whose replicas are heaviest.
 
@@ -79,8 +81,8 @@ def replicate_experts(
     Args:
       weight: [rows, experts] float32, not negative.
       num_phy: number of replicas to make in total, at least one per expert.
-      max_count: [rows] int32; an expert that has this many replicas comes last.
-        Upstream has no such limit, and nor has None.
+      limits: [rows] int32 each; an expert that has reached such a number of replicas
+        gets another one only when all have. Upstream knows no limits.
 
     Returns:
       phy2log: [rows, num_phy] int32, the expert of each replica.
@@ -115,23 +117,26 @@ def replicate_experts(
 
     def replicate(key_R: jax.Array, _: jax.Array) -> jax.Array:
         expert_R, count_R = _fields(key_R)
-        load_R = weight_RE.at[row_R, expert_R].get(mode="promise_in_bounds")
-        value_R = _descending(divide(load_R, count_R + 1))
-        if max_count is not None:
-            last_R = jnp.int64(_LARGEST_VALUE << _VALUE_SHIFT)
-            value_R = jnp.where(count_R + 1 >= max_count, last_R, value_R)
-        return value_R | ((key_R & _LOW_MASK) + 1)
+        load_R = take(weight_RE.reshape(-1), row_R * num_log + expert_R)
+        value_R = divide(load_R, count_R + 1)
+        for limit_R in limits:
+            value_R = jnp.where(count_R + 1 >= limit_R, value_R * _BEHIND, value_R)
+        return _descending(value_R) | ((key_R & _LOW_MASK) + 1)
 
     with jax.enable_x64(True):
         low_1E = (expert_E.astype(jnp.int64)[None] << _INDEX_BITS) + 1
         keys_ER = (_descending(weight_RE) | low_1E).T
         taken_NR = _tournament(keys_ER, num_phy - num_log, replicate)
     extra_RN, extra_rank_RN = taken_NR.T >> _INDEX_BITS, taken_NR.T & _FIELD_MASK
-    logcnt = logcnt.at[row_R[:, None], extra_RN].add(1, mode="promise_in_bounds")
+    logcnt = (
+        logcnt.reshape(-1)
+        .at[_in_rows(extra_RN, num_log)]
+        .add(1, mode="promise_in_bounds", wrap_negative_indices=False)
+    )
     return (
         jnp.concatenate([phy2log, extra_RN], axis=1),
         jnp.concatenate([rank, extra_rank_RN], axis=1),
-        logcnt,
+        logcnt.reshape(num_rows, num_log),
     )
 
 
@@ -170,39 +175,96 @@ def pack_in_order(weight_RN: jax.Array, num_packs: int) -> tuple[jax.Array, jax.
         sorted_weight_NR = _from_bits(_LARGEST_VALUE - (sorted_RN >> _VALUE_SHIFT)).T
         keys_MR, slot_MR = _open_packs(sorted_weight_NR[:num_packs], capacity)
 
-        def put(key_R: jax.Array, step: jax.Array) -> jax.Array:
+        def add(key_R: jax.Array, step: jax.Array) -> jax.Array:
             item_R = lax.dynamic_index_in_dim(
                 sorted_weight_NR, num_packs + step, keepdims=False
             )
             load_R = _from_bits(key_R >> _VALUE_SHIFT) + item_R
             return _pack_keys(_bits(load_R), (key_R & _LOW_MASK) + 1, capacity)
 
-        taken_NR = _tournament(keys_MR, num_items - num_packs, put)
+        taken_NR = _tournament(keys_MR, num_items - num_packs, add)
     slot_NR = (taken_NR >> _INDEX_BITS) * capacity + (taken_NR & _FIELD_MASK)
     return order_RN, jnp.concatenate([slot_MR, slot_NR]).T
+
+
+def take(value: jax.Array, index: jax.Array) -> jax.Array:
+    """`value[index]` of a flat array, for indices known to be inside.
+
+    Args:
+      value: [n].
+      index: [...] int32, in [0, n).
+
+    Returns:
+      [...], like `value`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> take(jnp.array([7, 8, 9]), jnp.array([[2, 0]])).tolist()
+      [[9, 7]]
+    """
+    return value.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def put(value: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
+    """`value[index] = new` in a flat array, for distinct indices known to be inside.
+
+    Args:
+      value: [n].
+      index: [...] int32, in [0, n), each once.
+      new: [...], like `value`.
+
+    Returns:
+      [n].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> put(jnp.array([7, 8, 9]), jnp.array([2, 0]), jnp.array([1, 2])).tolist()
+      [2, 8, 1]
+    """
+    return value.at[index].set(
+        new,
+        mode="promise_in_bounds",
+        unique_indices=True,
+        wrap_negative_indices=False,
+    )
+
+
+def take_rows(value_RN: jax.Array, index_RM: jax.Array) -> jax.Array:
+    """`result[r, m] = value[r, index[r, m]]`, for indices known to be inside.
+
+    Args:
+      value_RN: [rows, n].
+      index_RM: [rows, m] int32.
+
+    Returns:
+      [rows, m], like `value_RN`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> take_rows(jnp.array([[7, 8], [5, 6]]), jnp.array([[1, 1], [0, 1]])).tolist()
+      [[8, 8], [5, 6]]
+    """
+    return take(value_RN.reshape(-1), _in_rows(index_RM, value_RN.shape[1]))
 
 
 def invert(order_RN: jax.Array, value_RN: jax.Array) -> jax.Array:
     """`result[r, order[r, n]] = value[r, n]`, for rows that are permutations.
 
     Args:
-      order_RN: [rows, items] int32, each row a permutation.
-      value_RN: [rows, items].
+      order_RN: [rows, n] int32, each row a permutation.
+      value_RN: [rows, n].
 
     Returns:
-      [rows, items], like `value_RN`.
+      [rows, n], like `value_RN`.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> invert(jnp.array([[2, 0, 1]]), jnp.array([[7, 8, 9]])).tolist()
       [[8, 9, 7]]
     """
-    row_R1 = jnp.arange(order_RN.shape[0], dtype=jnp.int32)[:, None]
-    return (
-        jnp.zeros_like(value_RN)
-        .at[row_R1, order_RN]
-        .set(value_RN, mode="promise_in_bounds", unique_indices=True)
-    )
+    index_RN = _in_rows(order_RN, order_RN.shape[1])
+    flat = jnp.zeros(value_RN.size, value_RN.dtype)
+    return put(flat, index_RN, value_RN).reshape(value_RN.shape)
 
 
 def divide(load: jax.Array, count: jax.Array) -> jax.Array:
@@ -273,35 +335,35 @@ def _tournament(
     largest = jnp.iinfo(jnp.int64).max
     padded_NR = jnp.pad(keys_NR, padding, constant_values=largest)
     keys_BKR = padded_NR.reshape(-1, block, num_rows)
-    row_R = jnp.arange(num_rows, dtype=jnp.int32)
-    row_1R = row_R[None]
-    inside_K1 = jnp.arange(block, dtype=jnp.int32)[:, None]
     block_B1 = jnp.arange(keys_BKR.shape[0], dtype=jnp.int32)[:, None]
+    # Keys are addressed by one number: XLA builds index vectors in a pass of its own.
+    row_R = jnp.arange(num_rows, dtype=jnp.int32)
+    inside_KR = jnp.arange(block * num_rows, dtype=jnp.int32).reshape(block, num_rows)
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        keys_BKR, smallest_BR, taken_NR = carry
+        keys, smallest_BR, taken_NR = carry
         key_R = smallest_BR.min(axis=0)
         index_R, _ = _fields(key_R)
-        block_R = index_R // block
+        block_1R = (index_R // block)[None]
         # Write first, then read the block: in the other order XLA keeps the old
         # keys alive and copies all of them in every step.
-        keys_BKR = keys_BKR.at[block_R, index_R % block, row_R].set(
-            change(key_R, i), mode="promise_in_bounds", unique_indices=True
-        )
-        block_1R = block_R[None]
-        block_KR = keys_BKR.at[block_1R, inside_K1, row_1R].get(
-            mode="promise_in_bounds"
-        )
+        keys = put(keys, index_R * num_rows + row_R, change(key_R, i))
+        block_KR = take(keys, block_1R * (block * num_rows) + inside_KR)
         smallest_1R = block_KR.min(axis=0, keepdims=True)
         smallest_BR = jnp.where(block_B1 == block_1R, smallest_1R, smallest_BR)
         taken_NR = lax.dynamic_update_index_in_dim(
             taken_NR, key_R.astype(jnp.int32), i, 0
         )
-        return keys_BKR, smallest_BR, taken_NR
+        return keys, smallest_BR, taken_NR
 
     taken_NR = jnp.zeros((num_steps, num_rows), jnp.int32)
-    carry = (keys_BKR, keys_BKR.min(axis=1), taken_NR)
+    carry = (keys_BKR.reshape(-1), keys_BKR.min(axis=1), taken_NR)
     return lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), step, carry)[2]
+
+
+def _in_rows(index_RN: jax.Array, row_size: int) -> jax.Array:
+    row_R = jnp.arange(index_RN.shape[0], dtype=jnp.int32)
+    return index_RN + (row_R * row_size)[:, None]
 
 
 def _fields(key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
+from jax.typing import ArrayLike
 
 from eplb_jax.checks import as_capacity, as_loads, check_sizes, is_traced
 from eplb_jax.greedy import greedy_placement
@@ -41,7 +42,7 @@ class Placement(NamedTuple):
 
 
 def rebalance_experts(
-    weight: jax.Array,
+    weight: ArrayLike,
     num_replicas: int,
     num_groups: int,
     num_nodes: int,
@@ -49,8 +50,8 @@ def rebalance_experts(
     *,
     max_replicas: int | None = None,
     policy: Policy = "auto",
-    device_capacity: jax.Array | None = None,
-    remote_price: float = 0.02,
+    device_capacity: ArrayLike | None = None,
+    remote_price: float | jax.Array = 0.02,
     check_values: bool = False,
 ) -> Placement:
     """Places `num_replicas` replicas of the experts on `num_gpus` GPUs.
@@ -131,15 +132,17 @@ def rebalance_experts(
         capacity = as_capacity(
             device_capacity, num_gpus, num_replicas, num_experts, check_values
         )
-        price = remote_price if policy == "soft" and num_nodes > 1 else None
-        maps = _soft(weight, capacity, *sizes, max_replicas or width, price)
+        price = None
+        if policy == "soft" and num_nodes > 1:
+            price = jnp.asarray(remote_price, jnp.float32)
+        maps = _soft(weight, capacity, price, *sizes, max_replicas or width)
     if max_replicas is not None and max_replicas < width:
         _check_width(maps.expert_count, max_replicas, check_values)
     return maps
 
 
 def placement_maps(
-    physical_to_logical_map: jax.Array, num_logical_experts: int, max_replicas: int
+    physical_to_logical_map: ArrayLike, num_logical_experts: int, max_replicas: int
 ) -> Placement:
     """The other two maps of a placement, replicas of an expert in slot order.
 
@@ -193,16 +196,16 @@ def _greedy(
     return Placement(expert_LS, slots_LEC, count_LE)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
 def _soft(
     weight_LE: jax.Array,
     capacity_G: jax.Array,
+    remote_price: jax.Array | None,
     num_replicas: int,
     num_groups: int,
     num_nodes: int,
     num_gpus: int,
     width: int,
-    remote_price: float | None,
 ) -> Placement:
     expert_LS = soft_placement(
         weight_LE,
@@ -223,14 +226,19 @@ def _slots_by_expert(
     num_experts: int,
     width: int,
 ) -> jax.Array:
-    layer_L1 = jnp.arange(len(expert_LS), dtype=jnp.int32)[:, None]
-    empty_LEC = jnp.full((len(expert_LS), num_experts, width), -1, jnp.int32)
-    return empty_LEC.at[layer_L1, expert_LS, rank_LS].set(
-        slot_LS, mode="drop", unique_indices=True
+    num_layers = len(expert_LS)
+    layer_L1 = jnp.arange(num_layers, dtype=jnp.int32)[:, None]
+    index_LS = (layer_L1 * num_experts + expert_LS) * width + rank_LS
+    size = num_layers * num_experts * width
+    is_inside_LS = (expert_LS < num_experts) & (rank_LS < width)
+    slots = jnp.full(size, -1, jnp.int32)
+    slots = slots.at[jnp.where(is_inside_LS, index_LS, size)].set(
+        slot_LS, mode="drop", wrap_negative_indices=False
     )
+    return slots.reshape(num_layers, num_experts, width)
 
 
-def _choose(policy: str, num_groups: int, num_nodes: int) -> str:
+def _choose(policy: Policy, num_groups: int, num_nodes: int) -> Policy:
     if policy not in get_args(Policy):
         raise ValueError(f"{policy=} must be one of {', '.join(get_args(Policy))}.")
     is_nested = num_nodes > 0 and num_groups % num_nodes == 0

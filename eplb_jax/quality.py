@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from eplb_jax.checks import as_loads
 from eplb_jax.packing import divide, replicate_experts
@@ -14,7 +15,7 @@ from eplb_jax.search import count_replicas
 
 
 def device_loads(
-    weight: jax.Array, physical_to_logical_map: jax.Array, num_gpus: int
+    weight: ArrayLike, physical_to_logical_map: ArrayLike, num_gpus: int
 ) -> jax.Array:
     """The load of each device, replicas of an expert sharing its load evenly.
 
@@ -64,10 +65,10 @@ def slot_loads(weight_LE: jax.Array, expert_LS: jax.Array) -> jax.Array:
 
 
 def balancedness(
-    weight: jax.Array,
-    physical_to_logical_map: jax.Array,
+    weight: ArrayLike,
+    physical_to_logical_map: ArrayLike,
     num_gpus: int,
-    device_capacity: jax.Array | None = None,
+    device_capacity: ArrayLike | None = None,
 ) -> jax.Array:
     """Mean device load over maximal device load: 1 is perfect.
 
@@ -102,7 +103,7 @@ def balancedness(
 
 
 def balancedness_bound(
-    weight: jax.Array, num_replicas: int, num_gpus: int
+    weight: ArrayLike, num_replicas: int, num_gpus: int
 ) -> jax.Array:
     """A balancedness that no placement exceeds, hierarchical or not.
 
@@ -130,14 +131,14 @@ def balancedness_bound(
     """
     weight_LE = as_loads(weight)
     most_L = jnp.full(len(weight_LE), num_gpus, jnp.int32)
-    _, _, count_LE = replicate_experts(weight_LE, num_replicas, most_L)
+    _, _, count_LE = replicate_experts(weight_LE, num_replicas, [most_L])
     heaviest_L = divide(weight_LE, jnp.minimum(count_LE, num_gpus)).max(axis=1)
     mean_L = weight_LE.sum(axis=1) / num_gpus
     safe_L = jnp.where(mean_L > 0, jnp.maximum(heaviest_L, mean_L), 1.0)
     return jnp.where(mean_L > 0, mean_L / safe_L, 1.0)
 
 
-def count_moves(old: jax.Array, new: jax.Array, num_gpus: int) -> jax.Array:
+def count_moves(old: ArrayLike, new: ArrayLike, num_gpus: int) -> jax.Array:
     """How many replicas the devices have to fetch to get from one placement to another.
 
     Where a replica lies within its device does not matter.
@@ -156,7 +157,7 @@ def count_moves(old: jax.Array, new: jax.Array, num_gpus: int) -> jax.Array:
       >>> count_moves(old, new, 2).tolist()
       [1]
     """
-    old_LGK, new_LGK = _by_device(old, num_gpus), _by_device(new, num_gpus)
+    old_LGK, new_LGK = (_by_device(jnp.asarray(p), num_gpus) for p in (old, new))
     # The n-th replica of an expert on a device is new where the device had fewer.
     same_LGKK = new_LGK[..., :, None] == new_LGK[..., None, :]
     earlier_KK = jnp.tri(new_LGK.shape[-1], k=-1, dtype=jnp.bool_)[None, None]
@@ -168,7 +169,7 @@ def count_moves(old: jax.Array, new: jax.Array, num_gpus: int) -> jax.Array:
     return is_new_LGK.sum(axis=(1, 2), dtype=jnp.int32)
 
 
-def count_duplicates(physical_to_logical_map: jax.Array, num_gpus: int) -> jax.Array:
+def count_duplicates(physical_to_logical_map: ArrayLike, num_gpus: int) -> jax.Array:
     """How many slots repeat an expert that their device has already.
 
     Such a slot is wasted: the device gets no less load, and no other device less.
@@ -185,7 +186,7 @@ def count_duplicates(physical_to_logical_map: jax.Array, num_gpus: int) -> jax.A
       >>> count_duplicates(jnp.array([[0, 0, 1, 2]]), 2).tolist()
       [1]
     """
-    expert_LGK = _by_device(physical_to_logical_map, num_gpus)
+    expert_LGK = _by_device(jnp.asarray(physical_to_logical_map), num_gpus)
     same_LGKK = expert_LGK[..., :, None] == expert_LGK[..., None, :]
     earlier_KK = jnp.tri(expert_LGK.shape[-1], k=-1, dtype=jnp.bool_)[None, None]
     is_again_LGK = (same_LGKK & earlier_KK).any(axis=-1) & (expert_LGK >= 0)
@@ -193,8 +194,8 @@ def count_duplicates(physical_to_logical_map: jax.Array, num_gpus: int) -> jax.A
 
 
 def remote_share(
-    weight: jax.Array,
-    physical_to_logical_map: jax.Array,
+    weight: ArrayLike,
+    physical_to_logical_map: ArrayLike,
     home: jax.Array,
     num_nodes: int,
 ) -> jax.Array:

@@ -12,23 +12,25 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from eplb_jax.checks import as_capacity, as_loads, is_traced
-from eplb_jax.search import Problem, Rules, search
+from eplb_jax.moves import Limits, Problem, Rules
+from eplb_jax.search import search
 from eplb_jax.soft import normalise, per_share
 
 
 def refine_placement(
-    weight: jax.Array,
-    physical_to_logical_map: jax.Array,
+    weight: ArrayLike,
+    physical_to_logical_map: ArrayLike,
     num_gpus: int,
     *,
-    max_moves: int,
-    min_gain: float = 1e-6,
-    device_capacity: jax.Array | None = None,
+    max_moves: int | jax.Array,
+    min_gain: float | jax.Array = 1e-6,
+    device_capacity: ArrayLike | None = None,
     home: jax.Array | None = None,
     num_nodes: int = 1,
-    remote_price: float = 0.02,
+    remote_price: float | jax.Array = 0.02,
     separate: bool = True,
     check_values: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -45,7 +47,8 @@ def refine_placement(
       physical_to_logical_map: [layers, slots] int32, the present placement; -1 is an
         empty slot.
       num_gpus: devices; divides the number of slots.
-      max_moves: slots of a layer that may hold another expert afterwards.
+      max_moves: slots of a layer that may hold another expert afterwards. This and the
+        next may be traced: another budget compiles nothing anew.
       min_gain: relative fall of the peak device load (smoothed) that a changed slot
         must bring. 1e-6 stops at rounding and at moves that nobody would notice;
         1e-4 spends moves only on visible imbalance.
@@ -86,21 +89,26 @@ def refine_placement(
         home = jnp.broadcast_to(jnp.asarray(home, jnp.int32), weight.shape)
     rules = Rules(
         num_nodes=num_nodes,
-        max_steps=2 * max_moves,
-        max_moves=max_moves,
-        min_gain=min_gain,
-        remote_price=None if home is None else remote_price,
+        has_homes=home is not None,
+        has_budget=True,
         separate=separate,
     )
-    return _refine(weight, old, capacity, home, rules)
+    limits = Limits(
+        max_steps=jnp.asarray(2 * max_moves + 1, jnp.int32),
+        max_moves=jnp.asarray(max_moves, jnp.int32),
+        min_gain=jnp.asarray(min_gain, jnp.float32),
+        remote_price=jnp.asarray(remote_price, jnp.float32),
+    )
+    return _refine(weight, old, capacity, home, limits, rules)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=5)
 def _refine(
     weight_LE: jax.Array,
     old_LS: jax.Array,
     capacity_G: jax.Array,
     home_LE: jax.Array | None,
+    limits: Limits,
     rules: Rules,
 ) -> tuple[jax.Array, jax.Array]:
     if home_LE is None:
@@ -111,12 +119,16 @@ def _refine(
     kept_LS = jnp.where(is_alive_S[None], old_LS, -1)
     per_share_LG = jnp.broadcast_to(per_share_G, (len(old_LS), len(per_share_G)))
     problem = Problem(normalise(weight_LE), per_share_LG, home_LE, kept_LS)
-    new_LS = search(problem, kept_LS, rules)
+    new_LS = search(problem, kept_LS, rules, limits)
     return new_LS, (new_LS != kept_LS).sum(axis=1, dtype=jnp.int32)
 
 
 def _check_refine(
-    weight: jax.Array, old: jax.Array, num_gpus: int, max_moves: int, num_nodes: int
+    weight: jax.Array,
+    old: jax.Array,
+    num_gpus: int,
+    max_moves: int | jax.Array,
+    num_nodes: int,
 ) -> None:
     if old.ndim != 2 or old.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -130,7 +142,7 @@ def _check_refine(
         )
     if num_nodes < 1 or num_gpus % num_nodes:
         raise ValueError(f"{num_gpus=} must be a multiple of {num_nodes=}.")
-    if max_moves < 0:
+    if not is_traced(max_moves) and max_moves < 0:
         raise ValueError(f"{max_moves=} must not be negative; use 0 to move nothing.")
     if not is_traced(old):
         low, high = (int(old.min()), int(old.max())) if old.size else (0, 0)

@@ -10,7 +10,9 @@ lowers the objective most per slot that it changes. The objective of a layer is
 
 where u_g is the load of device g over its fair share: a smooth maximum, so that a
 move which also cools the second hottest device is worth more, and a price for load
-that is served away from an expert's home node.
+that is served away from an expert's home node. Of all placements on the way, that
+with the least true maximum (and price) is the result, so it is never worse than the
+start.
 
 Shape suffixes, for one layer: E experts, S slots, G devices, K slots of a device,
 I slots of the hottest device. Tables are [K, G]: the long axis is the minor one.
@@ -24,9 +26,12 @@ from jax import lax
 
 from eplb_jax.moves import (
     URGENT,
+    Homes,
+    Limits,
     Placed,
     Problem,
     Rules,
+    View,
     find_homes,
     look,
     score_copies,
@@ -34,13 +39,16 @@ from eplb_jax.moves import (
 )
 
 
-def search(problem: Problem, expert: jax.Array, rules: Rules) -> jax.Array:
+def search(
+    problem: Problem, expert: jax.Array, rules: Rules, limits: Limits
+) -> jax.Array:
     """Moves replicas until no move is worth it, in all layers at once.
 
     Args:
       problem: what is to be placed, leaves with a leading axis of layers.
       expert: [layers, slots] int32, the placement to start from, -1 for an empty slot.
-      rules: settings.
+      rules: static settings.
+      limits: settings that may be traced.
 
     Returns:
       [layers, slots] int32.
@@ -51,26 +59,34 @@ def search(problem: Problem, expert: jax.Array, rules: Rules) -> jax.Array:
       >>> problem = Problem(
       ...     weight=jnp.array([[0.4, 0.4, 0.1, 0.1]]), per_share=jnp.full((1, 2), 2.0),
       ...     home=jnp.full((1, 4), -1), original=jnp.array([[0, 1, 2, 3]]))
-      >>> search(problem, problem.original, Rules(num_nodes=1, max_steps=9)).tolist()
+      >>> limits = Limits(
+      ...     max_steps=jnp.int32(9), max_moves=jnp.int32(4),
+      ...     min_gain=jnp.float32(1e-6), remote_price=jnp.float32(0))
+      >>> search(problem, problem.original, Rules(), limits).tolist()
       [[2, 1, 0, 3]]
     """
 
     def start(problem: Problem, expert_S: jax.Array) -> Placed:
-        count_E = count_replicas(expert_S, problem.weight.shape[0])
         return Placed(
-            expert_S, count_E, jnp.bool_(not rules.separate), jnp.bool_(False)
+            expert_S=expert_S,
+            count_E=count_replicas(expert_S, problem.weight.shape[0]),
+            is_parted=jnp.bool_(not rules.separate),
+            is_done=jnp.bool_(False),
+            best_S=expert_S,
+            best_cost=jnp.float32(jnp.inf),
         )
 
     def goes_on(carry: tuple[jax.Array, Placed]) -> jax.Array:
         step, placed = carry
-        return (step < rules.max_steps) & ~placed.is_done.all()
+        return (step < limits.max_steps) & ~placed.is_done.all()
 
     def move(carry: tuple[jax.Array, Placed]) -> tuple[jax.Array, Placed]:
         step, placed = carry
-        return step + 1, jax.vmap(lambda *args: _step(*args, rules))(problem, placed)
+        step_layer = jax.vmap(lambda *layer: _step(*layer, rules, limits))
+        return step + 1, step_layer(problem, placed)
 
     placed = jax.vmap(start)(problem, expert)
-    return lax.while_loop(goes_on, move, (jnp.int32(0), placed))[1].expert_S
+    return lax.while_loop(goes_on, move, (jnp.int32(0), placed))[1].best_S
 
 
 def count_replicas(expert_S: jax.Array, num_experts: int) -> jax.Array:
@@ -91,16 +107,16 @@ def count_replicas(expert_S: jax.Array, num_experts: int) -> jax.Array:
     return jnp.zeros(num_experts, jnp.int32).at[expert_S].add(is_filled_S)
 
 
-def _step(problem: Problem, placed: Placed, rules: Rules) -> Placed:
+def _step(problem: Problem, placed: Placed, rules: Rules, limits: Limits) -> Placed:
     """The best move of one layer."""
     num_gpus, num_slots = problem.per_share.shape[0], placed.expert_S.shape[0]
     per_gpu = num_slots // num_gpus
     view = look(problem, placed)
-    homes = None
-    if rules.remote_price is not None:
-        homes = find_homes(problem, placed, view, rules)
-    swap_IG, slot_IG = score_swaps(problem, view, homes, rules)
-    copy_IG, slot_G = score_copies(problem, placed, view, homes, rules)
+    homes = find_homes(problem, placed, view, rules) if rules.has_homes else None
+    cost = _cost(view, homes, rules, limits)
+    is_best = cost < placed.best_cost
+    swap_IG, slot_IG = score_swaps(problem, view, homes, rules, limits)
+    copy_IG, slot_G = score_copies(problem, placed, view, homes, rules, limits)
 
     score = jnp.concatenate([swap_IG.reshape(-1), copy_IG.reshape(-1)])
     best = jnp.argmax(score).astype(jnp.int32)
@@ -108,7 +124,7 @@ def _step(problem: Problem, placed: Placed, rules: Rules) -> Placed:
     i, g = best % num_slots // num_gpus, best % num_gpus
     j = jnp.where(is_copy, slot_G[g], slot_IG[i, g])
     expert_i, expert_j = view.expert_I[i], view.expert_KG[j, g]
-    is_worth_it = score[best] > rules.min_gain
+    is_worth_it = score[best] > limits.min_gain
     # Replicas that cannot be parted (too few experts, no moves left) stay together.
     is_stuck = view.to_part & (score[best] < URGENT / 2)
     goes = is_worth_it & ~is_stuck & ~placed.is_done
@@ -121,5 +137,22 @@ def _step(problem: Problem, placed: Placed, rules: Rules) -> Placed:
     count_E = placed.count_E.at[expert_i].add(changes)
     changes = jnp.where(expert_j >= 0, changes, 0)
     count_E = count_E.at[expert_j].add(-changes)
-    is_done = placed.is_done | ~(is_worth_it | is_stuck)
-    return Placed(expert_S, count_E, placed.is_parted | is_stuck, is_done)
+    return Placed(
+        expert_S=expert_S,
+        count_E=count_E,
+        is_parted=placed.is_parted | is_stuck,
+        is_done=placed.is_done | ~(is_worth_it | is_stuck),
+        best_S=jnp.where(is_best, placed.expert_S, placed.best_S),
+        best_cost=jnp.where(is_best, cost, placed.best_cost),
+    )
+
+
+def _cost(view: View, homes: Homes | None, rules: Rules, limits: Limits) -> jax.Array:
+    """The objective with the true peak; what has to be mended counts above all."""
+    cost = jnp.log(view.peak)
+    if homes is not None:
+        cost += limits.remote_price * (homes.away_KG * view.load_KG).sum()
+    to_mend = view.num_missing.astype(jnp.float32) * URGENT
+    if rules.separate:
+        to_mend += view.num_twins.astype(jnp.float32)
+    return cost + URGENT * to_mend

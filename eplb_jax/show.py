@@ -10,6 +10,7 @@ import colorsys
 import itertools
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from eplb_jax.quality import balancedness, slot_loads
@@ -146,8 +147,8 @@ def placement_figure(
         "GPU   (a colour: an expert with several replicas; grey: with one)", fontsize=9
     )
     placement = expert_GK.reshape(1, -1)
-    now = balancedness([weight_E], placement, num_gpus, device_capacity)
-    was = balancedness([weight_E], before_S[None], num_gpus)
+    now = balancedness(weight_E[None], placement, num_gpus, device_capacity)
+    was = balancedness(weight_E[None], before_S[None], num_gpus)
     figure.suptitle(
         f"{title}{': ' if title else ''}balancedness {float(now[0]):.3f}, "
         f"{float(was[0]):.3f} with experts in order",
@@ -324,7 +325,9 @@ def _layer(
             f"physical_to_logical_map [slots], a multiple of {num_gpus=}, but it is "
             f"{expert_S.shape}."
         )
-    load_S = np.asarray(slot_loads(weight_E[None], expert_S[None]))[0]
+    load_S = np.asarray(
+        slot_loads(jnp.asarray(weight_E[None]), jnp.asarray(expert_S[None]))
+    )[0]
     capacity_G = np.ones(num_gpus)
     if device_capacity is not None:
         capacity_G = np.asarray(device_capacity, np.float64)

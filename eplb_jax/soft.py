@@ -17,10 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from eplb_jax.greedy import experts_by_node
-from eplb_jax.packing import invert, replicate_experts
-from eplb_jax.search import Problem, Rules, count_replicas, search
+from eplb_jax.packing import invert, replicate_experts, take_rows
+from eplb_jax.moves import Limits, Problem, Rules
+from eplb_jax.search import count_replicas, search
 
 # Loadless experts weigh this much of a mean expert, so that they are spread evenly.
 _FLOOR = 1e-6
@@ -35,7 +37,7 @@ def soft_placement(
     num_nodes: int,
     num_gpus: int,
     device_capacity: jax.Array,
-    remote_price: float | None,
+    remote_price: jax.Array | float | None,
 ) -> jax.Array:
     """Deals replicas out and improves on it by swaps and copies.
 
@@ -67,37 +69,42 @@ def soft_placement(
     weight_LE = normalise(weight_LE)
     alive_N = (per_share_G > 0).reshape(num_homes, -1).sum(axis=1, dtype=jnp.int32)
     rows = (num_layers * num_homes, num_experts // num_homes)
-    replica_RS, _, _ = replicate_experts(
-        jnp.take_along_axis(weight_LE, order_LE, axis=1).reshape(rows),
-        num_replicas // num_homes,
-        jnp.broadcast_to(alive_N, (num_layers, num_homes)).reshape(-1),
+    alive_R = jnp.broadcast_to(alive_N, (num_layers, num_homes)).reshape(-1)
+    # One replica a device of the node, then one a device of the cluster.
+    spread = [alive_R, jnp.full_like(alive_R, alive_N.sum())]
+    replica_RS, rank_RS, _ = replicate_experts(
+        take_rows(weight_LE, order_LE).reshape(rows), num_replicas // num_homes, spread
     )
-    expert_RS = jnp.take_along_axis(order_LE.reshape(rows), replica_RS, axis=1)
+    expert_RS = take_rows(order_LE.reshape(rows), replica_RS)
     slot_S = jnp.arange(num_replicas // num_homes, dtype=jnp.int32)
     is_filled_NS = slot_S[None] < (alive_N * per_gpu)[:, None]
     expert_LNS = expert_RS.reshape(num_layers, num_homes, -1)
     expert_LNS = jnp.where(is_filled_NS[None], expert_LNS, -1)
     expert_LS = expert_LNS.reshape(num_layers, num_replicas)
+    rank_LS = rank_RS.reshape(num_layers, num_replicas)
     home_LE = jnp.full_like(order_LE, -1)
     if remote_price is not None:
         home_LE = invert(order_LE, _node_of_place(order_LE, num_homes))
 
-    def deal(weight_E: jax.Array, expert_S: jax.Array, home_E: jax.Array) -> jax.Array:
-        return _deal(weight_E, expert_S, home_E, per_share_G, num_nodes)
+    def deal(
+        weight_E: jax.Array, expert_S: jax.Array, rank_S: jax.Array, home_E: jax.Array
+    ) -> jax.Array:
+        return _deal(weight_E, expert_S, rank_S, home_E, per_share_G, num_nodes)
 
-    expert_LS = jax.vmap(deal)(weight_LE, expert_LS, home_LE)
-    rules = Rules(
-        num_nodes=num_nodes,
-        max_steps=num_replicas,
-        min_gain=_MIN_GAIN,
-        remote_price=remote_price,
-    )
-    per_share_LG = jnp.broadcast_to(per_share_G, (weight_LE.shape[0], num_gpus))
+    expert_LS = jax.vmap(deal)(weight_LE, expert_LS, rank_LS, home_LE)
+    per_share_LG = jnp.broadcast_to(per_share_G, (num_layers, num_gpus))
     problem = Problem(weight_LE, per_share_LG, home_LE, expert_LS)
-    return search(problem, expert_LS, rules)
+    rules = Rules(num_nodes=num_nodes, has_homes=remote_price is not None)
+    limits = Limits(
+        max_steps=jnp.int32(num_replicas),
+        max_moves=jnp.int32(num_replicas),
+        min_gain=jnp.float32(_MIN_GAIN),
+        remote_price=jnp.float32(0 if remote_price is None else remote_price),
+    )
+    return search(problem, expert_LS, rules, limits)
 
 
-def home_nodes(weight: jax.Array, num_groups: int, num_nodes: int) -> jax.Array:
+def home_nodes(weight: ArrayLike, num_groups: int, num_nodes: int) -> jax.Array:
     """The node that EPLB's hierarchical policy keeps each expert on.
 
     Args:
@@ -113,12 +120,12 @@ def home_nodes(weight: jax.Array, num_groups: int, num_nodes: int) -> jax.Array:
       >>> home_nodes(jnp.array([[1.0, 2, 9, 9, 3, 3, 0, 0]]), 4, 2).tolist()
       [[1, 1, 0, 0, 1, 1, 0, 0]]
     """
-    order_LE = experts_by_node(weight, num_groups, num_nodes)
+    order_LE = experts_by_node(jnp.asarray(weight), num_groups, num_nodes)
     return invert(order_LE, _node_of_place(order_LE, num_nodes))
 
 
 def normalise(weight_LE: jax.Array) -> jax.Array:
-    """Loads of sum 1 in each layer; none is zero.
+    """Loads of sum 1 in each layer, none of them zero; what is no load counts as none.
 
     Args:
       weight_LE: [layers, experts] float32.
@@ -131,6 +138,8 @@ def normalise(weight_LE: jax.Array) -> jax.Array:
       >>> normalise(jnp.array([[0.0, 0.0], [1.0, 3.0]])).tolist()
       [[0.5, 0.5], [0.25..., 0.74...]]
     """
+    is_load_LE = jnp.isfinite(weight_LE) & (weight_LE > 0)
+    weight_LE = jnp.where(is_load_LE, weight_LE, 0.0)
     mean_L1 = weight_LE.mean(axis=1, keepdims=True)
     weight_LE = jnp.where(mean_L1 > 0, weight_LE + _FLOOR * mean_L1, 1.0)
     return weight_LE / weight_LE.sum(axis=1, keepdims=True)
@@ -171,15 +180,17 @@ def _node_of_place(order_LE: jax.Array, num_nodes: int) -> jax.Array:
 def _deal(
     weight_E: jax.Array,
     expert_S: jax.Array,
+    rank_S: jax.Array,
     home_E: jax.Array,
     per_share_G: jax.Array,
     num_nodes: int,
 ) -> jax.Array:
     """Heaviest first, to the device that stays the least used, one by one.
 
-    Replicas stay on their expert's home node, if it has one, and no device gets two of
-    one expert, as far as there is room. Of equally used devices the one on the least
-    used node is taken, so that nodes stay even where every device has a single slot
+    No device gets two replicas of one expert, and replicas stay on their expert's home
+    node, as far as there is room; for this, with homes, each expert's first replica
+    goes before all others. Of equally used devices the one on the least used node is
+    taken, so that nodes stay even where every device has a single slot
     (`deepseek-ai/EPLB#14`).
     """
     num_slots, num_gpus = expert_S.shape[0], per_share_G.shape[0]
@@ -187,7 +198,8 @@ def _deal(
     count_E = count_replicas(expert_S, weight_E.shape[0])
     load_E = weight_E / jnp.maximum(count_E, 1).astype(jnp.float32)
     load_S = jnp.where(expert_S >= 0, load_E[expert_S], -1.0)
-    order_S = jnp.argsort(-load_S, stable=True)
+    is_first_S = (rank_S == 0) & (home_E[expert_S] >= 0)
+    order_S = jnp.argsort(-load_S - jnp.where(is_first_S, 2.0, 0.0), stable=True)
     share_G = jnp.where(per_share_G > 0, 1.0 / jnp.maximum(per_share_G, 1.0), 0.0)
     share_N = share_G.reshape(num_nodes, -1).sum(axis=1)
     per_share_N = jnp.where(share_N > 0, 1.0 / jnp.maximum(share_N, 1e-9), 0.0)
@@ -201,9 +213,9 @@ def _deal(
         has_twin_G = (dealt.expert_GK == expert).any(axis=1)
         used_G = (dealt.load_G + load) * per_share_G
         used_N = (dealt.node_load_N + load) * per_share_N
-        # Lexicographic: room, home, no twin, use; a thousandth of the node's use.
+        # In this order: room, no twin, home, use; a thousandth of the node's use.
         cost_G = used_G + 1e-3 * used_N[node_G]
-        for worse, is_so_G in ((1e6, has_twin_G), (2e6, is_away_G), (4e6, ~has_room_G)):
+        for worse, is_so_G in ((1e6, is_away_G), (2e6, has_twin_G), (4e6, ~has_room_G)):
             cost_G += jnp.where(is_so_G, jnp.float32(worse), 0.0)
         g = jnp.argmin(cost_G)
         is_placed = (expert >= 0) & has_room_G[g]
