@@ -265,7 +265,7 @@ def score_swaps(
         more_i_IG = homes.away_i_IG - homes.away_KG[:, view.hot][:, None]
         more_j_IG = pick(homes.away_j_KG - homes.away_KG)
         remote_IG = more_i_IG * view.load_I[:, None] + more_j_IG * load_IG
-        score_IG -= (rules.remote_price or 0.0) * remote_IG
+        score_IG -= limits.remote_price * remote_IG
     cost_IG = 2
     if rules.has_budget:
         original_KG = problem.original.reshape(num_gpus, -1).T
@@ -342,7 +342,7 @@ def score_copies(
         made_IG = (away_I1 + homes.away_i_IG) * one_more_I[:, None]
         made_IG -= away_I1 * view.load_I[:, None]
         remote_IG = left_1G - away_1G * load_1G + made_IG
-        score_IG -= (rules.remote_price or 0.0) * remote_IG
+        score_IG -= limits.remote_price * remote_IG
     if rules.has_budget:
         original_KG = problem.original.reshape(num_gpus, -1).T
         changed_KG = (view.expert_KG != original_KG).astype(jnp.int32)

@@ -82,7 +82,7 @@ def search(
 
     def move(carry: tuple[jax.Array, Placed]) -> tuple[jax.Array, Placed]:
         step, placed = carry
-        step_layer = jax.vmap(lambda *layer: _step(*layer, rules, limits))
+        step_layer = jax.vmap(lambda p, s: _step(p, s, rules, limits))
         return step + 1, step_layer(problem, placed)
 
     placed = jax.vmap(start)(problem, expert)

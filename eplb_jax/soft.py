@@ -20,8 +20,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from eplb_jax.greedy import experts_by_node
-from eplb_jax.packing import invert, replicate_experts, take_rows
 from eplb_jax.moves import Limits, Problem, Rules
+from eplb_jax.packing import invert, replicate_experts, take_rows
 from eplb_jax.search import count_replicas, search
 
 # Loadless experts weigh this much of a mean expert, so that they are spread evenly.
