@@ -117,6 +117,18 @@ def manual_axes(eqn: Any) -> frozenset[Any]:
     return params.get("newly_manual_axes", params.get("manual_axes", frozenset()))
 
 
+def shard_map_like(eqn: Any, function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Maps ``function`` over the mesh and the axes of a shard_map equation."""
+    return jax.shard_map(
+        function,
+        mesh=eqn.params["mesh"],
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=manual_axes(eqn),
+        check_vma=eqn.params["check_vma"],
+    )
+
+
 def varying_axes(aval: Any) -> frozenset[Any]:
     """Returns the mesh axes over which a value differs (inside ``jax.shard_map``)."""
     if (axes := getattr(aval, "manual_axis_type", None)) is not None:

@@ -20,6 +20,7 @@ from dualpipe_jax._split.jaxprs import (
     live_vars,
     nbytes,
     prune,
+    run_inside,
     trace,
 )
 from dualpipe_jax._split.scans import Piece
@@ -196,8 +197,9 @@ class ShardMapSplit:
         self._in_specs = dict(zip(body.invars, eqn.params["in_specs"], strict=True))
         outvars = [body.outvars[i] for i in kept]
         part = compat.new_jaxpr(body.invars, outvars, body.eqns, body)
-        self._cut = split(
-            part, status, [early[i] for i in kept], lambda v: nbytes(v.aval)
+        early_outputs = [early[i] for i in kept]
+        self._cut = run_inside(
+            eqn, lambda: split(part, status, early_outputs, lambda v: nbytes(v.aval))
         )
         self._emitted = [v for v in self._cut.crossing if v not in self._operands]
         self._specs = {v: self._spec(v.aval) for v in self._emitted}
@@ -254,15 +256,7 @@ class ShardMapSplit:
         return PartitionSpec(tuple(axes)) if axes else PartitionSpec()
 
     def _piece(self, run, in_specs, out_specs, operands) -> Piece:
-        params = self._eqn.params
-        mapped = jax.shard_map(
-            run,
-            mesh=params["mesh"],
-            in_specs=tuple(in_specs),
-            out_specs=out_specs,
-            axis_names=compat.manual_axes(self._eqn),
-            check_vma=params["check_vma"],
-        )
+        mapped = compat.shard_map_like(self._eqn, run, tuple(in_specs), out_specs)
 
         def flat(*values):
             return jax.tree.leaves(mapped(*values))

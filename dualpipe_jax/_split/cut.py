@@ -13,18 +13,16 @@ import enum
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from jax.extend import core as jex_core
-
 from dualpipe_jax import compat
 from dualpipe_jax._split.jaxprs import (
     Kind,
-    barrier_equation,
     is_barrier,
     is_var,
     kind,
     live_vars,
     nbytes,
     real_effects,
+    slice_jaxpr,
 )
 from dualpipe_jax._split.mincut import cheapest_cut
 
@@ -246,7 +244,7 @@ class _Cutter:
     def _early(self, crossing: Sequence[Any]) -> Any:
         invars = [v for v in self.jaxpr.invars if self.input_status[v] < Status.LATE]
         outvars = [*self._outputs(early=True), *crossing]
-        return self._program(invars, outvars, self.pinned)
+        return slice_jaxpr(self.jaxpr, invars, outvars, self.pinned)
 
     def _late(self, crossing: Sequence[Any]) -> Any:
         status = self.input_status
@@ -254,32 +252,11 @@ class _Cutter:
         own = [v for v in self.jaxpr.invars if status[v] is Status.LATE]
         effects = {id(eqn) for eqn in self.effectful} - self.pinned
         invars = [*common, *crossing, *own]
-        return self._program(invars, self._outputs(early=False), effects)
+        return slice_jaxpr(self.jaxpr, invars, self._outputs(early=False), effects)
 
     def _outputs(self, early: bool) -> list[Any]:
         pairs = zip(self.jaxpr.outvars, self.early_outputs, strict=True)
         return [v for v, is_early in pairs if is_early is early]
-
-    def _program(
-        self, invars: Sequence[Any], outvars: Sequence[Any], effects: Collection[int]
-    ) -> Any:
-        """Returns the equations that lead from ``invars`` to ``outvars``."""
-        given = set(invars)
-        live = {v for v in outvars if is_var(v)} - given
-        eqns = []
-        for eqn in reversed(self.jaxpr.eqns):
-            if id(eqn) not in effects and not any(v in live for v in eqn.outvars):
-                continue
-            if is_barrier(eqn):
-                pairs = zip(eqn.invars, eqn.outvars, strict=True)
-                read = [(a, v) for a, v in pairs if v in live]
-                eqn = barrier_equation([a for a, _ in read], [v for _, v in read])
-            elif any(v in given for v in eqn.outvars):
-                fresh = [jex_core.Var(v.aval) if v in given else v for v in eqn.outvars]
-                eqn = eqn.replace(outvars=fresh)
-            eqns.append(eqn)
-            live.update(a for a in eqn.invars if is_var(a) and a not in given)
-        return compat.new_jaxpr(invars, outvars, eqns[::-1], self.jaxpr)
 
 
 @dataclasses.dataclass(frozen=True)

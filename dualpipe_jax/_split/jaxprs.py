@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -186,13 +186,44 @@ def live_vars(
 
 def dce(jaxpr: Any) -> Any:
     """Returns ``jaxpr`` without the equations that nothing names; prints stay."""
-    live = {v for v in jaxpr.outvars if is_var(v)}
-    kept = []
+    effects = {id(eqn) for eqn in jaxpr.eqns if real_effects(eqn)}
+    return slice_jaxpr(jaxpr, jaxpr.invars, jaxpr.outvars, effects)
+
+
+def slice_jaxpr(
+    jaxpr: Any, invars: Sequence[Any], outvars: Sequence[Atom], effects: Collection[int]
+) -> Any:
+    """Returns the equations of ``jaxpr`` that lead from ``invars`` to ``outvars``.
+
+    Args:
+      jaxpr: flat, without constants.
+      invars: what is given; may include variables that ``jaxpr`` computes.
+      outvars: what is wanted.
+      effects: ids of equations that stay whoever reads them.
+    """
+    given = set(invars)
+    live = {v for v in outvars if is_var(v)} - given
+    eqns = []
     for eqn in reversed(jaxpr.eqns):
-        if real_effects(eqn) or any(v in live for v in eqn.outvars):
-            kept.append(eqn)
-            live.update(a for a in eqn.invars if is_var(a))
-    return compat.new_jaxpr(jaxpr.invars, jaxpr.outvars, kept[::-1], jaxpr)
+        mask = [v in live for v in eqn.outvars]
+        if id(eqn) not in effects and not any(mask):
+            continue
+        if is_barrier(eqn):
+            eqn = narrow_barrier(eqn, mask)
+        elif any(v in given for v in eqn.outvars):
+            fresh = [jex_core.Var(v.aval) if v in given else v for v in eqn.outvars]
+            eqn = eqn.replace(outvars=fresh)
+        eqns.append(eqn)
+        live.update(a for a in eqn.invars if is_var(a) and a not in given)
+    return compat.new_jaxpr(invars, outvars, eqns[::-1], jaxpr)
+
+
+def narrow_barrier(eqn: Any, live: Sequence[bool]) -> Any:
+    """Drops the operands of an ``optimization_barrier`` whose results nobody reads."""
+    kept = [i for i, n in enumerate(live) if n]
+    return eqn.replace(
+        invars=[eqn.invars[i] for i in kept], outvars=[eqn.outvars[i] for i in kept]
+    )
 
 
 def prune(jaxpr: Any) -> tuple[Any, tuple[bool, ...]]:
@@ -217,10 +248,21 @@ def map_bodies(eqn: Any, function: Callable[[Any], Any]) -> Any:
         return eqn.replace(params={**eqn.params, "branches": branches})
     if eqn.primitive.name not in _WITH_BODIES:
         return eqn
-    body = function(eqn.params["jaxpr"])
+    body = run_inside(eqn, lambda: function(eqn.params["jaxpr"]))
     if eqn.primitive.name == "scan":
         body = compat.close(body)  # a shard_map's is open
     return eqn.replace(params={**eqn.params, "jaxpr": body})
+
+
+def run_inside(eqn: Any, function: Callable[[], Any]) -> Any:
+    """Calls ``function`` where the mesh axes of the loop ``eqn`` have their names."""
+    if eqn.primitive.name != "shard_map":
+        return function()
+    found = []
+    jax.eval_shape(
+        compat.shard_map_like(eqn, lambda: found.append(function()), (), None)
+    )
+    return found[0]
 
 
 def barrier_equation(operands: Sequence[Any], results: Sequence[Any]) -> Any:

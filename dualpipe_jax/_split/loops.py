@@ -19,10 +19,12 @@ from dualpipe_jax._split.flatten import Builder
 from dualpipe_jax._split.fuse import fuse, read_in_step
 from dualpipe_jax._split.jaxprs import (
     dce,
+    is_barrier,
     is_var,
     kind,
     live_vars,
     map_bodies,
+    narrow_barrier,
     needed_operands,
     real_effects,
 )
@@ -126,8 +128,9 @@ class _Splitter:
                 results = self._rewrite(old, read, live)
                 env.update((old.outvars[i], atom) for i, atom in results.items())
             else:
-                eqn = old.replace(invars=[read(a) for a in old.invars])
-                self._keep(eqn, self._is_late(old))
+                new = narrow_barrier(old, live) if is_barrier(old) else old
+                new = new.replace(invars=[read(a) for a in new.invars])
+                self._keep(new, self._is_late(old))
         outs = [read(a) for a in self.jaxpr.outvars]
         jaxpr = compat.new_jaxpr(self.jaxpr.invars, outs, self.eqns, self.jaxpr)
         return jaxpr, frozenset(self.late)
