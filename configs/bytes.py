@@ -18,9 +18,9 @@ def config() -> TrainConfig:
         num_microbatches=8,
         microbatch_size=4,
         sequence_length=128,
-        num_steps=100,
+        num_steps=80,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
-        eval_every=25,
-        checkpoint_every=50,
+        eval_every=20,
+        checkpoint_every=40,
         platform="cpu",
     )
