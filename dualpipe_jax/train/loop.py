@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -62,7 +63,7 @@ class Result:
 def train(
     config: TrainConfig,
     text: data.Text,
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     resume: bool = False,
     console: Console | None = None,
@@ -82,7 +83,7 @@ def train(
         nothing to resume from; before anything is compiled.
       FloatingPointError: the loss is not finite any more.
     """
-    console = console or Console(stderr=True)
+    console, folder = console or Console(stderr=True), Path(folder)
     programs = make_programs(config)
     if resume and not (folder / "checkpoints").is_dir():
         raise ValueError(

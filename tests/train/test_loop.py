@@ -74,8 +74,8 @@ def test_a_run_learns_and_records_every_step(finished):
     records = read_metrics(folder / "metrics.jsonl")
     assert records == result.metrics and result.stopped_by is None
     assert [r["step"] for r in records] == list(range(1, config.num_steps + 1))
-    # Eight steps of a tiny model: it fell by 0.7 to 1.0 nats on the Pythons tried.
-    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    # It fell by 2.5 nats when this was written; other versions sum in other orders.
+    assert records[-1]["loss"] < records[0]["loss"] - 1.5
     # Fewer than two steps' worth of learning apart: it is the same counting.
     assert abs(result.held_out_loss - records[-1]["loss"]) < 1
     assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
@@ -83,7 +83,7 @@ def test_a_run_learns_and_records_every_step(finished):
     for record in records:
         assert record["pipeline_bubble_ratio"] == bubble
         assert record["tokens_per_s"] > 0 and record["grad_norm"] > 0
-    assert records[1]["learning_rate"] == pytest.approx(1e-2)
+    assert records[1]["learning_rate"] == pytest.approx(3e-2)
 
 
 def test_a_run_leaves_its_config_and_pictures(finished):

@@ -16,7 +16,7 @@ def config() -> TrainConfig:
         microbatch_size=2,
         sequence_length=16,
         num_steps=8,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=2),
         eval_every=4,
         checkpoint_every=3,
     )
