@@ -1,0 +1,246 @@
+"""Which experts a token goes to, and with which weights.
+
+Plain functions of router logits, for any framework's router: softmax top-k, and
+DeepSeek-V3's, with what keeps its experts evenly used: the bias that only the choice
+sees, and the sequence-wise loss. All arithmetic is float32, and of equal scores the
+expert with the lower index is taken.
+
+Shape suffixes: T tokens, E experts, G groups, K chosen experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+
+class Routing(NamedTuple):
+    """The choice of each token.
+
+    Attributes:
+      experts: [..., k] int32, the chosen experts, best first.
+      weights: [..., k] float32, what their outputs are multiplied with.
+      scores: [..., experts] float32, of all experts, without bias.
+    """
+
+    experts: jax.Array
+    weights: jax.Array
+    scores: jax.Array
+
+
+def softmax_top_k(
+    logits: jax.Array,
+    k: int,
+    *,
+    normalize: bool = True,
+    scaling: float = 1.0,
+    check_values: bool = False,
+) -> Routing:
+    """The k experts of highest probability.
+
+    Args:
+      logits: [..., experts].
+      k: experts a token.
+      normalize: whether the k weights add up to 1 (before `scaling`), as in Mixtral;
+        else they are the probabilities themselves.
+      scaling: what the weights are multiplied with.
+      check_values: inside jit, refuse logits that are not finite, with
+        `jax.experimental.checkify`; the caller then has to be transformed with it.
+
+    Returns:
+      A `Routing`.
+
+    Raises:
+      ValueError: if `k` is not between 1 and the number of experts.
+
+    Examples:
+      >>> routing = softmax_top_k(jnp.log(jnp.array([[1.0, 5.0, 3.0]])), 2)
+      >>> routing.experts.tolist(), [f"{w:.3f}" for w in routing.weights[0]]
+      ([[1, 2]], ['0.625', '0.375'])
+    """
+    logits = _as_logits(logits, k, check_values)
+    scores = jax.nn.softmax(logits)
+    weights, experts = lax.top_k(scores, k)
+    if normalize:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return Routing(experts.astype(jnp.int32), weights * scaling, scores)
+
+
+def sigmoid_group_top_k(
+    logits: jax.Array,
+    k: int,
+    *,
+    bias: jax.Array | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    normalize: bool = True,
+    scaling: float = 1.0,
+    check_values: bool = False,
+) -> Routing:
+    """DeepSeek-V3's choice: the best groups first, then the best experts in them.
+
+    A group counts as much as its two best experts together. The bias is added for
+    the choice only; the weights come from the scores themselves. (DeepSeek-V3 report,
+    arXiv:2412.19437, sections 2.1.2 and 4.2; `deepseek-ai/DeepSeek-V3
+    inference/model.py`, class Gate.)
+
+    Args:
+      logits: [..., experts].
+      k: experts a token.
+      bias: [experts] float32, see `update_bias`; None: none. No gradient flows to it.
+      num_groups: groups of experts, each a run of consecutive experts.
+      topk_groups: groups that a token may use.
+      normalize: whether the k weights add up to 1 (before `scaling`).
+      scaling: what the weights are multiplied with; 2.5 in DeepSeek-V3.
+      check_values: as in `softmax_top_k`.
+
+    Returns:
+      A `Routing`.
+
+    Raises:
+      ValueError: for a `k` outside the experts of the chosen groups, groups that do
+        not divide the experts, and a bias of another shape.
+
+    Examples:
+      Experts 0 and 3 are the best, but the group of 2 and 3 is the best group:
+
+      >>> logits = jnp.array([[3.0, -9.0, 1.0, 2.0]])
+      >>> sigmoid_group_top_k(logits, 2, num_groups=2).experts.tolist()
+      [[3, 2]]
+    """
+    logits = _as_logits(logits, k, check_values)
+    num_experts = logits.shape[-1]
+    _check_groups(num_experts, k, num_groups, topk_groups)
+    scores = jax.nn.sigmoid(logits)
+    biased = lax.stop_gradient(scores)
+    if bias is not None:
+        if bias.shape != (num_experts,):
+            raise ValueError(
+                f"bias has shape {bias.shape}, but there are {num_experts} experts; it "
+                "must be [experts]."
+            )
+        rank_1E = (1,) * (scores.ndim - 1) + (num_experts,)
+        biased = biased + lax.stop_gradient(bias.astype(jnp.float32)).reshape(rank_1E)
+    if topk_groups < num_groups:
+        biased_GE = biased.reshape(*biased.shape[:-1], num_groups, -1)
+        best = lax.top_k(biased_GE, min(2, biased_GE.shape[-1]))[0].sum(axis=-1)
+        _, groups = lax.top_k(best, topk_groups)
+        is_chosen = jax.nn.one_hot(groups, num_groups, dtype=jnp.bool_).any(axis=-2)
+        biased_GE = jnp.where(is_chosen[..., None], biased_GE, -jnp.inf)
+        biased = biased_GE.reshape(biased.shape)
+    _, experts = lax.top_k(biased, k)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if normalize:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts.astype(jnp.int32), weights * scaling, scores)
+
+
+def update_bias(bias: jax.Array, counts: jax.Array, rate: float = 1e-3) -> jax.Array:
+    """The bias for the next step: down where an expert had too many tokens, else up.
+
+    Auxiliary-loss-free balancing (arXiv:2408.15664; DeepSeek-V3 report, section
+    2.1.2, where `rate` is 1e-3 for most of the training, then 0).
+
+    Args:
+      bias: [..., experts] float32.
+      counts: [..., experts] tokens of each expert in the step, summed over all devices
+        that share the bias.
+      rate: how far an entry moves.
+
+    Returns:
+      [..., experts] float32.
+
+    Examples:
+      >>> update_bias(jnp.zeros(3), jnp.array([4, 2, 0]), rate=0.5).tolist()
+      [-0.5, 0.0, 0.5]
+    """
+    counts = counts.astype(jnp.float32)
+    return bias + rate * jnp.sign(counts.mean(axis=-1, keepdims=True) - counts)
+
+
+def sequence_balance_loss(scores: jax.Array, k: int) -> jax.Array:
+    """DeepSeek-V3's sequence-wise balance loss, before its factor alpha.
+
+    For each sequence the sum over experts of f_i * P_i: the part of its tokens that
+    have expert i among their k best scores, times experts / k, and the mean of its
+    normalised score. 1 where all experts are used evenly. (arXiv:2412.19437,
+    equations 17 to 20.)
+
+    Args:
+      scores: [..., sequence, experts] float32, of a `Routing`.
+      k: experts a token.
+
+    Returns:
+      [...] float32, one a sequence.
+
+    Examples:
+      >>> even = sequence_balance_loss(jnp.array([[0.9, 0.1], [0.1, 0.9]]), 1)
+      >>> uneven = sequence_balance_loss(jnp.array([[0.9, 0.1], [0.9, 0.1]]), 1)
+      >>> round(float(even), 3), round(float(uneven), 3)
+      (1.0, 1.8)
+    """
+    num_experts = scores.shape[-1]
+    _, experts = lax.top_k(lax.stop_gradient(scores), k)
+    chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=-2)
+    used = chosen.mean(axis=-2) * (num_experts / k)
+    share = scores / scores.sum(axis=-1, keepdims=True)
+    return (used * share.mean(axis=-2)).sum(axis=-1)
+
+
+def count_experts(experts: jax.Array, num_experts: int) -> jax.Array:
+    """How many tokens chose each expert.
+
+    Args:
+      experts: [..., k] int32; entries outside the experts, such as -1 for a token that
+        is padding, count nowhere.
+      num_experts: logical experts, or slots.
+
+    Returns:
+      [num_experts] int32.
+
+    Examples:
+      >>> count_experts(jnp.array([[0, 2], [2, -1]]), 3).tolist()
+      [1, 0, 2]
+    """
+    flat = experts.reshape(-1)
+    flat = jnp.where(flat < 0, num_experts, flat)
+    return jnp.zeros(num_experts, jnp.int32).at[flat].add(1, mode="drop")
+
+
+def _as_logits(logits: ArrayLike, k: int, check_values: bool) -> jax.Array:
+    logits = jnp.asarray(logits)
+    num_experts = logits.shape[-1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(
+            f"{k=} must be between 1 and the number of experts {num_experts}; a token "
+            "cannot choose an expert twice."
+        )
+    logits = logits.astype(jnp.float32)
+    if check_values:
+        checkify.check(
+            jnp.isfinite(logits).all(),
+            "Router logits are not finite; lower the learning rate, or look for the "
+            "layer before that overflows.",
+        )
+    return logits
+
+
+def _check_groups(num_experts: int, k: int, num_groups: int, topk_groups: int) -> None:
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(
+            f"{num_groups=} must divide the number of experts {num_experts}; change "
+            "one of them."
+        )
+    if not 1 <= topk_groups <= num_groups:
+        raise ValueError(f"{topk_groups=} must be between 1 and {num_groups=}.")
+    room = num_experts // num_groups * topk_groups
+    if k > room:
+        raise ValueError(
+            f"{k=} experts a token do not fit into {topk_groups=} groups of "
+            f"{num_experts // num_groups} experts; allow more groups."
+        )
