@@ -85,7 +85,7 @@ def as_capacity(
       ValueError: device_capacity leaves 1 of num_gpus=2 devices alive, with 4 slots ...
     """
     if device_capacity is None:
-        return jnp.ones(num_gpus, jnp.float32)
+        return jnp.asarray(np.ones(num_gpus, np.float32))
     if not isinstance(device_capacity, jax.Array):
         device_capacity = np.asarray(device_capacity, np.float32)
     if device_capacity.shape != (num_gpus,):

@@ -160,13 +160,18 @@ def _rebalance(args: argparse.Namespace) -> None:
     weight = _weight(read_loads(args.loads), args.window).astype(np.float32)
     sizes = _sizes(args, weight.shape[1])
     num_replicas, num_groups, num_nodes, num_gpus = sizes
+    loaded = np.flatnonzero(weight.sum(axis=1) > 0)
+    if not loaded.size:
+        raise ValueError(f"{args.loads} records no load at all.")
+    layer = args.layer
+    if layer is not None and not 0 <= layer < len(weight):
+        raise ValueError(f"--layer {layer} is not one of {len(weight)} layers.")
+    if args.out and args.out.suffix not in (".npz", ".json"):
+        raise ValueError(f"--out {args.out} must end in .npz or .json.")
     maps = rebalance_experts(
         weight, *sizes, policy=args.policy, device_capacity=args.capacity
     )
     placement = np.asarray(maps.physical_to_logical_map)
-    loaded = np.flatnonzero(weight.sum(axis=1) > 0)
-    if not loaded.size:
-        raise ValueError(f"{args.loads} records no load at all.")
     num_layers, num_experts = weight.shape
     trivial = in_order(num_layers, num_experts, num_replicas)
     rows = {
@@ -184,11 +189,8 @@ def _rebalance(args: argparse.Namespace) -> None:
     table = {name: np.asarray(row)[loaded] for name, row in rows.items()}
     twice = np.asarray(count_duplicates(placement, num_gpus))[loaded]
     most = int(np.asarray(maps.expert_count)[loaded].max())
-    layer = args.layer
     if layer is None:
         layer = int(loaded[np.argmin(table["with experts in order"])])
-    if not 0 <= layer < len(weight):
-        raise ValueError(f"--layer {layer} is not one of {len(weight)} layers.")
     if args.out:
         _write_maps(args.out, maps)
     if args.figure:
@@ -267,7 +269,5 @@ def _write_maps(path: Path, maps: Any) -> None:
     if path.suffix == ".json":
         placement = arrays["physical_to_logical_map"].tolist()
         path.write_text(json.dumps({"physical_to_logical_map": placement}))
-    elif path.suffix == ".npz":
-        np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
     else:
-        raise ValueError(f"--out {path} must end in .npz or .json.")
+        np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]

@@ -10,6 +10,8 @@ N replicas of a row, P slots of a layer.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,7 @@ _CHAINS = 4
 _LEVELS = 4
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def greedy_placement(
     weight_LE: jax.Array,
     num_replicas: int,
@@ -85,6 +88,7 @@ def greedy_placement(
     return expert_LP, rank_LP, count_LE
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def experts_by_node(weight_LE: jax.Array, num_groups: int, num_nodes: int) -> jax.Array:
     """The experts in the order of the nodes that their groups are packed to.
 
@@ -114,6 +118,7 @@ def experts_by_node(weight_LE: jax.Array, num_groups: int, num_nodes: int) -> ja
     return (first_LG1 + inside_11E).reshape(num_layers, num_experts)
 
 
+@jax.jit
 def sum_like_torch(value: jax.Array) -> jax.Array:
     """Sums the last axis in the order in which torch 2.13 does on x86-64.
 

@@ -1,4 +1,4 @@
-"""What a swap or a copy of a replica is worth: the two moves of `search`.
+"""What a search knows of a placement before each move: loads, twins, homes.
 
 Shape suffixes, for one layer: E experts, S slots, G devices, K slots of a device,
 I slots of the hottest device. Tables are [K, G]: the long axis is the minor one.
@@ -11,14 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 _DOUBLINGS = 4
-_POWER = 1 << _DOUBLINGS
+POWER = 1 << _DOUBLINGS
 # Above any difference of two objectives: what has to be mended before the balance.
 URGENT = 1e3
-_NEVER = jnp.iinfo(jnp.int32).max
-_NOT_PREFERRED = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +108,27 @@ class Homes(NamedTuple):
     is_last_KG: jax.Array  # the only replica on its expert's home node
     away_i_IG: jax.Array  # expert i, if it were on device g
     away_j_KG: jax.Array  # the slot's expert, if it were on the hottest device
-    away_count_E: jax.Array
+    hot_node: jax.Array
+    # Change of the load away from home,
+    left_KG: jax.Array  # if this replica were not
+    made_E: jax.Array  # if there were one more of the expert, at home
+
+
+class Counts(NamedTuple):
+    """What one replica more or less of an expert does to all devices but its own."""
+
+    one_more_E: jax.Array  # load of a replica if there were one more
+    relief_E: jax.Array  # fall of sum(phi) where the expert is, if so
+    harm_KG: jax.Array  # rise of sum(phi) elsewhere if this replica were not
+    is_free_KG: jax.Array  # whether the slot may lose its replica
+
+
+class Budget(NamedTuple):
+    """Slots that hold another expert than they did; for `Rules.has_budget`."""
+
+    original_KG: jax.Array
+    changed_KG: jax.Array
+    left: jax.Array
 
 
 def look(problem: Problem, placed: Placed) -> View:
@@ -136,7 +153,7 @@ def look(problem: Problem, placed: Placed) -> View:
     hottest = jnp.max(load_G * problem.per_share)
     per_share_G = problem.per_share / jnp.maximum(hottest, 1e-30)
     used_G = load_G * per_share_G
-    phi_G = _phi(used_G)
+    phi_G = phi(used_G)
     is_twin_KKG = (expert_KG[:, None] == expert_KG[None]) & is_filled_KG[None]
     twins_KG = is_twin_KKG.sum(axis=0, dtype=jnp.int32)
 
@@ -165,7 +182,7 @@ def look(problem: Problem, placed: Placed) -> View:
         load_I=jnp.where(is_missing, 0.0, load_KG[:, hot]),
         is_filled_I=expert_I >= 0,
         there_IG=same_KIG.sum(axis=0, dtype=jnp.int32),
-        scale=1.0 / (_POWER * phi_G.sum()),
+        scale=1.0 / (POWER * phi_G.sum()),
         is_missing=is_missing,
         to_part=to_part,
     )
@@ -191,6 +208,13 @@ def find_homes(problem: Problem, placed: Placed, view: View, rules: Rules) -> Ho
     is_home_KG = (view.is_filled_KG & ~is_away_KG).astype(jnp.int32)
     home_count_E = jnp.zeros_like(placed.count_E).at[view.expert_KG].add(is_home_KG)
     is_only_KG = home_count_E[view.expert_KG] == 1
+    away_count_E = (placed.count_E - home_count_E).astype(jnp.float32)
+    count_E = placed.count_E.astype(jnp.float32)
+    load_E = problem.weight / jnp.maximum(count_E, 1)
+    one_less_KG = (problem.weight / jnp.maximum(count_E - 1, 1))[view.expert_KG]
+    away_count_KG = away_count_E[view.expert_KG]
+    left_KG = (away_count_KG - is_away_KG.astype(jnp.float32)) * one_less_KG
+    left_KG -= away_count_KG * view.load_KG
     home_I1 = problem.home[view.expert_I][:, None]
     is_away_i_IG = (home_I1 >= 0) & (home_I1 != node_G[None])
     is_away_j_KG = has_home_KG & (home_KG != node_G[view.hot])
@@ -199,161 +223,80 @@ def find_homes(problem: Problem, placed: Placed, view: View, rules: Rules) -> Ho
         is_last_KG=has_home_KG & ~is_away_KG & is_only_KG,
         away_i_IG=is_away_i_IG.astype(jnp.float32),
         away_j_KG=is_away_j_KG.astype(jnp.float32),
-        away_count_E=(placed.count_E - home_count_E).astype(jnp.float32),
+        hot_node=node_G[view.hot],
+        left_KG=jnp.where(view.is_filled_KG, left_KG, 0.0),
+        made_E=away_count_E * (problem.weight / (count_E + 1) - load_E),
     )
 
 
-def score_swaps(
-    problem: Problem, view: View, homes: Homes | None, rules: Rules, limits: Limits
-) -> tuple[jax.Array, jax.Array]:
-    """What a swap of replica i with the best one of device g is worth per slot.
+def count(problem: Problem, placed: Placed, view: View, homes: Homes | None) -> Counts:
+    """What another number of replicas would do.
 
-    Args:
-      problem: what is to be placed, one layer.
-      view: of `look`.
-      homes: of `find_homes`, or None.
-      rules: static settings.
-      limits: further settings.
-
-    Returns:
-      score: [I, G] float32, -inf where there is none.
-      slot: [I, G] int32, that best one.
-    """
-    per_gpu, num_gpus = view.expert_KG.shape
-    per_share_h = view.per_share_G[view.hot]
-    used_h, phi_h = view.used_G[view.hot], view.phi_G[view.hot]
-    # sum(phi) is convex in what a swap moves, and nearly symmetric about the amount
-    # that makes both devices equally hot: of the replicas of device g, the one whose
-    # swap comes nearest to that amount is the best. So phi is not needed K * I * G
-    # times; the slot number rides in the low bits of the distance.
-    ideal_G = (used_h - view.used_G) / jnp.maximum(per_share_h + view.per_share_G, 1e-9)
-    moved_KIG = view.load_I[None, :, None] - view.load_KG[:, None]
-    distance_KIG = jnp.abs(moved_KIG - ideal_G[None, None])
-    slot_bits = (per_gpu - 1).bit_length()
-    slot_K11 = jnp.arange(per_gpu, dtype=jnp.int32)[:, None, None]
-    key_KIG = lax.bitcast_convert_type(distance_KIG, jnp.int32)
-    key_KIG = (key_KIG >> slot_bits << slot_bits) | slot_K11
-    # Pairs of replicas on one device: how many a swap parts, less those it makes.
-    here_KG = (view.expert_KG[:, None] == view.expert_I[None, :, None]).any(axis=1)
-    parts_IG = (view.twins_KG[:, view.hot] > 1).astype(jnp.int32)[:, None]
-    parts_IG -= (view.there_IG > 0).astype(jnp.int32)
-    parts_KG = (view.twins_KG > 1).astype(jnp.int32) - here_KG.astype(jnp.int32)
-    parts_KIG = parts_KG[:, None] + parts_IG[None]
-    is_allowed_KIG = view.is_filled_KG[:, None] & (parts_KIG >= 0)
-    if homes is not None:
-        j_stays_KG = homes.is_last_KG & (homes.away_j_KG > 0)
-        i_stays_IG = homes.is_last_KG[:, view.hot][:, None] & (homes.away_i_IG > 0)
-        is_allowed_KIG &= ~j_stays_KG[:, None] & ~i_stays_IG[None]
-    if rules.separate:
-        is_less_liked = view.to_part & (parts_KIG <= 0)
-        key_KIG = jnp.where(is_less_liked, key_KIG | _NOT_PREFERRED, key_KIG)
-    key_IG = jnp.where(is_allowed_KIG, key_KIG, _NEVER).min(axis=0)
-    gpu_1G = jnp.arange(num_gpus, dtype=jnp.int32)[None]
-    is_valid_IG = (key_IG != _NEVER) & (gpu_1G != view.hot) & view.is_filled_I[:, None]
-    is_valid_IG &= ~view.is_missing
-    slot_IG = jnp.where(is_valid_IG, key_IG & ((1 << slot_bits) - 1), 0)
-
-    def pick(value_KG: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(value_KG, slot_IG, axis=0)
-
-    load_IG = pick(view.load_KG)
-    moved_IG = view.load_I[:, None] - load_IG
-    gain_IG = phi_h - _phi(used_h - moved_IG * per_share_h)
-    phi_IG = _phi(view.used_G[None] + moved_IG * view.per_share_G[None])
-    score_IG = (gain_IG + view.phi_G[None] - phi_IG) * view.scale
-    if homes is not None:
-        more_i_IG = homes.away_i_IG - homes.away_KG[:, view.hot][:, None]
-        more_j_IG = pick(homes.away_j_KG - homes.away_KG)
-        remote_IG = more_i_IG * view.load_I[:, None] + more_j_IG * load_IG
-        score_IG -= limits.remote_price * remote_IG
-    cost_IG = 2
-    if rules.has_budget:
-        original_KG = problem.original.reshape(num_gpus, -1).T
-        changed_KG = (view.expert_KG != original_KG).astype(jnp.int32)
-        will_i_IG = pick(view.expert_KG) != original_KG[:, view.hot][:, None]
-        will_j_IG = view.expert_I[:, None] != pick(original_KG)
-        cost_IG = will_i_IG.astype(jnp.int32) + will_j_IG.astype(jnp.int32)
-        cost_IG -= changed_KG[:, view.hot][:, None] + pick(changed_KG)
-        is_valid_IG &= changed_KG.sum() + cost_IG <= limits.max_moves
-    score_IG /= jnp.maximum(cost_IG, 1).astype(jnp.float32)
-    if rules.separate:
-        is_parting_IG = view.to_part & (parts_IG + pick(parts_KG) > 0)
-        score_IG += jnp.where(is_parting_IG, URGENT, 0.0)
-    return jnp.where(is_valid_IG, score_IG, -jnp.inf), slot_IG
-
-
-def score_copies(
-    problem: Problem,
-    placed: Placed,
-    view: View,
-    homes: Homes | None,
-    rules: Rules,
-    limits: Limits,
-) -> tuple[jax.Array, jax.Array]:
-    """What a copy of expert i over the least needed replica of device g is worth.
+    Both sums go replica by replica, as if no two of the replicas concerned were on
+    one device.
 
     Args:
       problem: what is to be placed, one layer.
       placed: where it is now.
       view: of `look`.
       homes: of `find_homes`, or None.
-      rules: static settings.
-      limits: further settings.
 
     Returns:
-      score: [I, G] float32 per slot, -inf where there is none.
-      slot: [G] int32, that replica.
+      A `Counts`.
     """
-    num_gpus = view.expert_KG.shape[1]
     count_E = placed.count_E.astype(jnp.float32)
-    one_less_KG = (problem.weight / jnp.maximum(count_E - 1, 1))[view.expert_KG]
-    one_more_I = (problem.weight / (count_E + 1))[view.expert_I]
+    one_more_E = problem.weight / (count_E + 1)
+    one_less_E = problem.weight / jnp.maximum(count_E - 1, 1)
     used_1G, per_share_1G = view.used_G[None], view.per_share_G[None]
-    # The other replicas of an overwritten expert grow, those of a copied one shrink.
-    # Both sums go device by device, as if no device held both experts.
-    grown_KG = used_1G + (one_less_KG - view.load_KG) * per_share_1G
-    harm_KG = jnp.where(view.is_filled_KG, _phi(grown_KG) - view.phi_G[None], 0.0)
-    harm_E = jnp.zeros_like(count_E).at[view.expert_KG].add(harm_KG)
-    harm_KG = jnp.where(view.is_filled_KG, harm_E[view.expert_KG] - harm_KG, 0.0)
-    shrinks_I1 = (view.load_I - one_more_I)[:, None]
-    shrinks_IG = view.there_IG.astype(jnp.float32) * shrinks_I1
-    relief_IG = view.phi_G[None] - _phi(used_1G - shrinks_IG * per_share_1G)
-    relief_I1 = relief_IG.sum(axis=1, keepdims=True)
 
+    def change(load_E: jax.Array) -> jax.Array:
+        """Rise of phi on the slot's device, if its replica had another load."""
+        more_KG = load_E[view.expert_KG] - view.load_KG
+        rise_KG = phi(used_1G + more_KG * per_share_1G) - view.phi_G[None]
+        return jnp.where(view.is_filled_KG, rise_KG, 0.0)
+
+    zeros_E = jnp.zeros_like(count_E)
+    rise_KG = change(one_less_E)
+    rise_E = zeros_E.at[view.expert_KG].add(rise_KG)
+    harm_KG = jnp.where(view.is_filled_KG, rise_E[view.expert_KG] - rise_KG, 0.0)
     is_free_KG = ~view.is_filled_KG | (placed.count_E[view.expert_KG] > 1)
     if homes is not None:
         is_free_KG &= ~homes.is_last_KG
-    kept_KG = used_1G + (one_more_I.max() - view.load_KG) * per_share_1G
-    cost_KG = jnp.where(is_free_KG, harm_KG + _phi(kept_KG), jnp.inf)
-    slot_1G = jnp.argmin(cost_KG, axis=0, keepdims=True).astype(jnp.int32)
-
-    def pick(value_KG: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(value_KG, slot_1G, axis=0)
-
-    load_1G = pick(view.load_KG)
-    phi_IG = _phi(used_1G + (one_more_I[:, None] - load_1G) * per_share_1G)
-    score_IG = (relief_I1 - pick(harm_KG) + view.phi_G[None] - phi_IG) * view.scale
-    is_valid_IG = pick(is_free_KG) & (per_share_1G > 0) & (view.there_IG == 0)
-    is_valid_IG &= view.is_filled_I[:, None]
-    if homes is not None:
-        away_1G = homes.away_count_E[pick(view.expert_KG)]
-        away_I1 = homes.away_count_E[view.expert_I][:, None]
-        left_1G = (away_1G - pick(homes.away_KG)) * pick(one_less_KG)
-        made_IG = (away_I1 + homes.away_i_IG) * one_more_I[:, None]
-        made_IG -= away_I1 * view.load_I[:, None]
-        remote_IG = left_1G - away_1G * load_1G + made_IG
-        score_IG -= limits.remote_price * remote_IG
-    if rules.has_budget:
-        original_KG = problem.original.reshape(num_gpus, -1).T
-        changed_KG = (view.expert_KG != original_KG).astype(jnp.int32)
-        cost_IG = (view.expert_I[:, None] != pick(original_KG)).astype(jnp.int32)
-        cost_IG -= pick(changed_KG)
-        is_valid_IG &= changed_KG.sum() + cost_IG <= limits.max_moves
-    score_IG += jnp.where(view.is_missing, URGENT, 0.0)
-    return jnp.where(is_valid_IG, score_IG, -jnp.inf), slot_1G[0]
+    relief_E = zeros_E.at[view.expert_KG].add(-change(one_more_E))
+    return Counts(one_more_E, relief_E, harm_KG, is_free_KG)
 
 
-def _phi(used: jax.Array) -> jax.Array:
+def find_budget(problem: Problem, view: View, limits: Limits) -> Budget:
+    """What may still change.
+
+    Args:
+      problem: what is to be placed, one layer.
+      view: of `look`.
+      limits: settings.
+
+    Returns:
+      A `Budget`.
+    """
+    num_gpus = view.expert_KG.shape[1]
+    original_KG = problem.original.reshape(num_gpus, -1).T
+    changed_KG = (view.expert_KG != original_KG).astype(jnp.int32)
+    return Budget(original_KG, changed_KG, limits.max_moves - changed_KG.sum())
+
+
+def phi(used: jax.Array) -> jax.Array:
+    """used^16: its sum over the devices is the 16th power of the smoothed peak.
+
+    Args:
+      used: [...] float32.
+
+    Returns:
+      [...] float32.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> float(phi(jnp.float32(2)))
+      65536.0
+    """
     for _ in range(_DOUBLINGS):
         used = used * used
     return used

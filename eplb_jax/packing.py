@@ -14,6 +14,7 @@ E experts, B blocks of K keys.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -64,10 +65,7 @@ def balanced_packing(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.
             f"{num_packs=} must divide the number of items {num_items}, since every "
             "pack holds equally many; change one of them."
         )
-    order_RN, slot_RN = pack_in_order(weight_RN, num_packs)
-    slot_RN = invert(order_RN, slot_RN)
-    items_per_pack = num_items // num_packs
-    return slot_RN // items_per_pack, slot_RN % items_per_pack
+    return _packs_and_ranks(weight_RN, num_packs)
 
 
 def replicate_experts(
@@ -99,13 +97,31 @@ def replicate_experts(
       ([[0, 1, 2, 0, 2]], [[0, 0, 0, 1, 1]], [[2, 1, 2]])
     """
     weight_RE = jnp.asarray(weight, jnp.float32)
-    num_rows, num_log = weight_RE.shape
+    num_log = weight_RE.shape[1]
     if num_phy < num_log:
         raise ValueError(
             f"{num_phy=} is less than the number of experts {num_log}, and every "
             "expert needs a replica; use more replicas."
         )
     _check_size("num_phy", num_phy)
+    return _replicate(weight_RE, num_phy, tuple(limits))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _packs_and_ranks(
+    weight_RN: jax.Array, num_packs: int
+) -> tuple[jax.Array, jax.Array]:
+    order_RN, slot_RN = pack_in_order(weight_RN, num_packs)
+    slot_RN = invert(order_RN, slot_RN)
+    items_per_pack = weight_RN.shape[1] // num_packs
+    return slot_RN // items_per_pack, slot_RN % items_per_pack
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _replicate(
+    weight_RE: jax.Array, num_phy: int, limits: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    num_rows, num_log = weight_RE.shape
     expert_E = jnp.arange(num_log, dtype=jnp.int32)
     phy2log = jnp.broadcast_to(expert_E, (num_rows, num_log))
     rank = jnp.zeros((num_rows, num_log), jnp.int32)
@@ -140,6 +156,7 @@ def replicate_experts(
     )
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def pack_in_order(weight_RN: jax.Array, num_packs: int) -> tuple[jax.Array, jax.Array]:
     """`balanced_packing`, in the order in which the items are placed.
 
@@ -187,6 +204,7 @@ def pack_in_order(weight_RN: jax.Array, num_packs: int) -> tuple[jax.Array, jax.
     return order_RN, jnp.concatenate([slot_MR, slot_NR]).T
 
 
+@jax.jit
 def take(value: jax.Array, index: jax.Array) -> jax.Array:
     """`value[index]` of a flat array, for indices known to be inside.
 
@@ -205,6 +223,7 @@ def take(value: jax.Array, index: jax.Array) -> jax.Array:
     return value.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
+@jax.jit
 def put(value: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
     """`value[index] = new` in a flat array, for distinct indices known to be inside.
 
@@ -229,6 +248,7 @@ def put(value: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
     )
 
 
+@jax.jit
 def take_rows(value_RN: jax.Array, index_RM: jax.Array) -> jax.Array:
     """`result[r, m] = value[r, index[r, m]]`, for indices known to be inside.
 
@@ -247,6 +267,7 @@ def take_rows(value_RN: jax.Array, index_RM: jax.Array) -> jax.Array:
     return take(value_RN.reshape(-1), _in_rows(index_RM, value_RN.shape[1]))
 
 
+@jax.jit
 def invert(order_RN: jax.Array, value_RN: jax.Array) -> jax.Array:
     """`result[r, order[r, n]] = value[r, n]`, for rows that are permutations.
 
@@ -267,6 +288,7 @@ def invert(order_RN: jax.Array, value_RN: jax.Array) -> jax.Array:
     return put(flat, index_RN, value_RN).reshape(value_RN.shape)
 
 
+@jax.jit
 def divide(load: jax.Array, count: jax.Array) -> jax.Array:
     """`load / count` in float32, rounded as IEEE 754 says, on every backend.
 

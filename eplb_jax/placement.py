@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
@@ -74,7 +75,8 @@ def rebalance_experts(
     Args:
       weight: [layers, experts] loads, such as counts of tokens.
       num_replicas: slots of all GPUs; a multiple of `num_gpus`.
-      num_groups: groups of experts, each a run of consecutive experts.
+      num_groups: groups of experts, each a run of consecutive experts; divides the
+        number of experts. `"global"` and `"swaps"` know no groups and ignore it.
       num_nodes: nodes; GPUs are numbered node by node.
       num_gpus: GPUs; a multiple of `num_nodes`.
       max_replicas: width of the second map; None: what always suffices,
@@ -112,10 +114,12 @@ def rebalance_experts(
     """
     weight = as_loads(weight, check_values)
     num_experts = weight.shape[1]
-    policy = _choose(policy, num_groups, num_nodes)
+    if policy not in get_args(Policy):
+        raise ValueError(f"{policy=} must be one of {', '.join(get_args(Policy))}.")
     if policy in ("global", "swaps"):
         num_groups = 1
     check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
+    policy = _choose(policy, num_groups, num_nodes)
     width = num_replicas - num_experts + 1
     if max_replicas is not None and max_replicas < 1:
         raise ValueError(f"{max_replicas=} must be at least 1; None always suffices.")
@@ -161,6 +165,13 @@ def placement_maps(
       ([[[1, -1], [0, 2], [3, -1]]], [[1, 2, 1]])
     """
     expert_LS = jnp.asarray(physical_to_logical_map, jnp.int32)
+    return _maps(expert_LS, num_logical_experts, max_replicas)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _maps(
+    expert_LS: jax.Array, num_logical_experts: int, max_replicas: int
+) -> Placement:
     count_LE = jax.vmap(lambda e_S: count_replicas(e_S, num_logical_experts))(expert_LS)
     key_LS = jnp.where(expert_LS >= 0, expert_LS, num_logical_experts)
     slot_LS = jnp.argsort(key_LS, axis=1, stable=True).astype(jnp.int32)
@@ -239,9 +250,7 @@ def _slots_by_expert(
 
 
 def _choose(policy: Policy, num_groups: int, num_nodes: int) -> Policy:
-    if policy not in get_args(Policy):
-        raise ValueError(f"{policy=} must be one of {', '.join(get_args(Policy))}.")
-    is_nested = num_nodes > 0 and num_groups % num_nodes == 0
+    is_nested = num_groups % num_nodes == 0
     if policy == "auto":
         return "hierarchical" if is_nested else "global"
     if policy in ("hierarchical", "soft") and not is_nested:
@@ -254,7 +263,7 @@ def _choose(policy: Policy, num_groups: int, num_nodes: int) -> Policy:
 
 def _check_width(count_LE: jax.Array, max_replicas: int, check_values: bool) -> None:
     if not is_traced(count_LE):
-        most = int(count_LE.max())
+        most = int(np.asarray(count_LE).max())
         if most > max_replicas:
             raise ValueError(
                 f"{max_replicas=} is too small: an expert has {most} replicas; use "

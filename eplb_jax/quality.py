@@ -5,8 +5,11 @@ Shape suffixes: L layers, E experts, S slots of a layer, G devices, K slots of a
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from eplb_jax.checks import as_loads
@@ -33,13 +36,11 @@ def device_loads(
       >>> device_loads([[6, 2, 1]], jnp.array([[0, 1, 0, 2]]), 2).tolist()
       [[5.0, 4.0]]
     """
-    weight_LE = as_loads(weight)
-    expert_LS = jnp.asarray(physical_to_logical_map, jnp.int32)
-    _check_slots(expert_LS, num_gpus)
-    load_LS = slot_loads(weight_LE, expert_LS)
-    return load_LS.reshape(len(expert_LS), num_gpus, -1).sum(axis=2)
+    weight_LE, expert_LS = _as_pair(weight, physical_to_logical_map, num_gpus)
+    return _device_loads(weight_LE, expert_LS, num_gpus)
 
 
+@jax.jit
 def slot_loads(weight_LE: jax.Array, expert_LS: jax.Array) -> jax.Array:
     """The load of each slot, replicas of an expert sharing its load evenly.
 
@@ -93,13 +94,8 @@ def balancedness(
     """
     load_LG = device_loads(weight, physical_to_logical_map, num_gpus)
     if device_capacity is None:
-        mean_L, used_LG = load_LG.mean(axis=1), load_LG
-    else:
-        capacity_1G = jnp.asarray(device_capacity, jnp.float32)[None]
-        used_LG = load_LG / jnp.where(capacity_1G > 0, capacity_1G, 1.0)
-        mean_L = load_LG.sum(axis=1) / capacity_1G.sum()
-    most_L = used_LG.max(axis=1)
-    return jnp.where(most_L > 0, mean_L / jnp.where(most_L > 0, most_L, 1.0), 1.0)
+        device_capacity = np.ones(num_gpus, np.float32)
+    return _balancedness(load_LG, jnp.asarray(device_capacity, jnp.float32))
 
 
 def balancedness_bound(
@@ -129,13 +125,7 @@ def balancedness_bound(
       >>> balancedness_bound([[6, 1, 1]], 4, 4).tolist()
       [0.6666666865348816]
     """
-    weight_LE = as_loads(weight)
-    most_L = jnp.full(len(weight_LE), num_gpus, jnp.int32)
-    _, _, count_LE = replicate_experts(weight_LE, num_replicas, [most_L])
-    heaviest_L = divide(weight_LE, jnp.minimum(count_LE, num_gpus)).max(axis=1)
-    mean_L = weight_LE.sum(axis=1) / num_gpus
-    safe_L = jnp.where(mean_L > 0, jnp.maximum(heaviest_L, mean_L), 1.0)
-    return jnp.where(mean_L > 0, mean_L / safe_L, 1.0)
+    return _bound(as_loads(weight), num_replicas, num_gpus)
 
 
 def count_moves(old: ArrayLike, new: ArrayLike, num_gpus: int) -> jax.Array:
@@ -157,16 +147,8 @@ def count_moves(old: ArrayLike, new: ArrayLike, num_gpus: int) -> jax.Array:
       >>> count_moves(old, new, 2).tolist()
       [1]
     """
-    old_LGK, new_LGK = (_by_device(jnp.asarray(p), num_gpus) for p in (old, new))
-    # The n-th replica of an expert on a device is new where the device had fewer.
-    same_LGKK = new_LGK[..., :, None] == new_LGK[..., None, :]
-    earlier_KK = jnp.tri(new_LGK.shape[-1], k=-1, dtype=jnp.bool_)[None, None]
-    rank_LGK = (same_LGKK & earlier_KK).sum(axis=-1, dtype=jnp.int32)
-    had_LGK = (new_LGK[..., :, None] == old_LGK[..., None, :]).sum(
-        axis=-1, dtype=jnp.int32
-    )
-    is_new_LGK = (rank_LGK >= had_LGK) & (new_LGK >= 0)
-    return is_new_LGK.sum(axis=(1, 2), dtype=jnp.int32)
+    pair = _as_placement(old, num_gpus), _as_placement(new, num_gpus)
+    return _count_moves(*pair, num_gpus)
 
 
 def count_duplicates(physical_to_logical_map: ArrayLike, num_gpus: int) -> jax.Array:
@@ -186,11 +168,8 @@ def count_duplicates(physical_to_logical_map: ArrayLike, num_gpus: int) -> jax.A
       >>> count_duplicates(jnp.array([[0, 0, 1, 2]]), 2).tolist()
       [1]
     """
-    expert_LGK = _by_device(jnp.asarray(physical_to_logical_map), num_gpus)
-    same_LGKK = expert_LGK[..., :, None] == expert_LGK[..., None, :]
-    earlier_KK = jnp.tri(expert_LGK.shape[-1], k=-1, dtype=jnp.bool_)[None, None]
-    is_again_LGK = (same_LGKK & earlier_KK).any(axis=-1) & (expert_LGK >= 0)
-    return is_again_LGK.sum(axis=(1, 2), dtype=jnp.int32)
+    expert_LS = _as_placement(physical_to_logical_map, num_gpus)
+    return _count_duplicates(expert_LS, num_gpus)
 
 
 def remote_share(
@@ -216,27 +195,92 @@ def remote_share(
       >>> remote_share([[6, 2]], jnp.array([[0, 0, 0, 1]]), home, 2).tolist()
       [0.25]
     """
-    weight_LE = as_loads(weight)
-    expert_LS = jnp.asarray(physical_to_logical_map, jnp.int32)
-    _check_slots(expert_LS, num_nodes)
+    weight_LE, expert_LS = _as_pair(weight, physical_to_logical_map, num_nodes)
+    load_LS = slot_loads(weight_LE, expert_LS)
+    return _remote_share(load_LS, expert_LS, jnp.asarray(home, jnp.int32), num_nodes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _device_loads(
+    weight_LE: jax.Array, expert_LS: jax.Array, num_gpus: int
+) -> jax.Array:
+    load_LS = slot_loads(weight_LE, expert_LS)
+    return load_LS.reshape(len(expert_LS), num_gpus, -1).sum(axis=2)
+
+
+@jax.jit
+def _balancedness(load_LG: jax.Array, capacity_G: jax.Array) -> jax.Array:
+    capacity_1G = capacity_G[None]
+    used_LG = load_LG / jnp.where(capacity_1G > 0, capacity_1G, 1.0)
+    mean_L = load_LG.sum(axis=1) / capacity_1G.sum()
+    most_L = used_LG.max(axis=1)
+    return jnp.where(most_L > 0, mean_L / jnp.where(most_L > 0, most_L, 1.0), 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _bound(weight_LE: jax.Array, num_replicas: int, num_gpus: int) -> jax.Array:
+    most_L = jnp.full(len(weight_LE), num_gpus, jnp.int32)
+    _, _, count_LE = replicate_experts(weight_LE, num_replicas, [most_L])
+    heaviest_L = divide(weight_LE, jnp.minimum(count_LE, num_gpus)).max(axis=1)
+    mean_L = weight_LE.sum(axis=1) / num_gpus
+    safe_L = jnp.where(mean_L > 0, jnp.maximum(heaviest_L, mean_L), 1.0)
+    return jnp.where(mean_L > 0, mean_L / safe_L, 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _count_moves(old_LS: jax.Array, new_LS: jax.Array, num_gpus: int) -> jax.Array:
+    old_LGK, new_LGK = (e.reshape(len(e), num_gpus, -1) for e in (old_LS, new_LS))
+    # The n-th replica of an expert on a device is new where the device had fewer.
+    same_LGKK = new_LGK[..., :, None] == old_LGK[..., None, :]
+    had_LGK = same_LGKK.sum(axis=-1, dtype=jnp.int32)
+    is_new_LGK = (_rank_on_device(new_LGK) >= had_LGK) & (new_LGK >= 0)
+    return is_new_LGK.sum(axis=(1, 2), dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _count_duplicates(expert_LS: jax.Array, num_gpus: int) -> jax.Array:
+    expert_LGK = expert_LS.reshape(len(expert_LS), num_gpus, -1)
+    is_again_LGK = (_rank_on_device(expert_LGK) > 0) & (expert_LGK >= 0)
+    return is_again_LGK.sum(axis=(1, 2), dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _remote_share(
+    load_LS: jax.Array, expert_LS: jax.Array, home_LE: jax.Array, num_nodes: int
+) -> jax.Array:
     num_slots = expert_LS.shape[1]
     node_S = jnp.arange(num_slots, dtype=jnp.int32) // (num_slots // num_nodes)
-    home_LS = jnp.take_along_axis(home, jnp.maximum(expert_LS, 0), axis=1)
-    load_LS = slot_loads(weight_LE, expert_LS)
+    home_LS = jnp.take_along_axis(home_LE, jnp.maximum(expert_LS, 0), axis=1)
     total_L = load_LS.sum(axis=1)
     away_L = jnp.where(home_LS != node_S[None], load_LS, 0.0).sum(axis=1)
     return away_L / jnp.where(total_L > 0, total_L, 1.0)
 
 
-def _by_device(placement: jax.Array, num_gpus: int) -> jax.Array:
+def _rank_on_device(expert_LGK: jax.Array) -> jax.Array:
+    """How many slots before this one, on the same device, hold the same expert."""
+    same_LGKK = expert_LGK[..., :, None] == expert_LGK[..., None, :]
+    earlier_KK = jnp.tri(expert_LGK.shape[-1], k=-1, dtype=jnp.bool_)[None, None]
+    return (same_LGKK & earlier_KK).sum(axis=-1, dtype=jnp.int32)
+
+
+def _as_pair(
+    weight: ArrayLike, placement: ArrayLike, num_gpus: int
+) -> tuple[jax.Array, jax.Array]:
+    weight_LE = as_loads(weight)
+    expert_LS = _as_placement(placement, num_gpus)
+    if len(weight_LE) != len(expert_LS):
+        raise ValueError(
+            f"weight has {len(weight_LE)} layers, but the placement {len(expert_LS)}; "
+            "they must be of one model."
+        )
+    return weight_LE, expert_LS
+
+
+def _as_placement(placement: ArrayLike, num_gpus: int) -> jax.Array:
     expert_LS = jnp.asarray(placement, jnp.int32)
-    _check_slots(expert_LS, num_gpus)
-    return expert_LS.reshape(len(expert_LS), num_gpus, -1)
-
-
-def _check_slots(expert_LS: jax.Array, num_gpus: int) -> None:
     if expert_LS.ndim != 2 or num_gpus < 1 or expert_LS.shape[1] % num_gpus:
         raise ValueError(
             f"A placement of shape {expert_LS.shape} cannot be divided among "
             f"{num_gpus=}; it must be [layers, slots], slots a multiple of num_gpus."
         )
+    return expert_LS

@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from eplb_jax.checks import as_capacity, as_loads, is_traced
@@ -86,7 +87,7 @@ def refine_placement(
         device_capacity, num_gpus, num_slots, num_experts, check_values
     )
     if home is not None:
-        home = jnp.broadcast_to(jnp.asarray(home, jnp.int32), weight.shape)
+        home = jnp.asarray(home, jnp.int32)
     rules = Rules(
         num_nodes=num_nodes,
         has_homes=home is not None,
@@ -94,7 +95,7 @@ def refine_placement(
         separate=separate,
     )
     limits = Limits(
-        max_steps=jnp.asarray(2 * max_moves + 1, jnp.int32),
+        max_steps=2 * jnp.asarray(max_moves, jnp.int32) + 1,
         max_moves=jnp.asarray(max_moves, jnp.int32),
         min_gain=jnp.asarray(min_gain, jnp.float32),
         remote_price=jnp.asarray(remote_price, jnp.float32),
@@ -111,15 +112,15 @@ def _refine(
     limits: Limits,
     rules: Rules,
 ) -> tuple[jax.Array, jax.Array]:
-    if home_LE is None:
-        home_LE = jnp.full(weight_LE.shape, -1, jnp.int32)
+    home = jnp.int32(-1) if home_LE is None else home_LE
+    home_LE = jnp.broadcast_to(home, weight_LE.shape)
     per_share_G = per_share(capacity_G)
     per_gpu = old_LS.shape[1] // capacity_G.shape[0]
     is_alive_S = jnp.repeat(per_share_G > 0, per_gpu)
     kept_LS = jnp.where(is_alive_S[None], old_LS, -1)
     per_share_LG = jnp.broadcast_to(per_share_G, (len(old_LS), len(per_share_G)))
     problem = Problem(normalise(weight_LE), per_share_LG, home_LE, kept_LS)
-    new_LS = search(problem, kept_LS, rules, limits)
+    new_LS, _ = search(problem, kept_LS, rules, limits)
     return new_LS, (new_LS != kept_LS).sum(axis=1, dtype=jnp.int32)
 
 
@@ -145,7 +146,8 @@ def _check_refine(
     if not is_traced(max_moves) and max_moves < 0:
         raise ValueError(f"{max_moves=} must not be negative; use 0 to move nothing.")
     if not is_traced(old):
-        low, high = (int(old.min()), int(old.max())) if old.size else (0, 0)
+        values = np.asarray(old)
+        low, high = (values.min(), values.max()) if values.size else (0, 0)
         if low < -1 or high >= weight.shape[1]:
             raise ValueError(
                 f"physical_to_logical_map holds {low if low < -1 else high}, but "

@@ -87,7 +87,7 @@ def replay(
 
     Examples:
       >>> counts = np.array([[[8, 1, 1, 2]], [[1, 8, 1, 2]], [[1, 8, 1, 2]]])
-      >>> outcomes = replay(counts, 6, 1, 1, 2)
+      >>> outcomes = replay(counts, 6, 1, 1, 2, policy="auto")
       >>> {name: outcome.moved.tolist() for name, outcome in outcomes.items()}
       {'never': [0.0, 0.0], 'once': [...], 'upstream': [...], 'refine': [...]}
     """

@@ -1,10 +1,11 @@
-"""Local search over placements: swaps and copies that cool the hottest device.
+"""Local search over placements: moves that cool the hottest device.
 
-A step looks at the device that is furthest over its share of the load, and at two
-kinds of moves: *swap* one of its replicas with one of another device, or *copy* one
-of its experts over a replica on another device (the copied expert then has one
-replica more, the overwritten one has one less). Of these the move is made that
-lowers the objective most per slot that it changes. The objective of a layer is
+A step looks at the device that is furthest over its share of the load, and at three
+kinds of moves: *swap* one of its replicas with one of another device; *copy* one of
+its experts over a replica on another device (the copied expert then has one replica
+more, the overwritten one has one less); or *replace* one of its replicas by an expert
+that it has not. Of these the move is made that lowers the objective most per slot that
+it changes. The objective of a layer is
 
     log peak + remote_price * remote share,     peak = (sum_g u_g^16)^(1/16)
 
@@ -20,6 +21,8 @@ I slots of the hottest device. Tables are [K, G]: the long axis is the minor one
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,16 +35,18 @@ from eplb_jax.moves import (
     Problem,
     Rules,
     View,
+    count,
+    find_budget,
     find_homes,
     look,
-    score_copies,
-    score_swaps,
 )
+from eplb_jax.scores import score_copies, score_replacements, score_swaps
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def search(
     problem: Problem, expert: jax.Array, rules: Rules, limits: Limits
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Moves replicas until no move is worth it, in all layers at once.
 
     Args:
@@ -51,19 +56,8 @@ def search(
       limits: settings that may be traced.
 
     Returns:
-      [layers, slots] int32.
-
-    Examples:
-      Two devices with two slots each: the heavy experts, 0 and 1, are parted.
-
-      >>> problem = Problem(
-      ...     weight=jnp.array([[0.4, 0.4, 0.1, 0.1]]), per_share=jnp.full((1, 2), 2.0),
-      ...     home=jnp.full((1, 4), -1), original=jnp.array([[0, 1, 2, 3]]))
-      >>> limits = Limits(
-      ...     max_steps=jnp.int32(9), max_moves=jnp.int32(4),
-      ...     min_gain=jnp.float32(1e-6), remote_price=jnp.float32(0))
-      >>> search(problem, problem.original, Rules(), limits).tolist()
-      [[2, 1, 0, 3]]
+      expert: [layers, slots] int32, the best placement on the way.
+      cost: [layers] float32, its objective.
     """
 
     def start(problem: Problem, expert_S: jax.Array) -> Placed:
@@ -86,7 +80,8 @@ def search(
         return step + 1, step_layer(problem, placed)
 
     placed = jax.vmap(start)(problem, expert)
-    return lax.while_loop(goes_on, move, (jnp.int32(0), placed))[1].best_S
+    placed = lax.while_loop(goes_on, move, (jnp.int32(0), placed))[1]
+    return placed.best_S, placed.best_cost
 
 
 def count_replicas(expert_S: jax.Array, num_experts: int) -> jax.Array:
@@ -115,28 +110,38 @@ def _step(problem: Problem, placed: Placed, rules: Rules, limits: Limits) -> Pla
     homes = find_homes(problem, placed, view, rules) if rules.has_homes else None
     cost = _cost(view, homes, rules, limits)
     is_best = cost < placed.best_cost
-    swap_IG, slot_IG = score_swaps(problem, view, homes, rules, limits)
-    copy_IG, slot_G = score_copies(problem, placed, view, homes, rules, limits)
+    counts = count(problem, placed, view, homes)
+    budget = find_budget(problem, view, limits) if rules.has_budget else None
+    given = (homes, budget, limits.remote_price)
+    swap_IG, slot_IG = score_swaps(view, *given)
+    copy_IG, slot_G = score_copies(view, counts, *given)
+    replace_E, slot_h = score_replacements(problem, view, counts, *given)
 
-    score = jnp.concatenate([swap_IG.reshape(-1), copy_IG.reshape(-1)])
+    tables = (swap_IG.reshape(-1), copy_IG.reshape(-1), replace_E)
+    score = jnp.concatenate(tables)
     best = jnp.argmax(score).astype(jnp.int32)
-    is_copy = best >= num_slots
-    i, g = best % num_slots // num_gpus, best % num_gpus
-    j = jnp.where(is_copy, slot_G[g], slot_IG[i, g])
-    expert_i, expert_j = view.expert_I[i], view.expert_KG[j, g]
     is_worth_it = score[best] > limits.min_gain
     # Replicas that cannot be parted (too few experts, no moves left) stay together.
     is_stuck = view.to_part & (score[best] < URGENT / 2)
     goes = is_worth_it & ~is_stuck & ~placed.is_done
+    is_swap = best < num_slots
+    is_replacement = best >= 2 * num_slots
+    i = jnp.where(is_replacement, slot_h, best % num_slots // num_gpus)
+    g = best % num_gpus
+    j = jnp.where(is_swap, slot_IG[i, g], slot_G[g])
     slot_i, slot_j = view.hot * per_gpu + i, g * per_gpu + j
-    stays_i = is_copy | ~goes
+    expert_i, expert_j = view.expert_I[i], view.expert_KG[j, g]
+    other = jnp.where(is_replacement, best - 2 * num_slots, expert_j)
     expert_S = placed.expert_S
-    expert_S = expert_S.at[slot_i].set(jnp.where(stays_i, expert_S[slot_i], expert_j))
-    expert_S = expert_S.at[slot_j].set(jnp.where(goes, expert_i, expert_S[slot_j]))
-    changes = (goes & is_copy).astype(jnp.int32)
-    count_E = placed.count_E.at[expert_i].add(changes)
-    changes = jnp.where(expert_j >= 0, changes, 0)
-    count_E = count_E.at[expert_j].add(-changes)
+    writes_i = goes & (is_swap | is_replacement)
+    expert_S = expert_S.at[slot_i].set(jnp.where(writes_i, other, expert_S[slot_i]))
+    writes_j = goes & ~is_replacement
+    expert_S = expert_S.at[slot_j].set(jnp.where(writes_j, expert_i, expert_S[slot_j]))
+    gains = jnp.where(is_replacement, other, expert_i)
+    loses = jnp.where(is_replacement, expert_i, expert_j)
+    change = (goes & ~is_swap).astype(jnp.int32)
+    count_E = placed.count_E.at[gains].add(change)
+    count_E = count_E.at[loses].add(-jnp.where(loses >= 0, change, 0))
     return Placed(
         expert_S=expert_S,
         count_E=count_E,

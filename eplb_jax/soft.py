@@ -3,8 +3,10 @@
 EPLB's hierarchical policy never lets an expert leave the node of its group, and
 that, not its greedy packing, is what it loses. Here every expert keeps a replica on
 its home node, further replicas may go to any node, and load served away from home has
-a price. Both policies here deal the replicas out (no two of an expert to one device,
-nodes even where devices are) and then move them with `search`.
+a price. Both policies here place the replicas twice, dealt out (no two of an expert
+to one device, nodes even where devices are) and packed as EPLB packs them, move them
+from either start with `search`, and keep the better end: so neither is worse than
+what it starts from.
 
 Shape suffixes: L layers, E experts, S slots of a layer, G devices, K slots of a
 device, N nodes; one layer unless an L stands there.
@@ -12,6 +14,7 @@ device, N nodes; one layer unless an L stands there.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,7 +24,7 @@ from jax.typing import ArrayLike
 
 from eplb_jax.greedy import experts_by_node
 from eplb_jax.moves import Limits, Problem, Rules
-from eplb_jax.packing import invert, replicate_experts, take_rows
+from eplb_jax.packing import invert, pack_in_order, replicate_experts, take_rows
 from eplb_jax.search import count_replicas, search
 
 # Loadless experts weigh this much of a mean expert, so that they are spread evenly.
@@ -30,6 +33,7 @@ _FLOOR = 1e-6
 _MIN_GAIN = 1e-8
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def soft_placement(
     weight_LE: jax.Array,
     num_replicas: int,
@@ -39,7 +43,7 @@ def soft_placement(
     device_capacity: jax.Array,
     remote_price: jax.Array | float | None,
 ) -> jax.Array:
-    """Deals replicas out and improves on it by swaps and copies.
+    """Deals replicas out and packs them, and improves on both by moving them.
 
     Args:
       weight_LE: [layers, experts] float32 loads.
@@ -52,12 +56,6 @@ def soft_placement(
 
     Returns:
       [layers, num_replicas] int32, the expert in each slot; -1 on dead devices.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> weight = jnp.array([[5.0, 1.0, 1.0, 1.0]])
-      >>> soft_placement(weight, 6, 1, 1, 2, jnp.ones(2), None).tolist()
-      [[0, 2, 1, 0, 3, 1]]
     """
     num_layers, num_experts = weight_LE.shape
     per_gpu = num_replicas // num_gpus
@@ -91,9 +89,12 @@ def soft_placement(
     ) -> jax.Array:
         return _deal(weight_E, expert_S, rank_S, home_E, per_share_G, num_nodes)
 
-    expert_LS = jax.vmap(deal)(weight_LE, expert_LS, rank_LS, home_LE)
+    dealt_LS = jax.vmap(deal)(weight_LE, expert_LS, rank_LS, home_LE)
+    packed_LS = _pack(weight_LE, expert_LS, num_homes, num_gpus)
+    # Packing knows no dead devices.
+    packed_LS = jnp.where((per_share_G > 0).all(), packed_LS, dealt_LS)
     per_share_LG = jnp.broadcast_to(per_share_G, (num_layers, num_gpus))
-    problem = Problem(weight_LE, per_share_LG, home_LE, expert_LS)
+    problem = Problem(weight_LE, per_share_LG, home_LE, dealt_LS)
     rules = Rules(num_nodes=num_nodes, has_homes=remote_price is not None)
     limits = Limits(
         max_steps=jnp.int32(num_replicas),
@@ -101,9 +102,15 @@ def soft_placement(
         min_gain=jnp.float32(_MIN_GAIN),
         remote_price=jnp.float32(0 if remote_price is None else remote_price),
     )
-    return search(problem, expert_LS, rules, limits)
+    # Both starts are layers of one search: the second compiles nothing more.
+    start = jnp.concatenate([dealt_LS, packed_LS])
+    twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), problem)
+    end, cost = search(twice, start, rules, limits)
+    is_packed_L1 = (cost[num_layers:] < cost[:num_layers])[:, None]
+    return jnp.where(is_packed_L1, end[num_layers:], end[:num_layers])
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def home_nodes(weight: ArrayLike, num_groups: int, num_nodes: int) -> jax.Array:
     """The node that EPLB's hierarchical policy keeps each expert on.
 
@@ -124,6 +131,7 @@ def home_nodes(weight: ArrayLike, num_groups: int, num_nodes: int) -> jax.Array:
     return invert(order_LE, _node_of_place(order_LE, num_nodes))
 
 
+@jax.jit
 def normalise(weight_LE: jax.Array) -> jax.Array:
     """Loads of sum 1 in each layer, none of them zero; what is no load counts as none.
 
@@ -145,6 +153,7 @@ def normalise(weight_LE: jax.Array) -> jax.Array:
     return weight_LE / weight_LE.sum(axis=1, keepdims=True)
 
 
+@jax.jit
 def per_share(device_capacity: jax.Array) -> jax.Array:
     """What turns a device's part of the load into its use, 1 being its fair share.
 
@@ -175,6 +184,20 @@ def _node_of_place(order_LE: jax.Array, num_nodes: int) -> jax.Array:
     place_E = jnp.arange(order_LE.shape[1], dtype=jnp.int32)
     node_E = place_E // (order_LE.shape[1] // num_nodes)
     return jnp.broadcast_to(node_E, order_LE.shape)
+
+
+def _pack(
+    weight_LE: jax.Array, expert_LS: jax.Array, num_homes: int, num_gpus: int
+) -> jax.Array:
+    """Replicas packed to the devices of their home node, as upstream does."""
+    num_experts = weight_LE.shape[1]
+    count_LE = jax.vmap(lambda e_S: count_replicas(e_S, num_experts))(expert_LS)
+    load_LE = weight_LE / jnp.maximum(count_LE, 1).astype(jnp.float32)
+    load_LS = take_rows(load_LE, jnp.maximum(expert_LS, 0))
+    rows = (len(expert_LS) * num_homes, -1)
+    order_RS, slot_RS = pack_in_order(load_LS.reshape(rows), num_gpus // num_homes)
+    sorted_RS = take_rows(expert_LS.reshape(rows), order_RS)
+    return invert(slot_RS, sorted_RS).reshape(expert_LS.shape)
 
 
 def _deal(

@@ -137,10 +137,7 @@ class ExpertTables:
           >>> tables.is_valid().tolist()
           [True, False]
         """
-        check = _is_valid
-        if self.physical_to_logical_map.ndim == 2:
-            check = jax.vmap(_is_valid)
-        return check(*_leaves(self))
+        return _is_valid(*_leaves(self))
 
     def validate(self) -> None:
         """Raises unless every expert has a slot and the maps agree; not for jit.
@@ -194,13 +191,7 @@ class ExpertTables:
           >>> bool((one.checksum() == two.checksum()).any())
           False
         """
-        slots = self.logical_to_physical_map
-        flat_slots = slots.reshape(*slots.shape[:-2], -1)
-        flat = jnp.concatenate([self.physical_to_logical_map, flat_slots], axis=-1)
-        place = jnp.arange(flat.shape[-1], dtype=jnp.uint32)
-        place = place.reshape((1,) * (flat.ndim - 1) + (-1,))
-        mixed = _mix(_mix(place) ^ lax.bitcast_convert_type(flat, jnp.uint32))
-        return mixed.sum(axis=-1, dtype=jnp.uint32)
+        return _checksum(self.physical_to_logical_map, self.logical_to_physical_map)
 
 
 def _leaves(tables: ExpertTables) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -211,9 +202,12 @@ def _leaves(tables: ExpertTables) -> tuple[jax.Array, jax.Array, jax.Array]:
     )
 
 
+@jax.jit
 def _is_valid(
     expert_S: jax.Array, slots_EC: jax.Array, count_E: jax.Array
 ) -> jax.Array:
+    if expert_S.ndim == 2:
+        return jax.vmap(_is_valid)(expert_S, slots_EC, count_E)
     num_slots, (num_experts, max_replicas) = expert_S.shape[0], slots_EC.shape
     rank_1C = jnp.arange(max_replicas, dtype=jnp.int32)[None]
     is_used_EC = rank_1C < count_E[:, None]
@@ -230,6 +224,16 @@ def _is_valid(
         & (count_E >= 1).all()
         & (count_E <= max_replicas).all()
     )
+
+
+@jax.jit
+def _checksum(expert: jax.Array, slots: jax.Array) -> jax.Array:
+    flat_slots = slots.reshape(*slots.shape[:-2], -1)
+    flat = jnp.concatenate([expert, flat_slots], axis=-1)
+    place = jnp.arange(flat.shape[-1], dtype=jnp.uint32)
+    place = place.reshape((1,) * (flat.ndim - 1) + (-1,))
+    mixed = _mix(_mix(place) ^ lax.bitcast_convert_type(flat, jnp.uint32))
+    return mixed.sum(axis=-1, dtype=jnp.uint32)
 
 
 def _mix(x: jax.Array) -> jax.Array:
