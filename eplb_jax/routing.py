@@ -163,7 +163,9 @@ def update_bias(bias: jax.Array, counts: jax.Array, rate: float = 1e-3) -> jax.A
     return bias + rate * jnp.sign(counts.mean(axis=-1, keepdims=True) - counts)
 
 
-def sequence_balance_loss(scores: jax.Array, k: int) -> jax.Array:
+def sequence_balance_loss(
+    scores: jax.Array, k: int, is_padding: jax.Array | None = None
+) -> jax.Array:
     """DeepSeek-V3's sequence-wise balance loss, before its factor alpha.
 
     For each sequence the sum over experts of f_i * P_i: the part of its tokens that
@@ -174,9 +176,10 @@ def sequence_balance_loss(scores: jax.Array, k: int) -> jax.Array:
     Args:
       scores: [..., sequence, experts] float32, of a `Routing`.
       k: experts a token.
+      is_padding: [..., sequence] bool, tokens that do not count; None: all do.
 
     Returns:
-      [...] float32, one a sequence.
+      [...] float32, one a sequence; 0 for a sequence of padding.
 
     Examples:
       >>> even = sequence_balance_loss(jnp.array([[0.9, 0.1], [0.1, 0.9]]), 1)
@@ -187,9 +190,13 @@ def sequence_balance_loss(scores: jax.Array, k: int) -> jax.Array:
     num_experts = scores.shape[-1]
     _, experts = lax.top_k(lax.stop_gradient(scores), k)
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=-2)
-    used = chosen.mean(axis=-2) * (num_experts / k)
     share = scores / scores.sum(axis=-1, keepdims=True)
-    return (used * share.mean(axis=-2)).sum(axis=-1)
+    counts = jnp.ones(scores.shape[:-1], jnp.float32)
+    if is_padding is not None:
+        counts = 1.0 - is_padding.astype(jnp.float32)
+    counts = counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1.0)
+    used = (chosen * counts[..., None]).sum(axis=-2) * (num_experts / k)
+    return (used * (share * counts[..., None]).sum(axis=-2)).sum(axis=-1)
 
 
 def count_experts(experts: jax.Array, num_experts: int) -> jax.Array:

@@ -104,6 +104,10 @@ def test_balance_loss_against_its_equations():
         want.append((chosen * 8 / (2 * 20) * share).sum())
     ours = sequence_balance_loss(jnp.asarray(scores, jnp.float32), 2)
     np.testing.assert_allclose(ours, want, rtol=1e-5)  # float32 means of 20
+    padded = jnp.concatenate([jnp.asarray(scores, jnp.float32)] * 2, axis=1)
+    is_padding = jnp.arange(40)[None] >= 20
+    padded = sequence_balance_loss(padded, 2, jnp.broadcast_to(is_padding, (3, 40)))
+    np.testing.assert_allclose(padded, want, rtol=1e-5)
     # Its gradient takes from the scores of experts that are used too much.
     gradient = jax.grad(lambda s: sequence_balance_loss(s, 1).sum())(
         jnp.array([[[0.9, 0.1], [0.8, 0.2]]])

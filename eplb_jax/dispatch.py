@@ -1,0 +1,318 @@
+"""Tokens to the slots of their experts, and the experts' outputs back.
+
+`plan_dispatch` turns the slot of every choice into a `Dispatch`: integers that say
+where each row goes. `send` brings the tokens to their slots, grouped by slot, and
+`fetch` the results back, choice by choice; each is the transpose of the other, so
+gradients go the same ways. Nothing is dropped, unless a buffer is made smaller than
+what may come; then what does not fit counts as overflow, and its result is zero.
+
+Shape suffixes: T tokens, K choices of a token, N = T * K rows sent, D devices,
+S slots, I slots of this device, M rows of the buffer at the slots.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from eplb_jax.exchange import Segments, Transport, exchange
+from eplb_jax.routing import count_experts
+
+Payload = Literal["plain", "fp8"]
+
+# DeepSeek-V3 sends activations in tiles of 1 x 128 (arXiv:2412.19437, section 3.3.2).
+_TILE = 128
+_LARGEST_FP8 = 448.0
+
+
+class Dispatch(NamedTuple):
+    """Where the rows of this device's choices go, and what arrives here.
+
+    Attributes:
+      order: [tokens * k] int32, the choices by slot, those without one last.
+      inverse: [tokens * k] int32, the place of each choice in that order.
+      segments: rows from device to device; None on one device.
+      to_group: [rows] int32, which received row each row of the buffer is.
+      from_group: [rows] int32, the reverse. Both are out of range for empty rows.
+      group_sizes: [slots of this device] int32, rows of the buffer for each.
+      slot_counts: [slots] int32, choices of all devices for each slot.
+      overflow: [] int32, choices of all devices that found no room.
+    """
+
+    order: jax.Array
+    inverse: jax.Array
+    segments: Segments | None
+    to_group: jax.Array
+    from_group: jax.Array
+    group_sizes: jax.Array
+    slot_counts: jax.Array
+    overflow: jax.Array
+
+
+def plan_dispatch(
+    slots: jax.Array,
+    num_slots: int,
+    *,
+    num_devices: int = 1,
+    axis_name: str | None = None,
+    num_rows: int | None = None,
+) -> Dispatch:
+    """Plans the way of every choice of every token.
+
+    Args:
+      slots: [tokens, k] int32, see `choose_slots`; -1 goes nowhere.
+      num_slots: slots of all devices.
+      num_devices: devices that the slots are divided among, in order.
+      axis_name: mesh axis of the devices, inside `jax.shard_map`; None on one device.
+      num_rows: rows of a device's buffer; None: as many as can come, which is
+        num_devices * tokens * min(k, slots of a device). Rows that stay empty cost
+        memory and no arithmetic (`grouped_matmul`).
+
+    Returns:
+      A `Dispatch`.
+
+    Raises:
+      ValueError: for devices that do not divide the slots, several devices without an
+        axis, and `num_rows` below 1.
+
+    Examples:
+      >>> plan = plan_dispatch(jnp.array([[2, 0], [0, -1]]), 3)
+      >>> plan.order.tolist(), plan.group_sizes.tolist(), int(plan.overflow)
+      ([1, 2, 0, 3], [2, 0, 1], 0)
+    """
+    _check_plan(num_slots, num_devices, axis_name, num_rows)
+    num_tokens, k = slots.shape
+    slot_N = slots.reshape(-1)
+    key_N = jnp.where(slot_N < 0, num_slots, slot_N)
+    order_N = jnp.argsort(key_N, stable=True).astype(jnp.int32)
+    position_N = jnp.arange(len(order_N), dtype=jnp.int32)
+    inverse_N = jnp.zeros_like(position_N).at[order_N].set(position_N)
+    count_S = count_experts(slots, num_slots)
+    per_device = num_slots // num_devices
+    if axis_name is None:
+        count_DDI, me = count_S[None, None], 0
+    else:
+        count_DDI = lax.all_gather(count_S, axis_name)
+        count_DDI = count_DDI.reshape(num_devices, num_devices, per_device)
+        me = lax.axis_index(axis_name)
+    if num_rows is None:
+        num_rows = num_devices * num_tokens * min(k, per_device)
+
+    asked_DD = count_DDI.sum(axis=2, dtype=jnp.int32)
+    before_DD = jnp.cumsum(asked_DD, axis=0) - asked_DD
+    sizes_DD = jnp.clip(num_rows - before_DD, 0, asked_DD)
+    starts_DD = jnp.cumsum(asked_DD, axis=1) - asked_DD
+    places_DD = jnp.cumsum(sizes_DD, axis=0) - sizes_DD
+    # What arrives here: by device, then by slot; and grouped: by slot, then by device.
+    arrived_DI = count_DDI[:, me]
+    skipped_DI = jnp.cumsum(arrived_DI, axis=1) - arrived_DI
+    arrived_DI = jnp.clip(sizes_DD[:, me][:, None] - skipped_DI, 0, arrived_DI)
+    received_DI = places_DD[:, me][:, None] + skipped_DI
+    flat_ID = arrived_DI.T.reshape(-1)
+    grouped_DI = (jnp.cumsum(flat_ID) - flat_ID).reshape(arrived_DI.T.shape).T
+    return Dispatch(
+        order=order_N,
+        inverse=inverse_N,
+        segments=axis_name and Segments(sizes_DD, starts_DD, places_DD),
+        to_group=_shifted((received_DI - grouped_DI).T, arrived_DI.T, num_rows),
+        from_group=_shifted(grouped_DI - received_DI, arrived_DI, num_rows),
+        group_sizes=arrived_DI.sum(axis=0, dtype=jnp.int32),
+        slot_counts=count_DDI.sum(axis=0, dtype=jnp.int32).reshape(-1),
+        overflow=(asked_DD - sizes_DD).sum(dtype=jnp.int32),
+    )
+
+
+def send(
+    x: jax.Array,
+    plan: Dispatch,
+    *,
+    axis_name: str | None = None,
+    transport: Transport = "auto",
+    payload: Payload = "plain",
+) -> jax.Array:
+    """Brings each token to the slots of its choices.
+
+    Args:
+      x: [tokens, d].
+      plan: of `plan_dispatch`.
+      axis_name: as in `plan_dispatch`.
+      transport: see `exchange`.
+      payload: `"fp8"` sends float8_e4m3fn with a float32 scale for every 128
+        channels; gradients come back as they are.
+
+    Returns:
+      [rows, d], grouped by the slots of this device; empty rows are zero.
+
+    Raises:
+      ValueError: for an unknown payload or transport, and for `"fp8"` where 128 does
+        not divide d.
+
+    Examples:
+      >>> plan = plan_dispatch(jnp.array([[2, 0], [0, -1]]), 3)
+      >>> send(jnp.array([[1.0], [2.0]]), plan).ravel().tolist()
+      [1.0, 2.0, 1.0, 0.0]
+    """
+    if payload not in get_args(Payload):
+        raise ValueError(f"{payload=} must be one of {', '.join(get_args(Payload))}.")
+    if payload == "fp8" and x.shape[1] % _TILE:
+        raise ValueError(
+            f"payload='fp8' scales tiles of {_TILE} channels, which do not divide "
+            f"x.shape[1]={x.shape[1]}; use payload='plain'."
+        )
+    return _send(x, plan, axis_name, transport, payload)
+
+
+def fetch(
+    rows: jax.Array,
+    plan: Dispatch,
+    *,
+    axis_name: str | None = None,
+    transport: Transport = "auto",
+) -> jax.Array:
+    """Brings the results back to the tokens that asked for them.
+
+    Args:
+      rows: [rows, d], grouped by slot like the result of `send`.
+      plan: of `plan_dispatch`.
+      axis_name: as in `plan_dispatch`.
+      transport: see `exchange`.
+
+    Returns:
+      [tokens * k, d], choice by choice; zero for those that went nowhere.
+
+    Examples:
+      >>> plan = plan_dispatch(jnp.array([[2, 0], [0, -1]]), 3)
+      >>> fetch(jnp.array([[5.0], [6.0], [7.0], [8.0]]), plan).ravel().tolist()
+      [7.0, 5.0, 6.0, 0.0]
+    """
+    return _fetch(rows, plan, axis_name, transport)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _send(
+    x: jax.Array,
+    plan: Dispatch,
+    axis_name: str | None,
+    transport: Transport,
+    payload: Payload,
+) -> jax.Array:
+    token_N = plan.order // (len(plan.order) // len(x))
+    if payload == "plain":
+        return _to_slots(x[token_N], plan, axis_name, transport)
+    tile_T = x.astype(jnp.float32).reshape(len(x), -1, _TILE)
+    scale_T = jnp.abs(tile_T).max(axis=-1, keepdims=True) / _LARGEST_FP8
+    scale_T = jnp.where(scale_T > 0, scale_T, 1.0)
+    small_T = (tile_T / scale_T).astype(jnp.float8_e4m3fn).reshape(x.shape)
+    # As bytes: not every backend's collectives know the type.
+    bytes_T = lax.bitcast_convert_type(small_T, jnp.uint8)
+    bytes_M = _to_slots(bytes_T[token_N], plan, axis_name, transport)
+    scale_M = _to_slots(scale_T[token_N], plan, axis_name, transport)
+    tile_M = lax.bitcast_convert_type(bytes_M, jnp.float8_e4m3fn)
+    tile_M = tile_M.astype(jnp.float32).reshape(len(bytes_M), -1, _TILE) * scale_M
+    return tile_M.reshape(bytes_M.shape).astype(x.dtype)
+
+
+def _send_forward(
+    x: jax.Array,
+    plan: Dispatch,
+    axis_name: str | None,
+    transport: Transport,
+    payload: Payload,
+) -> Any:
+    return _send(x, plan, axis_name, transport, payload), (plan, len(x))
+
+
+def _send_backward(
+    axis_name: str | None,
+    transport: Transport,
+    payload: Payload,
+    saved: Any,
+    ct: jax.Array,
+) -> Any:
+    del payload
+    plan, num_tokens = saved
+    ct_N = _from_slots(ct, plan, axis_name, transport)
+    ct_TKF = ct_N.reshape(num_tokens, -1, *ct.shape[1:])
+    return ct_TKF.sum(axis=1, dtype=jnp.float32).astype(ct.dtype), None
+
+
+_send.defvjp(_send_forward, _send_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _fetch(
+    rows: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+) -> jax.Array:
+    return _from_slots(rows, plan, axis_name, transport)
+
+
+def _fetch_forward(
+    rows: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+) -> Any:
+    return _fetch(rows, plan, axis_name, transport), plan
+
+
+def _fetch_backward(
+    axis_name: str | None, transport: Transport, plan: Dispatch, ct: jax.Array
+) -> Any:
+    return _to_slots(ct[plan.order], plan, axis_name, transport), None
+
+
+_fetch.defvjp(_fetch_forward, _fetch_backward)
+
+
+def _to_slots(
+    rows_N: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+) -> jax.Array:
+    """Rows in sending order -> rows by slot."""
+    if axis_name is None or plan.segments is None:
+        received = rows_N
+    else:
+        num_rows = len(plan.to_group)
+        received = exchange(rows_N, plan.segments, num_rows, axis_name, transport)
+    return _take(received, plan.to_group)
+
+
+def _from_slots(
+    rows_M: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+) -> jax.Array:
+    """Rows by slot -> rows choice by choice."""
+    received = _take(rows_M, plan.from_group)
+    num_sent = len(plan.order)
+    if axis_name is None or plan.segments is None:
+        return _take(received, plan.inverse)
+    back = plan.segments.reversed()
+    returned = exchange(received, back, num_sent, axis_name, transport)
+    return _take(returned, plan.inverse)
+
+
+def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
+    return rows.at[index].get(mode="fill", fill_value=0)
+
+
+def _shifted(shift: jax.Array, sizes: jax.Array, num_rows: int) -> jax.Array:
+    """Runs of `sizes` consecutive numbers, each moved by `shift`; then out of range."""
+    row_M = jnp.arange(num_rows, dtype=jnp.int32)
+    shift_M = jnp.repeat(
+        shift.reshape(-1), sizes.reshape(-1), total_repeat_length=num_rows
+    )
+    return jnp.where(row_M < sizes.sum(), row_M + shift_M, jnp.iinfo(jnp.int32).max)
+
+
+def _check_plan(
+    num_slots: int, num_devices: int, axis_name: str | None, num_rows: int | None
+) -> None:
+    if num_devices < 1 or num_slots % num_devices:
+        raise ValueError(
+            f"{num_devices=} must divide {num_slots=}: every device has as many."
+        )
+    if axis_name is None and num_devices > 1:
+        raise ValueError(
+            f"{num_devices=} needs axis_name, the mesh axis that they are on."
+        )
+    if num_rows is not None and num_rows < 1:
+        raise ValueError(f"{num_rows=} must be at least 1; None always suffices.")

@@ -1,0 +1,339 @@
+"""The layer against every expert on every token, on one device and on eight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from eplb_jax.moe import ExpertParallel, ExpertWeights, MoE, mix_experts
+from eplb_jax.physical import physical_weights
+from eplb_jax.routing import sequence_balance_loss
+from eplb_jax.tables import ExpertTables
+
+DIM, HIDDEN, EXPERTS, K, SLOTS, DEVICES, TOKENS = 8, 12, 16, 3, 24, 8, 48
+MESH = jax.make_mesh((DEVICES,), ("ep",), axis_types=(AxisType.Auto,))
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.standard_normal((TOKENS, DIM)), jnp.float32)
+OUT = jnp.asarray(RNG.standard_normal((TOKENS, DIM)), jnp.float32)
+
+
+def layer(parallel=None, **changes):
+    parallel = parallel or ExpertParallel()
+    sizes = {"num_experts": EXPERTS, "k": K, "num_shared": 1, "scaling": 2.5}
+    sizes |= {"num_groups": 4, "topk_groups": 2, "parallel": parallel} | changes
+    return MoE(DIM, HIDDEN, **sizes, rngs=nnx.Rngs(0))
+
+
+def placement(seed, num_slots=SLOTS):
+    """Any placement in which each expert has a slot."""
+    rng = np.random.default_rng(seed)
+    extra = rng.integers(0, EXPERTS, num_slots - EXPERTS)
+    slots = rng.permutation(np.concatenate([np.arange(EXPERTS), extra]))
+    return ExpertTables.from_placement(slots, EXPERTS)
+
+
+def dense(model, x):
+    """Every expert on every token; those that were not chosen have weight 0."""
+    routing = model.route(x)
+    chosen = jax.nn.one_hot(routing.experts, EXPERTS) * routing.weights[..., None]
+    gate, up, down = (leaf[...] for leaf in model.experts)
+    hidden = jax.nn.silu(jnp.einsum("td,edf->tef", x, gate))
+    hidden = hidden * jnp.einsum("td,edf->tef", x, up)
+    y = jnp.einsum("tef,efd,te->td", hidden, down, chosen.sum(axis=1))
+    if model.shared is not None:
+        gate, up, down = (leaf[0] for leaf in model.shared)
+        y += (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    return y
+
+
+def specs(params):
+    """The experts' first axis is divided, all else replicated."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: P("ep") if "experts" in jax.tree_util.keystr(path) else P(),
+        params,
+    )
+
+
+def outputs_and_gradients(fn, model, x):
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, x):
+        y, stats = fn(graph, params, rest, x)
+        return (y * OUT).sum(), (y, stats)
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    grads, (y, stats) = grad(params, x)
+    return (y, grads), stats
+
+
+def on_one(tables, graph, params, rest, x):
+    return nnx.merge(graph, params, rest)(x, tables)
+
+
+def on_eight(tables, graph, params, rest, x):
+    def run(params, rest, tables, x):
+        return nnx.merge(graph, params, rest)(x, tables)
+
+    sharded = jax.shard_map(
+        run,
+        mesh=MESH,
+        in_specs=(specs(params), P(), P(), P("ep")),
+        out_specs=(P("ep"), P()),
+        check_vma=False,
+    )
+    return sharded(params, rest, tables, x)
+
+
+@functools.cache
+def reference(**changes):
+    def fn(graph, params, rest, x):
+        return dense(nnx.merge(graph, params, rest), x), None
+
+    return outputs_and_gradients(fn, layer(**changes), X)[0]
+
+
+def check_close(got, want):
+    """Relative to each array's norm: float32 sums in another order."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        error = np.linalg.norm(np.asarray(ours) - np.asarray(theirs))
+        assert error <= 1e-5 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"router": "softmax", "num_groups": 1}], ids=str
+)
+@pytest.mark.parametrize("tables", [None, placement(0)], ids=["experts", "slots"])
+def test_one_device(tables, changes):
+    changes = {"topk_groups": 1} | changes if "router" in changes else changes
+    got, stats = outputs_and_gradients(
+        functools.partial(on_one, tables), layer(**changes), X
+    )
+    check_close(got, reference(**changes))
+    assert stats.expert_counts.sum() == TOKENS * K
+    assert stats.overflow == 0
+
+
+@pytest.mark.parametrize(
+    ("choice", "seed"),
+    [("spread", None), ("spread", 0), ("nearest", 1), ("balanced", 2)],
+)
+def test_eight_devices(choice, seed):
+    parallel = ExpertParallel("ep", DEVICES, num_nodes=2, replica_choice=choice)
+    tables = None if seed is None else placement(seed)
+    got, stats = outputs_and_gradients(
+        functools.partial(on_eight, tables), layer(parallel), X
+    )
+    check_close(got, reference())
+    routed = layer().route(X).experts
+    want = np.bincount(np.ravel(routed), minlength=EXPERTS)
+    np.testing.assert_array_equal(stats.expert_counts, want)
+    if tables is not None:
+        by_expert = np.zeros(EXPERTS, int)
+        np.add.at(by_expert, tables.physical_to_logical_map, stats.slot_counts)
+        np.testing.assert_array_equal(by_expert, want)
+    assert stats.overflow == 0
+
+
+def test_a_new_placement_compiles_nothing():
+    traces = []
+    model = layer(ExpertParallel("ep", DEVICES))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def run(params, rest, tables, x):
+        traces.append(1)
+        return on_eight(tables, graph, params, rest, x)[0]
+
+    one, other = (run(params, rest, placement(seed), X) for seed in (3, 4))
+    assert len(traces) == 1
+    check_close(one, other)
+
+
+def test_held_weights_are_the_gathered_ones():
+    parallel = ExpertParallel("ep", DEVICES)
+    model, tables = layer(parallel), placement(5)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    weights = ExpertWeights(*(leaf[...] for leaf in model.experts))
+
+    def gather(weights):
+        return physical_weights(weights, tables, num_devices=DEVICES, axis_name="ep")
+
+    gather = jax.shard_map(
+        gather, mesh=MESH, in_specs=P("ep"), out_specs=P("ep"), check_vma=False
+    )
+    held = jax.jit(gather)(weights)
+    for ours, leaf in zip(held, weights, strict=True):
+        np.testing.assert_array_equal(ours, leaf[tables.physical_to_logical_map])
+
+    def run(params, held, x):
+        return nnx.merge(graph, params, rest)(x, tables, physical=held)[0]
+
+    run = jax.shard_map(
+        run,
+        mesh=MESH,
+        in_specs=(specs(params), P("ep"), P("ep")),
+        out_specs=P("ep"),
+        check_vma=False,
+    )
+    again = jax.jit(run)(params, held, X)
+    afresh = jax.jit(lambda params, x: on_eight(tables, graph, params, rest, x)[0])
+    np.testing.assert_array_equal(again, afresh(params, X))
+
+
+def test_what_does_not_fit_is_counted_and_counts_as_zero():
+    # Everyone wants expert 5, on device 2.
+    num_rows = 7
+    experts = np.full((TOKENS, 1), 5)
+    weights = ExpertWeights(*(leaf[...] for leaf in layer().experts))
+    parallel = ExpertParallel("ep", DEVICES, num_rows=num_rows)
+
+    def run(x, experts, weights):
+        return mix_experts(x, experts, jnp.ones((len(x), 1)), weights, None, parallel)
+
+    run = jax.shard_map(
+        run,
+        mesh=MESH,
+        in_specs=(P("ep"), P("ep"), P("ep")),
+        out_specs=(P("ep"), P(), P()),
+        check_vma=False,
+    )
+    y, counts, overflow = jax.jit(run)(X, jnp.asarray(experts), weights)
+    assert overflow == TOKENS - num_rows
+    assert counts.tolist() == [0] * 5 + [TOKENS] + [0] * 10
+    served = np.asarray(y).any(axis=1)
+    assert served.sum() == num_rows
+    assert served[:num_rows].all()  # devices are served in order
+    one, _, _ = mix_experts(X, jnp.asarray(experts), jnp.ones((TOKENS, 1)), weights)
+    np.testing.assert_allclose(y[:num_rows], one[:num_rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, DEVICES])
+def test_padding_reaches_nothing(devices):
+    parallel = ExpertParallel("ep", DEVICES) if devices > 1 else ExpertParallel()
+    model = layer(parallel, num_shared=0)
+    is_padding = np.arange(TOKENS) % 5 == 0
+    x = jnp.where(is_padding[:, None], jnp.nan, X)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    tables = placement(6)
+
+    def run(params, x, is_padding):
+        y, _ = nnx.merge(graph, params, rest)(x, tables, is_padding=is_padding)
+        return y
+
+    if devices > 1:
+        run = jax.shard_map(
+            run,
+            mesh=MESH,
+            in_specs=(specs(params), P("ep"), P("ep")),
+            out_specs=P("ep"),
+            check_vma=False,
+        )
+
+    def loss(params, x):
+        y = run(params, x, jnp.asarray(is_padding))
+        return (y * OUT).sum(), y
+
+    grads, y = jax.jit(jax.grad(loss, has_aux=True))(params, x)
+    assert not np.asarray(y)[is_padding].any()
+    want, _ = jax.jit(jax.grad(loss, has_aux=True))(params, jnp.nan_to_num(x))
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        assert np.asarray(theirs).any()
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_fp8_payload():
+    dim = 256
+    x = jnp.asarray(RNG.standard_normal((16, dim)), jnp.float32).at[3].set(0.0)
+    experts = jnp.asarray(RNG.integers(0, 8, (16, 2)), jnp.int32)
+    gate, up = (
+        jnp.asarray(RNG.standard_normal((8, dim, 16)) / 16, jnp.float32) for _ in "ab"
+    )
+    weights = ExpertWeights(gate, up, jnp.swapaxes(gate, 1, 2))
+
+    def run(payload):
+        parallel = ExpertParallel("ep", DEVICES, payload=payload)
+
+        def local(x, experts, weights):
+            mixed = mix_experts(
+                x, experts, jnp.ones(experts.shape), weights, None, parallel
+            )
+            return mixed[0]
+
+        sharded = jax.shard_map(
+            local, mesh=MESH, in_specs=P("ep"), out_specs=P("ep"), check_vma=False
+        )
+
+        def loss(x):
+            y = sharded(x, experts, weights)
+            return (y**2).sum(), y
+
+        grads, y = jax.jit(jax.grad(loss, has_aux=True))(x)
+        return y, grads
+
+    plain, small = run("plain"), run("fp8")
+    assert (plain[0] != small[0]).any()
+    for exact, rounded in zip(plain, small, strict=True):
+        # e4m3 has 3 bits of mantissa: 2^-4 at most, about 2^-5 on average.
+        error = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
+        assert error < 2**-4
+    assert not np.asarray(small[0])[3].any()
+
+
+def test_sequences_and_dtypes():
+    model, x = layer(dtype=jnp.bfloat16), X.reshape(4, 12, DIM)
+    y, stats = nnx.jit(lambda model, x: model(x))(model, x)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    want = sequence_balance_loss(model.route(x).scores, K).mean()
+    np.testing.assert_allclose(stats.balance_loss, want, rtol=1e-6)  # one float32 mean
+    # bfloat16 weights and products, sums of 8 and 12
+    exact = dense(layer(), X).reshape(x.shape)
+    assert np.linalg.norm(y - exact) < 0.02 * np.linalg.norm(exact)
+    small = layer(param_dtype=jnp.bfloat16)
+    assert all(leaf[...].dtype == jnp.bfloat16 for leaf in small.experts)
+    assert small.router[...].dtype == jnp.float32
+    y, _ = nnx.jit(lambda model, x: model(x))(small, x.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+
+
+def test_bad_arguments():
+    model = layer()
+    tables = placement(0)
+    for call, message in [
+        (lambda: layer(k=17, num_groups=1, topk_groups=1), "k=17 must be between 1"),
+        (lambda: layer(num_groups=5), "num_groups=5 must divide"),
+        (lambda: layer(router="best"), "router='best' must be 'sigmoid' or 'softmax'"),
+        (lambda: layer(router="softmax"), "num_groups=4 belongs to router='sigmoid'"),
+        (
+            lambda: layer(ExpertParallel("ep", 5)),
+            "parallel.num_devices=5 must divide num_experts=16",
+        ),
+        (
+            lambda: model(X, ExpertTables.from_placement(jnp.arange(9), 9)),
+            "tables are for 9 experts, but the layer has 16",
+        ),
+        (lambda: model(X, physical=model.experts), "need the tables"),
+        (
+            lambda: model(
+                X,
+                tables,
+                physical=ExpertWeights(*(leaf[...] for leaf in model.experts)),
+            ),
+            "physical weights of 16 slots a device do not fit tables of 24 slots",
+        ),
+        (
+            lambda: layer(ExpertParallel("ep", 8))(X, placement(0, 25)),
+            "num_devices=8 must divide the 25 slots",
+        ),
+        (
+            lambda: ExpertTables.from_placement(jnp.zeros(16, int), 16),
+            "Expert 1 of layer 0 has no slot",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
