@@ -132,16 +132,18 @@ def _step(problem: Problem, placed: Placed, rules: Rules, limits: Limits) -> Pla
     slot_i, slot_j = view.hot * per_gpu + i, g * per_gpu + j
     expert_i, expert_j = view.expert_I[i], view.expert_KG[j, g]
     other = jnp.where(is_replacement, best - 2 * num_slots, expert_j)
-    expert_S = placed.expert_S
-    writes_i = goes & (is_swap | is_replacement)
-    expert_S = expert_S.at[slot_i].set(jnp.where(writes_i, other, expert_S[slot_i]))
-    writes_j = goes & ~is_replacement
-    expert_S = expert_S.at[slot_j].set(jnp.where(writes_j, expert_i, expert_S[slot_j]))
-    gains = jnp.where(is_replacement, other, expert_i)
-    loses = jnp.where(is_replacement, expert_i, expert_j)
-    change = (goes & ~is_swap).astype(jnp.int32)
-    count_E = placed.count_E.at[gains].add(change)
-    count_E = count_E.at[loses].add(-jnp.where(loses >= 0, change, 0))
+    # Comparisons with all slots, and not scatters: they fuse into one loop, where
+    # each scatter is a program of its own to compile and to start.
+    slot_S = jnp.arange(num_slots, dtype=jnp.int32)
+    writes_i_S = goes & (is_swap | is_replacement) & (slot_S == slot_i)
+    writes_j_S = goes & ~is_replacement & (slot_S == slot_j)
+    expert_S = jnp.where(writes_i_S, other, placed.expert_S)
+    expert_S = jnp.where(writes_j_S, expert_i, expert_S)
+    expert_E = jnp.arange(placed.count_E.shape[0], dtype=jnp.int32)
+    gains_E = expert_E == jnp.where(is_replacement, other, expert_i)
+    loses_E = expert_E == jnp.where(is_replacement, expert_i, expert_j)
+    change_E = gains_E.astype(jnp.int32) - loses_E.astype(jnp.int32)
+    count_E = placed.count_E + jnp.where(goes & ~is_swap, change_E, 0)
     return Placed(
         expert_S=expert_S,
         count_E=count_E,

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ DATA = Path(__file__).parent.parent / "data"
 def drifted():
     """A placement of one load, and another load not far from it."""
     old_weight = lognormal(0)
-    placement = rebalance_experts(old_weight, *SIZES, policy="swaps")[0]
+    placement = rebalance_experts(old_weight, *SIZES, policy="global")[0]
     return old_weight * lognormal(1, sigma=0.5), placement
 
 
@@ -79,19 +78,29 @@ def test_a_greater_least_gain_makes_fewer_moves(drifted):
 
     def count(gain):
         _, moves = refine_placement(weight, old, GPUS, max_moves=SLOTS, min_gain=gain)
-        return np.asarray(moves).sum()
+        return np.asarray(moves)[is_apart].sum()
 
+    # Parting replicas on one device is no matter of gain.
+    is_apart = np.asarray(count_duplicates(old, GPUS)) == 0
+    assert is_apart.any()
     counts = [count(gain) for gain in (1e-6, 1e-3, 1e-2, 1.0)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1] == 0
 
 
-def test_shared_devices_are_parted_or_left():
+def test_shared_devices_are_parted():
     old = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1))
     old[:, 1] = old[:, 0]
     old[:, EXPERTS] = 1  # expert 1 keeps a replica
     parted, _ = refine_placement(np.ones((LAYERS, EXPERTS)), old, GPUS, max_moves=4)
     assert not np.asarray(count_duplicates(parted, GPUS)).any()
+
+
+@pytest.mark.slow
+def test_shared_devices_are_left_where_asked():
+    old = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1))
+    old[:, 1] = old[:, 0]
+    old[:, EXPERTS] = 1  # expert 1 keeps a replica
     left, moves = refine_placement(
         np.ones((LAYERS, EXPERTS)), old, GPUS, max_moves=4, separate=False, min_gain=0.5
     )
@@ -160,10 +169,8 @@ def test_same_in_jit_and_under_vmap(drifted):
         )
 
     capacity = np.ones(GPUS, np.float32)
-    eager = refine(weight, old, capacity)
-    jitted = jax.jit(refine)(weight, old, capacity)
-    two = jnp.stack([jnp.asarray(weight), jnp.asarray(weight)[::-1]])
-    both = jax.vmap(refine, (0, None, None))(two, old, capacity)
-    for one, other, first in zip(eager, jitted, both, strict=True):
-        np.testing.assert_array_equal(one, other)
-        np.testing.assert_array_equal(one, first[0])
+    two = np.stack([weight, weight[::-1]])
+    both = jax.jit(jax.vmap(refine, (0, None, None)))(two, old, capacity)
+    for i in range(2):
+        for one, other in zip(refine(two[i], old, capacity), both, strict=True):
+            np.testing.assert_array_equal(one, other[i])

@@ -39,7 +39,7 @@ def test_both_directions_agree():
 
 
 def test_rebalance_gives_valid_tables():
-    for policy in ("auto", "global", "soft", "swaps"):
+    for policy in ("auto", "global"):
         maps = rebalance_experts(lognormal(0), *SIZES, policy=policy)
         ExpertTables(*maps).validate()
 
