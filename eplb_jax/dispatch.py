@@ -114,10 +114,13 @@ def plan_dispatch(
     received_DI = places_DD[:, me][:, None] + skipped_DI
     flat_ID = arrived_DI.T.reshape(-1)
     grouped_DI = (jnp.cumsum(flat_ID) - flat_ID).reshape(arrived_DI.T.shape).T
+    segments = None
+    if axis_name is not None:
+        segments = Segments(sizes_DD, starts_DD, places_DD)
     return Dispatch(
         order=order_N,
         inverse=inverse_N,
-        segments=axis_name and Segments(sizes_DD, starts_DD, places_DD),
+        segments=segments,
         to_group=_shifted((received_DI - grouped_DI).T, arrived_DI.T, num_rows),
         from_group=_shifted(grouped_DI - received_DI, arrived_DI, num_rows),
         group_sizes=arrived_DI.sum(axis=0, dtype=jnp.int32),

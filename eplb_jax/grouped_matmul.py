@@ -203,7 +203,7 @@ def _for_blocks(
 
 
 def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    import tokamax
+    import tokamax  # pyright: ignore[reportMissingImports]
 
     num_rows = group_sizes.sum(dtype=jnp.int32)
     y = tokamax.ragged_dot(_mask(x, num_rows), weight, group_sizes)

@@ -261,7 +261,8 @@ class MoE(nnx.Module):
         self.num_experts, self.k, self.kind = num_experts, k, router
         self.num_groups, self.topk_groups = num_groups, topk_groups
         self.normalize, self.scaling = normalize, scaling
-        self.parallel, self.implementation = parallel, implementation
+        self.parallel = parallel
+        self.implementation: Implementation = implementation
         self.dtype = dtype
         initial = nnx.initializers.lecun_normal()
         batched = nnx.initializers.lecun_normal(batch_axis=0)

@@ -11,7 +11,7 @@ Shape suffixes: E experts, S slots, D devices, I slots of this device, N rows se
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,54 @@ def physical_weights(
     per_device = tables.num_experts // num_devices
     # Each expert of the others has a slot, so these are the most that mine can have.
     num_sent = tables.num_slots - tables.num_experts + per_device
-    device_D = jnp.arange(num_devices, dtype=jnp.int32)
     owner_S = jnp.where(expert_S >= 0, expert_S // per_device, num_devices)
-    owner_DI = owner_S.reshape(num_devices, -1)
+    source_S = expert_S - owner_S * per_device
+    fetch = plan_fetch(owner_S, source_S, num_devices, num_sent, axis_name)
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        return fetch_rows(leaf, fetch, axis_name, transport)
+
+    return jax.tree.map(gather, weights)
+
+
+class Fetch(NamedTuple):
+    """Which rows of which device each slot of this device is filled with.
+
+    Attributes:
+      segments: rows from device to device.
+      sent: [rows sent] int32, rows of this device in the order in which they are sent;
+        out of range where nothing is.
+      place: [slots of this device] int32, the received row of each slot; out of range
+        for a slot that takes none.
+    """
+
+    segments: Segments
+    sent: jax.Array
+    place: jax.Array
+
+
+def plan_fetch(
+    owner: jax.Array,
+    source: jax.Array,
+    num_devices: int,
+    num_sent: int,
+    axis_name: str,
+) -> Fetch:
+    """Plans a fetch of one row for each slot; call in `jax.shard_map`.
+
+    Args:
+      owner: [slots] int32, the device that has the row; num_devices for none.
+      source: [slots] int32, which of that device's rows it is.
+      num_devices: devices that the slots are divided among.
+      num_sent: rows that a device sends at most.
+      axis_name: mesh axis of the devices.
+
+    Returns:
+      A `Fetch`.
+    """
+    none = jnp.iinfo(jnp.int32).max
+    device_D = jnp.arange(num_devices, dtype=jnp.int32)
+    owner_DI = owner.reshape(num_devices, -1)
     sizes_DD = (owner_DI[None] == device_D[:, None, None]).sum(axis=2, dtype=jnp.int32)
     segments = Segments(
         sizes_DD,
@@ -73,20 +118,34 @@ def physical_weights(
         jnp.cumsum(sizes_DD, axis=0) - sizes_DD,
     )
     me = lax.axis_index(axis_name)
-    slot_N = jnp.argsort(owner_S != me, stable=True)[:num_sent]
-    row_N = expert_S[slot_N] - me * per_device
-    # Rows that no segment reads: out of range, so that they take no gradient.
-    row_N = jnp.where(owner_S[slot_N] == me, row_N, jnp.iinfo(jnp.int32).max)
-    # Rows arrive by owner; empty slots come last, and take none.
-    order_I = jnp.argsort(owner_DI[me], stable=True)
-    place_I = jnp.zeros_like(order_I).at[order_I].set(jnp.arange(len(order_I)))
+    slot_N = jnp.argsort(owner != me, stable=True)[:num_sent]
+    sent_N = jnp.where(owner[slot_N] == me, source[slot_N], none)
+    # Rows arrive by owner; the slots that take none are last in that order.
+    owner_I = owner_DI[me]
+    order_I = jnp.argsort(owner_I, stable=True)
+    arrived_I = jnp.arange(len(order_I), dtype=jnp.int32)
+    place_I = jnp.zeros_like(arrived_I).at[order_I].set(arrived_I)
+    return Fetch(segments, sent_N, jnp.where(owner_I < num_devices, place_I, none))
 
-    def gather(leaf: jax.Array) -> jax.Array:
-        sent = _take(leaf, row_N)
-        received = exchange(sent, segments, len(place_I), axis_name, transport)
-        return _take(received, place_I)
 
-    return jax.tree.map(gather, weights)
+def fetch_rows(
+    rows: jax.Array, fetch: Fetch, axis_name: str, transport: Transport
+) -> jax.Array:
+    """Fills the slots of this device as planned; differentiable.
+
+    Args:
+      rows: [rows, ...], this device's.
+      fetch: of `plan_fetch`.
+      axis_name: mesh axis of the devices.
+      transport: see `exchange`.
+
+    Returns:
+      [slots of this device, ...]; zeros in a slot that takes no row.
+    """
+    num_slots = len(fetch.place)
+    sent = _take(rows, fetch.sent)
+    received = exchange(sent, fetch.segments, num_slots, axis_name, transport)
+    return _take(received, fetch.place)
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:

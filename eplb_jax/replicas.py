@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax.mixing import mix_bits
 from eplb_jax.routing import count_experts
 from eplb_jax.tables import ExpertTables
 
@@ -39,9 +40,9 @@ def choose_slots(
     """The slot that each choice of each token is sent to.
 
     Choices:
-      `"spread"`: the choices of an expert go to its replicas in turn. No two choices
-        share a counter unless they are of one expert, so the k choices of a token
-        are spread independently.
+      `"spread"`: the choices of an expert go to its replicas in rounds, each replica
+        once a round, in an order that changes from round to round and from expert to
+        expert: evenly, and independently for the k choices of a token.
       `"nearest"`: to a replica on this device; where there is none, to those on this
         node, in turn; where there is none either, to all, in turn.
       `"balanced"`: to replicas in such shares that, with the tokens that this batch
@@ -69,7 +70,7 @@ def choose_slots(
 
       >>> tables = ExpertTables.from_placement(jnp.array([0, 1, 0]), 2)
       >>> choose_slots(jnp.array([[0, 1], [0, 1], [0, -1]]), tables).tolist()
-      [[0, 1], [2, 1], [0, -1]]
+      [[2, 1], [0, 1], [0, -1]]
     """
     _check(tables, choice, num_devices, num_nodes)
     if tables.max_replicas == 1:
@@ -91,7 +92,11 @@ def choose_slots(
         count_E = tables.expert_count
         if choice == "nearest":
             slots_EC, count_E = _nearest(tables, device, num_devices, num_nodes)
-        rank_N = (ordinal_N + device) % count_E[expert_N]
+        count_N = count_E[expert_N]
+        round_N = (ordinal_N // count_N).astype(jnp.uint32)
+        expert_bits_N = mix_bits(expert_N.astype(jnp.uint32) + 1)
+        turn_N = mix_bits(round_N ^ expert_bits_N) % count_N.astype(jnp.uint32)
+        rank_N = (ordinal_N + device + turn_N.astype(jnp.int32)) % count_N
     slot_N = slots_EC[expert_N, rank_N]
     return jnp.where(expert_N >= 0, slot_N, -1).reshape(experts.shape)
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from eplb_jax.checks import is_traced
+from eplb_jax.mixing import mix_bits
 from eplb_jax.placement import placement_maps
 
 
@@ -232,12 +233,5 @@ def _checksum(expert: jax.Array, slots: jax.Array) -> jax.Array:
     flat = jnp.concatenate([expert, flat_slots], axis=-1)
     place = jnp.arange(flat.shape[-1], dtype=jnp.uint32)
     place = place.reshape((1,) * (flat.ndim - 1) + (-1,))
-    mixed = _mix(_mix(place) ^ lax.bitcast_convert_type(flat, jnp.uint32))
+    mixed = mix_bits(mix_bits(place) ^ lax.bitcast_convert_type(flat, jnp.uint32))
     return mixed.sum(axis=-1, dtype=jnp.uint32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """The finaliser of MurmurHash3, with the multipliers of Ellis ("lowbias32")."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
