@@ -114,6 +114,10 @@ def plan_dispatch(
     received_DI = places_DD[:, me][:, None] + skipped_DI
     flat_ID = arrived_DI.T.reshape(-1)
     grouped_DI = (jnp.cumsum(flat_ID) - flat_ID).reshape(arrived_DI.T.shape).T
+
+    def total(count: jax.Array) -> jax.Array:
+        return count if axis_name is None else lax.psum(count, axis_name)
+
     segments = None
     if axis_name is not None:
         segments = Segments(sizes_DD, starts_DD, places_DD)
@@ -124,8 +128,8 @@ def plan_dispatch(
         to_group=_shifted((received_DI - grouped_DI).T, arrived_DI.T, num_rows),
         from_group=_shifted(grouped_DI - received_DI, arrived_DI, num_rows),
         group_sizes=arrived_DI.sum(axis=0, dtype=jnp.int32),
-        slot_counts=count_DDI.sum(axis=0, dtype=jnp.int32).reshape(-1),
-        overflow=(asked_DD - sizes_DD).sum(dtype=jnp.int32),
+        slot_counts=total(count_S),
+        overflow=total((asked_DD - sizes_DD)[me].sum(dtype=jnp.int32)),
     )
 
 

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax.varying import vary_alike
+
 Transport = Literal["auto", "ragged", "gather"]
 
 
@@ -131,6 +133,7 @@ def _by_ragged(
 ) -> jax.Array:
     me = lax.axis_index(axis_name)
     room = jnp.zeros((num_received, *rows.shape[1:]), rows.dtype)
+    room, rows, segments = vary_alike(room, rows, segments)
     return lax.ragged_all_to_all(
         rows,
         room,

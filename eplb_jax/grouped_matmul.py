@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax.varying import vary_alike
+
 Implementation = Literal["auto", "blocks", "tokamax", "xla"]
 
 # Rows of a block: large ones while they last, for the speed of the product, and small
@@ -69,6 +71,7 @@ def grouped_matmul(
     """
     _check(x, weight, group_sizes, implementation)
     group_sizes = group_sizes.astype(jnp.int32)
+    x, weight, group_sizes = vary_alike(x, weight, group_sizes)
     blocks = functools.partial(_by_blocks, x, weight, group_sizes)
     if implementation == "blocks":
         return blocks()
@@ -146,6 +149,7 @@ def _product(
         return _for_blocks(num_rows, ends_G[g] - sizes_G[g], sizes_G[g], block, y_MF)
 
     y_MF = jnp.zeros((num_rows + room, num_out), x_MD.dtype)
+    y_MF, _ = vary_alike(y_MF, x_MD)
     y_MF = lax.fori_loop(0, len(sizes_G), group, y_MF)[:num_rows]
     return _mask(y_MF, ends_G[-1])
 
@@ -173,11 +177,12 @@ def _outer(
                 preferred_element_type=jnp.float32,
             )
 
-        dw_DF = jnp.zeros(shape[1:], jnp.float32)
+        dw_DF, _ = vary_alike(jnp.zeros(shape[1:], jnp.float32), x_MD)
         dw_DF = _for_blocks(num_rows, ends_G[g] - sizes_G[g], sizes_G[g], block, dw_DF)
         return lax.dynamic_update_index_in_dim(dw_GDF, dw_DF.astype(dtype), g, 0)
 
-    return lax.fori_loop(0, shape[0], group, jnp.zeros(shape, dtype))
+    dw_GDF, _ = vary_alike(jnp.zeros(shape, dtype), x_MD)
+    return lax.fori_loop(0, shape[0], group, dw_GDF)
 
 
 def _for_blocks(

@@ -19,6 +19,7 @@ from jax import lax
 from eplb_jax.mixing import mix_bits
 from eplb_jax.routing import count_experts
 from eplb_jax.tables import ExpertTables
+from eplb_jax.varying import vary_alike
 
 ReplicaChoice = Literal["spread", "nearest", "balanced"]
 
@@ -160,7 +161,7 @@ def balanced_shares(
 
     even_EC = count_E1 / tables.expert_count.astype(jnp.float32)[:, None]
     even_EC = jnp.where(is_slot_EC, even_EC, 0.0)
-    carry = (even_EC, even_EC, jnp.float32(jnp.inf))
+    carry = vary_alike(even_EC, even_EC, jnp.float32(jnp.inf), tables)[:3]
     # The last trip only looks at what the one before it made.
     return lax.scan(pour, carry, None, length=_NUM_ITERATIONS + 1)[0][1]
 

@@ -55,7 +55,6 @@ def on_mesh(num_slices=None):
             mesh=MESH,
             in_specs=(P("ep"), P(), P()),
             out_specs=P("ep"),
-            check_vma=False,
         )
     )
 

@@ -22,6 +22,7 @@ X = jnp.asarray(RNG.standard_normal((TOKENS, DIM)), jnp.float32)
 OUT = jnp.asarray(RNG.standard_normal((TOKENS, DIM)), jnp.float32)
 
 
+@functools.cache
 def layer(parallel=None, **changes):
     parallel = parallel or ExpertParallel()
     sizes = {"num_experts": EXPERTS, "k": K, "num_shared": 1, "scaling": 2.5}
@@ -75,16 +76,18 @@ def on_one(tables, graph, params, rest, x):
     return nnx.merge(graph, params, rest)(x, tables)
 
 
-def on_eight(tables, graph, params, rest, x):
+def on_eight(tables, graph, params, rest, x, *, check_vma=False):
     def run(params, rest, tables, x):
-        return nnx.merge(graph, params, rest)(x, tables)
+        y, stats = nnx.merge(graph, params, rest)(x, tables)
+        loss = jax.lax.pmean(stats.balance_loss, "ep")
+        return y, stats._replace(balance_loss=loss)
 
     sharded = jax.shard_map(
         run,
         mesh=MESH,
         in_specs=(specs(params), P(), P(), P("ep")),
         out_specs=(P("ep"), P()),
-        check_vma=False,
+        check_vma=check_vma,
     )
     return sharded(params, rest, tables, x)
 
@@ -109,6 +112,7 @@ def check_close(got, want):
     "changes", [{}, {"router": "softmax", "num_groups": 1}], ids=str
 )
 @pytest.mark.parametrize("tables", [None, placement(0)], ids=["experts", "slots"])
+@pytest.mark.slow
 def test_one_device(tables, changes):
     changes = {"topk_groups": 1} | changes if "router" in changes else changes
     got, stats = outputs_and_gradients(
@@ -120,14 +124,19 @@ def test_one_device(tables, changes):
 
 
 @pytest.mark.parametrize(
-    ("choice", "seed"),
-    [("spread", None), ("spread", 0), ("nearest", 1), ("balanced", 2)],
+    ("choice", "seed", "check_vma"),
+    [
+        pytest.param("spread", None, False, marks=pytest.mark.slow),
+        pytest.param("spread", 0, True, marks=pytest.mark.slow),
+        pytest.param("nearest", 1, False, marks=pytest.mark.slow),
+        ("balanced", 2, True),
+    ],
 )
-def test_eight_devices(choice, seed):
+def test_eight_devices(choice, seed, check_vma):
     parallel = ExpertParallel("ep", DEVICES, num_nodes=2, replica_choice=choice)
     tables = None if seed is None else placement(seed)
     got, stats = outputs_and_gradients(
-        functools.partial(on_eight, tables), layer(parallel), X
+        functools.partial(on_eight, tables, check_vma=check_vma), layer(parallel), X
     )
     check_close(got, reference())
     routed = layer().route(X).experts
@@ -155,6 +164,7 @@ def test_a_new_placement_compiles_nothing():
     check_close(one, other)
 
 
+@pytest.mark.slow
 def test_held_weights_are_the_gathered_ones():
     parallel = ExpertParallel("ep", DEVICES)
     model, tables = layer(parallel), placement(5)
@@ -186,6 +196,7 @@ def test_held_weights_are_the_gathered_ones():
     np.testing.assert_array_equal(again, afresh(params, X))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_counted_and_counts_as_zero():
     # Everyone wants expert 5, on device 2.
     num_rows = 7
@@ -213,6 +224,7 @@ def test_what_does_not_fit_is_counted_and_counts_as_zero():
     np.testing.assert_allclose(y[:num_rows], one[:num_rows], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, DEVICES])
 def test_padding_reaches_nothing(devices):
     parallel = ExpertParallel("ep", DEVICES) if devices > 1 else ExpertParallel()
@@ -247,6 +259,7 @@ def test_padding_reaches_nothing(devices):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_fp8_payload():
     dim = 256
     x = jnp.asarray(RNG.standard_normal((16, dim)), jnp.float32).at[3].set(0.0)
@@ -285,6 +298,7 @@ def test_fp8_payload():
     assert not np.asarray(small[0])[3].any()
 
 
+@pytest.mark.slow
 def test_sequences_and_dtypes():
     model, x = layer(dtype=jnp.bfloat16), X.reshape(4, 12, DIM)
     y, stats = nnx.jit(lambda model, x: model(x))(model, x)

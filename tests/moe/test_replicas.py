@@ -51,7 +51,6 @@ def slots_on_mesh(experts, maps, choice):
         mesh=MESH,
         in_specs=(P("ep"), P()),
         out_specs=P("ep"),
-        check_vma=False,
     )
     return np.asarray(jax.jit(sharded)(experts, maps))
 

@@ -1,0 +1,45 @@
+"""Types of values inside `jax.shard_map` with its default checks (`check_vma=True`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+
+PyTree = Any
+
+
+def vary_alike(*values: PyTree) -> Any:
+    """Marks values as varying over each mesh axis over which any of them varies.
+
+    A loop's carry has one type from start to end, zeros at the start or not; and the
+    transpose of the mark is the sum over the axis, which a gradient of something
+    replicated needs and a `custom_vjp` does not get by itself.
+
+    Args:
+      *values: pytrees of arrays.
+
+    Returns:
+      A tuple of them; outside `jax.shard_map`, or with check_vma=False, unchanged.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> vary_alike(jnp.float32(1), jnp.float32(2))[0].item()
+      1.0
+    """
+    leaves, structure = jax.tree.flatten(values)
+    axes = frozenset().union(*(_axes(leaf) for leaf in leaves))
+
+    def vary(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - _axes(leaf)))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return structure.unflatten(map(vary, leaves))
+
+
+def _axes(value: Any) -> frozenset[str]:
+    type_ = jax.typeof(value)
+    # jax 0.10 and later keep it in `manual_axis_type`; others called it `vma`.
+    kind = getattr(type_, "manual_axis_type", None)
+    return frozenset(kind.varying if kind else getattr(type_, "vma", ()))
