@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from eplb_jax.migrate import count_migrated, migrate
+from eplb_jax.migration import count_migrated, migrate
 from eplb_jax.tables import ExpertTables
 
 EXPERTS, SLOTS, DEVICES = 10, 24, 8
