@@ -76,8 +76,8 @@ def test_rank(shape):
 def test_too_narrow_a_map_is_refused():
     weight = np.ones((2, 12))
     weight[0, 3] = 1000
-    assert int(rebalance_experts(weight, **GOOD)[2].max()) == 3  # one node's copies
-    rebalance_experts(weight, **GOOD, max_replicas=3)
+    maps = rebalance_experts(weight, **GOOD, max_replicas=3)
+    assert int(maps.expert_count.max()) == 3  # one node's copies
     with pytest.raises(ValueError, match=r"max_replicas=2 is too small: .* 3 replicas"):
         rebalance_experts(weight, **GOOD, max_replicas=2)
 
@@ -123,22 +123,13 @@ def test_traced_widths_and_capacities_are_checked_where_asked():
     assert set(np.asarray(maps[0][1])) == set(range(12))  # still a placement
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        "hierarchical",
-        "global",
-        pytest.param("soft", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("policy", ["hierarchical", "global"])
 def test_unchecked_garbage_still_gives_a_placement(policy):
     # Inside jit nothing is checked unless asked; no slot may hold what is no expert.
     place, _ = traced(policy)
-    is_greedy = policy in ("hierarchical", "global")
-    options = (None, None) if is_greedy else (np.ones(12, np.float32), 0.02)
     for bad in (np.nan, -3.0, np.inf):
         weight = with_value(lognormal(0), bad)
-        ExpertTables(*place(weight, *options)).validate()
+        ExpertTables(*place(weight, None, None)).validate()
 
 
 @pytest.mark.parametrize(
