@@ -5,8 +5,7 @@ that, not its greedy packing, is what it loses. Here every expert keeps a replic
 its home node, further replicas may go to any node, and load served away from home has
 a price. Both policies here place the replicas twice, dealt out (no two of an expert
 to one device, nodes even where devices are) and packed as EPLB packs them, move them
-from either start with `search`, and keep the better end: so neither is worse than
-what it starts from.
+from either start with `search`, and keep the better end.
 
 Shape suffixes: L layers, E experts, S slots of a layer, G devices, K slots of a
 device, N nodes; one layer unless an L stands there.
