@@ -45,7 +45,8 @@ def grouped_matmul(
 
     Implementations:
       `"blocks"`: our own loops, on any backend.
-      `"tokamax"`: `tokamax.ragged_dot`, with kernels for attached GPUs.
+      `"tokamax"`: `tokamax.ragged_dot`, with kernels for GPUs. Inside `jax.shard_map`
+        they need check_vma=False, as all Pallas kernels without type annotations.
       `"xla"`: `jax.lax.ragged_dot`, dense in most of XLA's backends.
       `"auto"`: when lowered for CUDA and tokamax is installed, `"tokamax"`, else
         `"blocks"`.
@@ -211,7 +212,17 @@ def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.
     import tokamax  # pyright: ignore[reportMissingImports]
 
     num_rows = group_sizes.sum(dtype=jnp.int32)
-    y = tokamax.ragged_dot(_mask(x, num_rows), weight, group_sizes)
+    product = functools.partial(
+        tokamax.ragged_dot, _mask(x, num_rows), weight, group_sizes
+    )
+    # Its own choice may be the dense product. Its Triton kernels also compile for a
+    # mesh without GPUs; which kernels an installation has depends on its version.
+    try:
+        y = product(implementation="triton")
+    except ValueError as error:
+        if "Unknown implementation" not in str(error):
+            raise
+        y = product(implementation="mosaic")
     return _mask(y.astype(x.dtype), num_rows)
 
 

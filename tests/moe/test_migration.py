@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from dualpipe_jax.topology import gpu_mesh
 from eplb_jax.migration import count_migrated, migrate
 from eplb_jax.tables import ExpertTables
 
@@ -155,3 +156,29 @@ def test_bad_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             migrate(*args, **options)
+
+
+def test_on_gpus_the_buffers_are_a_part_of_the_weights():
+    mesh = gpu_mesh("h100", {"ep": DEVICES})
+
+    def run(weights, old, new):
+        return migrate(weights, old, new, num_devices=DEVICES, axis_name="ep")
+
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=(P("ep"), P(), P()), out_specs=P("ep"), check_vma=False
+    )
+
+    def struct(array, spec):
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    tables = ExpertTables.from_placement(placement(0), EXPERTS)
+    tables = jax.tree.map(lambda leaf: struct(leaf, P()), tables)
+    weights = struct(jax.ShapeDtypeStruct((SLOTS, 256, 512), jnp.bfloat16), P("ep"))
+    compiled = jax.jit(run, donate_argnums=0).lower(weights, tables, tables).compile()
+    memory = compiled.memory_analysis()
+    held = SLOTS // DEVICES * 256 * 512 * 2
+    assert memory.alias_size_in_bytes == held  # in place
+    # A slice of the senders' rows, of the receivers', and of what is written back.
+    assert memory.temp_size_in_bytes < held
+    assert "ragged-all-to-all" in compiled.as_text()
