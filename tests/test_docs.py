@@ -9,7 +9,8 @@ import pytest
 from dualpipe_jax import cli, dualpipe, show
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 
 
@@ -21,11 +22,13 @@ def commands(text):
             yield command.partition(" #")[0].strip(), output
 
 
-def test_python_snippets_run():
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_snippets_run(document):
+    text = (ROOT / document).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     parser = doctest.DocTestParser()
-    test = parser.get_doctest("\n".join(blocks), {}, "README.md", "README.md", 0)
-    assert test.examples
+    test = parser.get_doctest("\n".join(blocks), {}, document, document, 0)
+    assert test.examples or not blocks
     report: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     runner.run(test, out=report.append)
