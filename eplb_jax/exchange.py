@@ -76,7 +76,7 @@ def exchange(
       ...                     table([0, 0], [0, 2]))
       >>> send = lambda rows: exchange(rows, segments, 3, "ep")
       >>> sent = jax.shard_map(send, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-      >>> sent(jnp.array([1.0, 2.0, 3.0, 4.0])).tolist()
+      >>> jax.jit(sent)(jnp.array([1.0, 2.0, 3.0, 4.0])).tolist()
       [0.0, 0.0, 0.0, 1.0, 2.0, 0.0]
     """
     if transport not in get_args(Transport):

@@ -136,6 +136,7 @@ def test_no_exported_name_is_also_a_submodule(package):
     assert submodules.isdisjoint(getattr(package, "__all__", ()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
     [

@@ -22,6 +22,7 @@ def commands(text):
             yield command.partition(" #")[0].strip(), output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_snippets_run(document):
     text = (ROOT / document).read_text()

@@ -29,6 +29,14 @@ fast_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
 every_case = pytest.mark.parametrize("name", CASES)
+# What takes seconds to trace and compile is left to the whole suite.
+every_case_in_time = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if "nnx" in name else name
+        for name in CASES
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +86,7 @@ def assert_close(got, want, rtol=1e-5):
             )
 
 
-@every_case
+@every_case_in_time
 def test_equals_jax_vjp(name):
     fn, params, *inputs, _ = CASES[name]
     plan = plan_of(name)

@@ -48,6 +48,7 @@ def test_every_format_reads_the_same(counts, tmp_path):
     assert read_loads(tmp_path / "one.npy").counts.shape == (1, LAYERS, EXPERTS)
 
 
+@pytest.mark.slow
 def test_rebalance_prints_a_table_and_a_placement(loads, capsys):
     assert main(["rebalance", loads, *CLUSTER, "--layer", "1"]) == 0
     out = capsys.readouterr().out
@@ -103,6 +104,7 @@ def test_one_window_of_the_recorded_loads(capsys):
     assert summary["balancedness"]["mean"] == pytest.approx(0.9935, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_replay(loads, counts, tmp_path, capsys):
     figure = tmp_path / "replay.svg"
     argv = ["replay", loads, *CLUSTER, "--max-moves", "4", "--policy", "global"]
@@ -124,6 +126,7 @@ def test_replay(loads, counts, tmp_path, capsys):
     assert lines[0].split()[4:] == list(strategies)
 
 
+@pytest.mark.slow
 def test_refining_beats_planning_once_when_loads_drift():
     counts = [lognormal(0)]
     for seed in range(1, 7):

@@ -148,6 +148,7 @@ def test_division_is_correctly_rounded():
     np.testing.assert_array_equal(ours, load / count.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_same_inside_and_outside_jit_and_under_vmap():
     weight = loads("lognormal", 0, (5, 3, 32))
     eager = [rebalance_experts(window, *SIZES) for window in weight]

@@ -115,6 +115,7 @@ def test_send_and_fetch_are_each_others_transpose():
     np.testing.assert_allclose(inner[0], inner[2], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_on_gpus_rows_travel_ragged_and_nothing_is_gathered():
     mesh = gpu_mesh("h100", {"ep": 8})
     sizes = jnp.ones((8, 8), jnp.int32)

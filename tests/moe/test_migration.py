@@ -158,6 +158,7 @@ def test_bad_arguments():
             migrate(*args, **options)
 
 
+@pytest.mark.slow
 def test_on_gpus_the_buffers_are_a_part_of_the_weights():
     mesh = gpu_mesh("h100", {"ep": DEVICES})
 

@@ -129,7 +129,7 @@ def test_one_device(tables, changes):
         pytest.param("spread", None, False, marks=pytest.mark.slow),
         pytest.param("spread", 0, True, marks=pytest.mark.slow),
         pytest.param("nearest", 1, False, marks=pytest.mark.slow),
-        ("balanced", 2, True),
+        pytest.param("balanced", 2, True, marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices(choice, seed, check_vma):

@@ -79,7 +79,7 @@ def test_the_picks_of_a_token_are_spread_independently():
     # Every token wants the same two experts, each on devices 0 and 1.
     maps = ExpertTables.from_placement(jnp.array([0, 1, 0, 1]), 2)
     experts = np.tile(np.array([[0, 1]], np.int32), (400, 1))
-    device = np.asarray(choose_slots(experts, maps, num_devices=1)) // 2
+    device = np.asarray(jax.jit(choose_slots)(experts, maps)) // 2
     both = np.bincount(device[:, 0] * 2 + device[:, 1], minlength=4)
     # Four equally likely outcomes: 100 each, five standard deviations of 8.7.
     assert (abs(both - 100) < 44).all()
@@ -112,7 +112,8 @@ def test_balanced_is_even_where_spread_is_not():
     experts = np.array([[0]] * 60 + [[1]] * 40, np.int32)
 
     def loads(choice):
-        slots = choose_slots(experts, maps, choice=choice, num_devices=2)
+        choose = functools.partial(choose_slots, choice=choice, num_devices=2)
+        slots = jax.jit(choose)(experts, maps)
         return np.bincount(np.ravel(slots) // 2, minlength=2).tolist()
 
     assert loads("spread") == [70, 30]
@@ -125,6 +126,7 @@ def recorded():
         return file["prefill_in1024"][3:], file["prefill_in2048"][3:]
 
 
+@pytest.mark.slow
 def test_shares_on_recorded_loads():
     # A plan for other loads than those that come, as it always is.
     planned, came = recorded()

@@ -83,12 +83,17 @@ def test_the_bias_chooses_and_does_not_weigh():
 
 def test_bias_updates_even_out_the_load():
     rows = jnp.asarray(logits(2000, 8) + np.linspace(0, 1, 8, dtype=np.float32))
+
+    @jax.jit
+    def step(bias):
+        counts = count_experts(sigmoid_group_top_k(rows, 2, bias=bias).experts, 8)
+        return update_bias(bias, counts, rate=2e-3), counts.max() - counts.min()
+
     bias = jnp.zeros(8)
     spread = []
     for _ in range(300):
-        counts = count_experts(sigmoid_group_top_k(rows, 2, bias=bias).experts, 8)
-        spread.append(int(counts.max() - counts.min()))
-        bias = update_bias(bias, counts, rate=2e-3)
+        bias, difference = step(bias)
+        spread.append(int(difference))
     assert spread[0] > 400
     assert max(spread[-10:]) < spread[0] / 5
 
@@ -102,11 +107,12 @@ def test_balance_loss_against_its_equations():
         for token in sequence:
             chosen[np.argsort(token)[-2:]] += 1
         want.append((chosen * 8 / (2 * 20) * share).sum())
-    ours = sequence_balance_loss(jnp.asarray(scores, jnp.float32), 2)
+    loss = jax.jit(sequence_balance_loss, static_argnums=1)
+    ours = loss(jnp.asarray(scores, jnp.float32), 2)
     np.testing.assert_allclose(ours, want, rtol=1e-5)  # float32 means of 20
     padded = jnp.concatenate([jnp.asarray(scores, jnp.float32)] * 2, axis=1)
     is_padding = jnp.arange(40)[None] >= 20
-    padded = sequence_balance_loss(padded, 2, jnp.broadcast_to(is_padding, (3, 40)))
+    padded = loss(padded, 2, jnp.broadcast_to(is_padding, (3, 40)))
     np.testing.assert_allclose(padded, want, rtol=1e-5)
     # Its gradient takes from the scores of experts that are used too much.
     gradient = jax.grad(lambda s: sequence_balance_loss(s, 1).sum())(

@@ -14,6 +14,8 @@ from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from dualpipe_jax.train.model import Transformer
 from tests.train import tiny
 
+pytestmark = pytest.mark.slow  # they share one program, which takes its time
+
 TEXT = Text(
     train=np.tile(np.arange(64, dtype=np.uint8), 50),
     held_out=np.tile(np.arange(64, dtype=np.uint8), 5),

@@ -28,6 +28,7 @@ def apply(fns, params, tokens):
     return x
 
 
+@pytest.mark.slow
 def test_any_number_of_stages_is_the_same_model(two):
     fns, params = two
     one = MODEL.build(1)
