@@ -1,13 +1,12 @@
 """EPLB for JAX: expert load balancing inside the jitted program.
 
-The names that need Flax are loaded when first used, so that planning placements does
-not import it.
+`MoE`, which needs Flax, is loaded when first used, so that planning does not import it.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
 from eplb_jax.migration import migrate
+from eplb_jax.mixture import ExpertParallel, ExpertWeights, mix_experts
 from eplb_jax.physical import physical_weights
 from eplb_jax.placement import rebalance_experts
 from eplb_jax.quality import balancedness, balancedness_bound
@@ -15,7 +14,7 @@ from eplb_jax.refine import refine_placement
 from eplb_jax.tables import ExpertTables
 
 if TYPE_CHECKING:
-    from eplb_jax.moe import ExpertParallel, ExpertWeights, MoE, mix_experts
+    from eplb_jax.moe import MoE
 
 __all__ = [
     "ExpertParallel",
@@ -31,15 +30,14 @@ __all__ = [
     "refine_placement",
 ]
 
-_OF_MOE = ("ExpertParallel", "ExpertWeights", "MoE", "mix_experts")
-
 
 def __getattr__(name: str):
-    if name not in _OF_MOE:
+    if name != "MoE":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module("eplb_jax.moe"), name)
-    globals()[name] = value
-    return value
+    from eplb_jax.moe import MoE
+
+    globals()[name] = MoE
+    return MoE
 
 
 def __dir__() -> list[str]:

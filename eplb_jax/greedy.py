@@ -15,13 +15,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from eplb_jax.packing import (
-    divide,
-    invert,
-    pack_in_order,
-    replicate_experts,
-    take_rows,
-)
+from eplb_jax.arrays import divide, invert, take_rows
+from eplb_jax.packing import pack_in_order, replicate_experts
 
 # torch 2.13's float32 sum on x86-64 (ATen/native/cpu/SumKernel.cpp).
 _LANES = 8

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -48,8 +49,8 @@ def grouped_matmul(
       `"tokamax"`: `tokamax.ragged_dot`, with kernels for GPUs. Inside `jax.shard_map`
         they need check_vma=False, as all Pallas kernels without type annotations.
       `"xla"`: `jax.lax.ragged_dot`, dense in most of XLA's backends.
-      `"auto"`: when lowered for CUDA and tokamax is installed, `"tokamax"`, else
-        `"blocks"`.
+      `"auto"`: when lowered for CUDA, `"tokamax"` if it is installed and has a kernel
+        for the case (a process with GPUs warns if it has not), else `"blocks"`.
 
     Args:
       x: [rows, d] floating point.
@@ -80,7 +81,7 @@ def grouped_matmul(
         if not _has_tokamax():
             return blocks()
         return lax.platform_dependent(
-            x, weight, group_sizes, cuda=_by_tokamax, default=_by_blocks
+            x, weight, group_sizes, cuda=_by_best, default=_by_blocks
         )
     by = _by_tokamax if implementation == "tokamax" else _by_xla
     return by(x, weight, group_sizes)
@@ -224,6 +225,20 @@ def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.
             raise
         y = product(implementation="mosaic")
     return _mask(y.astype(x.dtype), num_rows)
+
+
+def _by_best(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    # Traced on every host, GPUs or not; what tokamax says then depends on its version.
+    try:
+        return _by_tokamax(x, weight, group_sizes)
+    except (NotImplementedError, ValueError) as error:
+        if jax.default_backend() == "gpu":
+            warnings.warn(
+                f"tokamax has no kernel here, so grouped_matmul uses its own loops, "
+                f"which are slower on GPUs: {error}",
+                stacklevel=2,
+            )
+        return _by_blocks(x, weight, group_sizes)
 
 
 def _by_xla(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax.arrays import divide, in_rows, invert, put, take
+
 # A key: 31 bits of value, 16 bits of index, 16 bits of count. Non-negative floats
 # order like their bit patterns, so int64 order is (value, index) order.
 _INDEX_BITS = 16
@@ -146,7 +148,7 @@ def _replicate(
     extra_RN, extra_rank_RN = taken_NR.T >> _INDEX_BITS, taken_NR.T & _FIELD_MASK
     logcnt = (
         logcnt.reshape(-1)
-        .at[_in_rows(extra_RN, num_log)]
+        .at[in_rows(extra_RN, num_log)]
         .add(1, mode="promise_in_bounds", wrap_negative_indices=False)
     )
     return (
@@ -205,114 +207,6 @@ def pack_in_order(weight_RN: jax.Array, num_packs: int) -> tuple[jax.Array, jax.
 
 
 @jax.jit
-def take(value: jax.Array, index: jax.Array) -> jax.Array:
-    """`value[index]` of a flat array, for indices known to be inside.
-
-    Args:
-      value: [n].
-      index: [...] int32, in [0, n).
-
-    Returns:
-      [...], like `value`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> take(jnp.array([7, 8, 9]), jnp.array([[2, 0]])).tolist()
-      [[9, 7]]
-    """
-    return value.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-@jax.jit
-def put(value: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-    """`value[index] = new` in a flat array, for distinct indices known to be inside.
-
-    Args:
-      value: [n].
-      index: [...] int32, in [0, n), each once.
-      new: [...], like `value`.
-
-    Returns:
-      [n].
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> put(jnp.array([7, 8, 9]), jnp.array([2, 0]), jnp.array([1, 2])).tolist()
-      [2, 8, 1]
-    """
-    return value.at[index].set(
-        new,
-        mode="promise_in_bounds",
-        unique_indices=True,
-        wrap_negative_indices=False,
-    )
-
-
-@jax.jit
-def take_rows(value_RN: jax.Array, index_RM: jax.Array) -> jax.Array:
-    """`result[r, m] = value[r, index[r, m]]`, for indices known to be inside.
-
-    Args:
-      value_RN: [rows, n].
-      index_RM: [rows, m] int32.
-
-    Returns:
-      [rows, m], like `value_RN`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> take_rows(jnp.array([[7, 8], [5, 6]]), jnp.array([[1, 1], [0, 1]])).tolist()
-      [[8, 8], [5, 6]]
-    """
-    return take(value_RN.reshape(-1), _in_rows(index_RM, value_RN.shape[1]))
-
-
-@jax.jit
-def invert(order_RN: jax.Array, value_RN: jax.Array) -> jax.Array:
-    """`result[r, order[r, n]] = value[r, n]`, for rows that are permutations.
-
-    Args:
-      order_RN: [rows, n] int32, each row a permutation.
-      value_RN: [rows, n].
-
-    Returns:
-      [rows, n], like `value_RN`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> invert(jnp.array([[2, 0, 1]]), jnp.array([[7, 8, 9]])).tolist()
-      [[8, 9, 7]]
-    """
-    index_RN = _in_rows(order_RN, order_RN.shape[1])
-    flat = jnp.zeros(value_RN.size, value_RN.dtype)
-    return put(flat, index_RN, value_RN).reshape(value_RN.shape)
-
-
-@jax.jit
-def divide(load: jax.Array, count: jax.Array) -> jax.Array:
-    """`load / count` in float32, rounded as IEEE 754 says, on every backend.
-
-    XLA:GPU's own float32 division may be off by two units in the last place, which
-    can turn a comparison round. A float64 quotient of float32 values, rounded to
-    float32, is the correctly rounded one (53 >= 2 * 24 + 2 bits).
-
-    Args:
-      load: [...] float32.
-      count: [...] integers, not zero.
-
-    Returns:
-      [...] float32.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> divide(jnp.array([1.0, 2.0]), jnp.array([3, 4])).tolist()
-      [0.3333333432674408, 0.5]
-    """
-    with jax.enable_x64(True):
-        quotient = load.astype(jnp.float64) / count.astype(jnp.float64)
-        return quotient.astype(jnp.float32)
-
-
 def _open_packs(first_MR: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """The packs' keys, and the items' slots, when as many items as packs are placed.
 
@@ -381,11 +275,6 @@ def _tournament(
     taken_NR = jnp.zeros((num_steps, num_rows), jnp.int32)
     carry = (keys_BKR.reshape(-1), keys_BKR.min(axis=1), taken_NR)
     return lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), step, carry)[2]
-
-
-def _in_rows(index_RN: jax.Array, row_size: int) -> jax.Array:
-    row_R = jnp.arange(index_RN.shape[0], dtype=jnp.int32)
-    return index_RN + (row_R * row_size)[:, None]
 
 
 def _fields(key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from eplb_jax.arrays import divide
 from eplb_jax.checks import as_loads
-from eplb_jax.packing import divide, replicate_experts
+from eplb_jax.packing import replicate_experts
 from eplb_jax.search import count_replicas
 
 

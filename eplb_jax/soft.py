@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from eplb_jax.arrays import invert, take_rows
 from eplb_jax.greedy import experts_by_node
 from eplb_jax.moves import Limits, Problem, Rules
-from eplb_jax.packing import invert, pack_in_order, replicate_experts, take_rows
+from eplb_jax.packing import pack_in_order, replicate_experts
 from eplb_jax.search import count_replicas, search
 
 # Loadless experts weigh this much of a mean expert, so that they are spread evenly.

@@ -10,8 +10,9 @@ import pytest
 from jax import export
 
 from benchmarks import eplb_numpy
+from eplb_jax.arrays import divide
 from eplb_jax.greedy import sum_like_torch
-from eplb_jax.packing import balanced_packing, divide, replicate_experts
+from eplb_jax.packing import balanced_packing, replicate_experts
 from eplb_jax.placement import rebalance_experts
 from tests.eplb.cases import SIZES, traced
 

@@ -1,5 +1,6 @@
 """The product of groups against a loop over groups, forward and backward."""
 
+import contextlib
 import re
 
 import jax
@@ -161,7 +162,25 @@ def test_tokamax_is_chosen_when_compiled_for_gpus(monkeypatch):
     assert "while" in text
 
 
-def test_bad_arguments():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_kernel_that_is_missing_is_replaced(backend, monkeypatch):
+    def refuse(*args):
+        raise ValueError("Unsupported device kind")
+
+    monkeypatch.setattr(module, "_has_tokamax", lambda: True)
+    monkeypatch.setattr(module, "_by_tokamax", refuse)
+    monkeypatch.setattr(module.jax, "default_backend", lambda: backend)
+    expected = pytest.warns(UserWarning, match="uses its own loops.*Unsupported device")
+    with expected if backend == "gpu" else contextlib.nullcontext():
+        y = jax.jit(lambda *args: grouped_matmul(*args))(  # traced anew
+            normal(0, 3, 8), normal(1, 2, 8, 4), jnp.array([2, 1])
+        )
+    want = loop(normal(0, 3, 8), normal(1, 2, 8, 4), [2, 1])
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-5)
+
+
+def test_bad_arguments(monkeypatch):
+    monkeypatch.setattr(module, "_has_tokamax", lambda: False)
     x, weight, sizes = jnp.ones((4, 2)), jnp.ones((3, 2, 5)), jnp.array([1, 1, 1])
     for args, options, message in [
         ((x, weight, sizes), {"implementation": "best"}, "must be one of auto, blocks"),

@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from eplb_jax.moe import ExpertParallel, ExpertWeights, MoE, mix_experts
+from eplb_jax.mixture import ExpertParallel, ExpertWeights, mix_experts
+from eplb_jax.moe import MoE
 from eplb_jax.physical import physical_weights
 from eplb_jax.routing import sequence_balance_loss
 from eplb_jax.tables import ExpertTables

@@ -1,0 +1,170 @@
+"""Experts mixed as a router says: dispatch, grouped products, and the way back.
+
+Plain functions and arrays, for any router and any module system.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eplb_jax.dispatch import Payload, fetch, plan_dispatch, send
+from eplb_jax.exchange import Transport
+from eplb_jax.grouped_matmul import Implementation, grouped_matmul
+from eplb_jax.physical import physical_weights
+from eplb_jax.replicas import ReplicaChoice, choose_slots
+from eplb_jax.tables import ExpertTables
+
+
+class ExpertWeights(NamedTuple):
+    """SwiGLU experts: `down(silu(gate(x)) * up(x))`, without biases.
+
+    Attributes:
+      gate: [experts, d, hidden].
+      up: [experts, d, hidden].
+      down: [experts, hidden, d].
+    """
+
+    gate: Any
+    up: Any
+    down: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertParallel:
+    """How a layer's slots are divided among devices.
+
+    Attributes:
+      axis_name: mesh axis, inside `jax.shard_map`; None: one device.
+      num_devices: its size.
+      num_nodes: nodes that its devices are divided among, in order; for
+        `replica_choice="nearest"`.
+      replica_choice: see `choose_slots`.
+      num_rows: rows of a device's buffer; None: as many as can come, see
+        `plan_dispatch`.
+      transport: see `exchange`.
+      payload: see `send`.
+    """
+
+    axis_name: str | None = None
+    num_devices: int = 1
+    num_nodes: int = 1
+    replica_choice: ReplicaChoice = "spread"
+    num_rows: int | None = None
+    transport: Transport = "auto"
+    payload: Payload = "plain"
+
+
+ONE_DEVICE = ExpertParallel()
+
+
+def mix_experts(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    expert_weights: ExpertWeights,
+    tables: ExpertTables | None = None,
+    parallel: ExpertParallel = ONE_DEVICE,
+    *,
+    is_physical: bool = False,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each token's experts, weighted and added.
+
+    Args:
+      x: [tokens, d]; inside `jax.shard_map` this device's.
+      experts: [tokens, k] int32 logical experts; -1 for a token that is padding.
+      weights: [tokens, k] float32.
+      expert_weights: this device's share of the logical experts, or, with
+        `is_physical`, those of its slots.
+      tables: of one layer; None: slot i is expert i.
+      parallel: how slots are divided among devices.
+      is_physical: whether `expert_weights` were gathered before.
+      implementation: see `grouped_matmul`.
+
+    Returns:
+      outputs: [tokens, d], of the dtype of `x`.
+      slot_counts: [slots] int32, see `MoEStats`.
+      overflow: [] int32, see `MoEStats`.
+
+    Raises:
+      ValueError: for tables, weights and devices that do not fit.
+
+    Examples:
+      Two experts, of which the second does all the work of two tokens:
+
+      >>> ones = jnp.ones((2, 4, 4))
+      >>> scale = jnp.array([1.0, 2.0])[:, None, None]
+      >>> y, counts, overflow = mix_experts(
+      ...     jnp.ones((2, 4)), jnp.array([[1], [1]]), jnp.ones((2, 1)),
+      ...     ExpertWeights(ones, ones, ones * scale))
+      >>> y.shape, counts.tolist(), int(overflow)
+      ((2, 4), [0, 2], 0)
+    """
+    p = parallel
+    if tables is None:
+        slots = experts
+        num_slots = expert_weights.gate.shape[0] * p.num_devices
+    else:
+        _check_fit(expert_weights, tables, p, is_physical)
+        num_slots = tables.num_slots
+        slots = choose_slots(
+            experts,
+            tables,
+            choice=p.replica_choice,
+            num_devices=p.num_devices,
+            num_nodes=p.num_nodes,
+            axis_name=p.axis_name,
+        )
+        if not is_physical:
+            expert_weights = physical_weights(
+                expert_weights,
+                tables,
+                num_devices=p.num_devices,
+                axis_name=p.axis_name,
+                transport=p.transport,
+            )
+    plan = plan_dispatch(
+        slots,
+        num_slots,
+        num_devices=p.num_devices,
+        axis_name=p.axis_name,
+        num_rows=p.num_rows,
+    )
+    way = {"axis_name": p.axis_name, "transport": p.transport}
+
+    def multiply(rows: jax.Array, weight: jax.Array) -> jax.Array:
+        weight = weight.astype(rows.dtype)
+        return grouped_matmul(
+            rows, weight, plan.group_sizes, implementation=implementation
+        )
+
+    rows = send(x, plan, payload=p.payload, **way)
+    hidden = jax.nn.silu(multiply(rows, expert_weights.gate))
+    hidden = hidden * multiply(rows, expert_weights.up)
+    choices = fetch(multiply(hidden, expert_weights.down), plan, **way)
+    # A router sees padding too, and may have made NaN of it.
+    weights = jnp.where(experts >= 0, weights, 0.0)
+    choices_TKD = choices.reshape(*experts.shape, -1).astype(jnp.float32)
+    outputs = (choices_TKD * weights[..., None]).sum(axis=1).astype(x.dtype)
+    return outputs, plan.slot_counts, plan.overflow
+
+
+def _check_fit(
+    weights: ExpertWeights,
+    tables: ExpertTables,
+    parallel: ExpertParallel,
+    is_physical: bool,
+) -> None:
+    if not is_physical:
+        return  # physical_weights says it
+    held = weights.gate.shape[0]
+    if held * parallel.num_devices != tables.num_slots:
+        raise ValueError(
+            f"physical weights of {held} slots a device do not fit tables of "
+            f"{tables.num_slots} slots on {parallel.num_devices} devices; gather them "
+            "anew with physical_weights."
+        )
