@@ -177,7 +177,7 @@ def test_a_kernel_that_is_missing_is_replaced(backend, monkeypatch):
     weight = normal(1, 2, 8, 4)
     expected = pytest.warns(UserWarning, match="uses its own loops.*Unsupported device")
     with expected if backend == "gpu" else contextlib.nullcontext():
-        y = grouped_matmul(x, weight, jnp.array(sizes))
+        y = jax.jit(grouped_matmul)(x, weight, jnp.array(sizes))
     np.testing.assert_allclose(y, loop(x, weight, sizes), rtol=0, atol=1e-5)
 
 
