@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from dualpipe_jax.split_backward import SplitBackward
 from eplb_jax.mixture import ExpertParallel, ExpertWeights, mix_experts
 from eplb_jax.moe import MoE
 from eplb_jax.physical import physical_weights
@@ -314,6 +315,32 @@ def test_sequences_and_dtypes():
     assert small.router[...].dtype == jnp.float32
     y, _ = nnx.jit(lambda model, x: model(x))(small, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+def test_its_backward_splits_into_input_and_weight_halves():
+    graph, params, rest = nnx.split(layer(), nnx.Param, ...)
+    tables = placement(7)
+
+    def fn(params, x):
+        return nnx.merge(graph, params, rest)(x, tables)[0]
+
+    plan = SplitBackward.trace(fn, params, X)
+
+    def halves(params, x):
+        y, residuals = plan.forward(params, x)
+        (dx,), crossing = plan.backward_input(params, residuals, OUT)
+        return y, (plan.backward_weights(params, residuals, crossing), dx)
+
+    def whole(params, x):
+        y, pullback = jax.vjp(fn, params, x)
+        return y, pullback(OUT)
+
+    check_close(jax.jit(halves)(params, X), jax.jit(whole)(params, X))
+    # No weights of slots among what is kept: they are gathered again.
+    assert not [
+        s.shape for s in plan.residuals if len(s.shape) > 2 and SLOTS in s.shape
+    ]
 
 
 def test_bad_arguments():
