@@ -104,6 +104,14 @@ def upstream_program(path):
         import eplb  # pyright: ignore[reportMissingImports]
     except ImportError:
         sys.exit(f"{path} has no eplb.py: clone github.com/deepseek-ai/EPLB there.")
+    unstable = torch.Tensor.sort
+
+    def stable(self, dim, descending):
+        return unstable(self, dim=dim, descending=descending, stable=True)
+
+    # Its maps depend on how ties fall: stable, as in the golden data, or there is
+    # nothing to compare.
+    torch.Tensor.sort = stable
     return lambda weight, *sizes: eplb.rebalance_experts(torch.tensor(weight), *sizes)
 
 
