@@ -27,6 +27,23 @@ def take(value: jax.Array, index: jax.Array) -> jax.Array:
     return value.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
+def take_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """`rows[index]`, and zeros where there is no such row.
+
+    Args:
+      rows: [n, ...].
+      index: [m] int32; what is negative or not below n is no row.
+
+    Returns:
+      [m, ...], like `rows`.
+
+    Examples:
+      >>> take_or_zero(jnp.array([7, 8, 9]), jnp.array([2, -1, 3])).tolist()
+      [9, 0, 0]
+    """
+    return rows.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
 @jax.jit
 def put(value: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
     """`value[index] = new` in a flat array, for distinct indices known to be inside.

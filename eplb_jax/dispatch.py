@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax.arrays import take_or_zero
 from eplb_jax.exchange import Segments, Transport, exchange
 from eplb_jax.routing import count_experts
 
@@ -281,24 +282,20 @@ def _to_slots(
     else:
         num_rows = len(plan.to_group)
         received = exchange(rows_N, plan.segments, num_rows, axis_name, transport)
-    return _take(received, plan.to_group)
+    return take_or_zero(received, plan.to_group)
 
 
 def _from_slots(
     rows_M: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
 ) -> jax.Array:
     """Rows by slot -> rows choice by choice."""
-    received = _take(rows_M, plan.from_group)
+    received = take_or_zero(rows_M, plan.from_group)
     num_sent = len(plan.order)
     if axis_name is None or plan.segments is None:
-        return _take(received, plan.inverse)
+        return take_or_zero(received, plan.inverse)
     back = plan.segments.reversed()
     returned = exchange(received, back, num_sent, axis_name, transport)
-    return _take(returned, plan.inverse)
-
-
-def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
-    return rows.at[index].get(mode="fill", fill_value=0)
+    return take_or_zero(returned, plan.inverse)
 
 
 def _shifted(shift: jax.Array, sizes: jax.Array, num_rows: int) -> jax.Array:

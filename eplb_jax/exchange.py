@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax.arrays import take_or_zero
 from eplb_jax.varying import vary_alike
 
 Transport = Literal["auto", "ragged", "gather"]
@@ -157,6 +158,6 @@ def _by_gather(
     inside_M = row_M - place_D[from_M]
     is_sent_M = (from_M >= 0) & (inside_M < segments.sizes[:, me][from_M])
     index_M = from_M * rows.shape[0] + segments.starts[:, me][from_M] + inside_M
-    index_M = jnp.where(is_sent_M, index_M, all_rows.shape[0] * rows.shape[0])
+    index_M = jnp.where(is_sent_M, index_M, -1)
     flat = all_rows.reshape(-1, *rows.shape[1:])
-    return flat.at[index_M].get(mode="fill", fill_value=0)
+    return take_or_zero(flat, index_M)

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from eplb_jax.exchange import Transport
-from eplb_jax.physical import fetch_rows, plan_fetch
+from eplb_jax.physical import check_held, count_fetched, fetch_rows, plan_fetch
 from eplb_jax.tables import ExpertTables
 
 PyTree = Any
@@ -124,9 +124,7 @@ def count_migrated(
       [[1, 0], [0, 0]]
     """
     owner_S, _ = _sources(old_tables, new_tables, num_devices)
-    device_D = jnp.arange(num_devices, dtype=jnp.int32)
-    owner_DI = owner_S.reshape(num_devices, -1)
-    return (owner_DI[None] == device_D[:, None, None]).sum(axis=2, dtype=jnp.int32)
+    return count_fetched(owner_S, num_devices)
 
 
 def _sources(
@@ -174,10 +172,4 @@ def _check(
         raise ValueError(f"{num_devices=} must divide num_slots={old.num_slots}.")
     if num_slices < 1:
         raise ValueError(f"{num_slices=} must be at least 1; 1 moves all at once.")
-    held = old.num_slots // num_devices
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        if np.ndim(leaf) < 1 or leaf.shape[0] != held:
-            raise ValueError(
-                f"weights{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but "
-                f"a device holds {held} of {old.num_slots} slots; their axis is first."
-            )
+    check_held(weights, old.num_slots, num_devices, "slots")

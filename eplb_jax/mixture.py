@@ -109,7 +109,8 @@ def mix_experts(
         slots = experts
         num_slots = expert_weights.gate.shape[0] * p.num_devices
     else:
-        _check_fit(expert_weights, tables, p, is_physical)
+        if is_physical:
+            _check_fit(expert_weights, tables, p)
         num_slots = tables.num_slots
         slots = choose_slots(
             experts,
@@ -157,10 +158,7 @@ def _check_fit(
     weights: ExpertWeights,
     tables: ExpertTables,
     parallel: ExpertParallel,
-    is_physical: bool,
 ) -> None:
-    if not is_physical:
-        return  # physical_weights says it
     held = weights.gate.shape[0]
     if held * parallel.num_devices != tables.num_slots:
         raise ValueError(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax.arrays import take_or_zero
 from eplb_jax.exchange import Segments, Transport, exchange
 from eplb_jax.tables import ExpertTables
 
@@ -59,7 +60,7 @@ def physical_weights(
     _check(weights, tables, num_devices)
     expert_S = tables.physical_to_logical_map
     if axis_name is None or num_devices == 1:
-        return jax.tree.map(lambda leaf: _take(leaf, expert_S), weights)
+        return jax.tree.map(lambda leaf: take_or_zero(leaf, expert_S), weights)
     per_device = tables.num_experts // num_devices
     # Each expert of the others has a slot, so these are the most that mine can have.
     num_sent = tables.num_slots - tables.num_experts + per_device
@@ -109,9 +110,7 @@ def plan_fetch(
       A `Fetch`.
     """
     none = jnp.iinfo(jnp.int32).max
-    device_D = jnp.arange(num_devices, dtype=jnp.int32)
-    owner_DI = owner.reshape(num_devices, -1)
-    sizes_DD = (owner_DI[None] == device_D[:, None, None]).sum(axis=2, dtype=jnp.int32)
+    sizes_DD = count_fetched(owner, num_devices)
     segments = Segments(
         sizes_DD,
         jnp.cumsum(sizes_DD, axis=1) - sizes_DD,
@@ -121,11 +120,26 @@ def plan_fetch(
     slot_N = jnp.argsort(owner != me, stable=True)[:num_sent]
     sent_N = jnp.where(owner[slot_N] == me, source[slot_N], none)
     # Rows arrive by owner; the slots that take none are last in that order.
-    owner_I = owner_DI[me]
+    owner_I = owner.reshape(num_devices, -1)[me]
     order_I = jnp.argsort(owner_I, stable=True)
     arrived_I = jnp.arange(len(order_I), dtype=jnp.int32)
     place_I = jnp.zeros_like(arrived_I).at[order_I].set(arrived_I)
     return Fetch(segments, sent_N, jnp.where(owner_I < num_devices, place_I, none))
+
+
+def count_fetched(owner: jax.Array, num_devices: int) -> jax.Array:
+    """How many rows each device sends to each.
+
+    Args:
+      owner: [slots] int32, the device that has the row of a slot; num_devices for none.
+      num_devices: devices that the slots are divided among.
+
+    Returns:
+      [devices, devices] int32, from device to device.
+    """
+    device_D = jnp.arange(num_devices, dtype=jnp.int32)
+    owner_DI = owner.reshape(num_devices, -1)
+    return (owner_DI[None] == device_D[:, None, None]).sum(axis=2, dtype=jnp.int32)
 
 
 def fetch_rows(
@@ -143,14 +157,9 @@ def fetch_rows(
       [slots of this device, ...]; zeros in a slot that takes no row.
     """
     num_slots = len(fetch.place)
-    sent = _take(rows, fetch.sent)
+    sent = take_or_zero(rows, fetch.sent)
     received = exchange(sent, fetch.segments, num_slots, axis_name, transport)
-    return _take(received, fetch.place)
-
-
-def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
-    index = jnp.where(index < 0, jnp.iinfo(index.dtype).max, index)
-    return rows.at[index].get(mode="fill", fill_value=0)
+    return take_or_zero(received, fetch.place)
 
 
 def _check(weights: PyTree, tables: ExpertTables, num_devices: int) -> None:
@@ -161,11 +170,25 @@ def _check(weights: PyTree, tables: ExpertTables, num_devices: int) -> None:
             raise ValueError(
                 f"{num_devices=} must divide {name}={getattr(tables, name)}."
             )
-    per_device = tables.num_experts // num_devices
+    check_held(weights, tables.num_experts, num_devices, "experts")
+
+
+def check_held(weights: PyTree, total: int, num_devices: int, what: str) -> None:
+    """Raises unless each leaf's first axis is this device's part of `total`.
+
+    Args:
+      weights: pytree of arrays.
+      total: experts or slots of all devices.
+      num_devices: devices that they are divided among.
+      what: their name, for the message.
+
+    Raises:
+      ValueError: naming the leaf.
+    """
+    held = total // num_devices
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        if jnp.ndim(leaf) < 1 or leaf.shape[0] != per_device:
+        if jnp.ndim(leaf) < 1 or leaf.shape[0] != held:
             raise ValueError(
                 f"weights{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but "
-                f"a device holds {per_device} of {tables.num_experts} experts; their "
-                "axis comes first."
+                f"a device holds {held} of {total} {what}; their axis comes first."
             )
