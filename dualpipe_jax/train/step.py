@@ -53,6 +53,8 @@ class Programs:
       train_step: (state, inputs, targets) -> (state, metrics); takes the state's
         buffers for its result.
       held_out_loss: (params, inputs, targets) -> mean loss.
+      checkpoint_info: what a checkpoint says of its layout; JSON.
+      sample: (state, prompt tokens [n]) -> new tokens, or None.
     """
 
     schedule: Schedule
@@ -62,6 +64,25 @@ class Programs:
     init: Callable[[], TrainState]
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     held_out_loss: Callable[..., jax.Array]
+    checkpoint_info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sample: Callable[..., np.ndarray] | None = None
+
+    def restore_plan(
+        self, info: dict[str, Any]
+    ) -> tuple[TrainState, Callable[[TrainState], TrainState]]:
+        """How to read a checkpoint: shapes and shardings to read into, and what then.
+
+        Args:
+          info: the `checkpoint_info` of the programs that wrote it.
+
+        Returns:
+          The abstract state to read, and the function from it to this run's state.
+
+        Raises:
+          ValueError: the checkpoint is of another model.
+        """
+        del info
+        return self.abstract_state, lambda state: state
 
     def compile(self) -> Programs:
         """The same, compiled ahead of the first step; nothing compiles after that."""
