@@ -1,7 +1,7 @@
-"""Text as bytes: which files, which bytes are held out, and the batch of each step.
+"""Text as bytes, or tokens: which files, what is held out, and the batch of a step.
 
-The batch of a step is a pure function of (text, seed, step), so a run that resumes
-needs no data state.
+A batch is a pure function of (data, seed, sequences seen before), so the only data
+state of a run is that one number.
 """
 
 from __future__ import annotations
@@ -14,25 +14,30 @@ from pathlib import Path
 
 import numpy as np
 
+from dualpipe_jax.train._shuffle import mix, permuted
+
 # Not part of the library's source proper, or not on every machine.
 _STDLIB_EXCLUDED = frozenset(
     ["__pycache__", "dist-packages", "idlelib", "site-packages", "test", "tests"]
 )
+_INT32_MAX = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Bytes to train on and bytes held out.
+    """Tokens to train on and tokens held out; a text file's tokens are its bytes.
 
     Attributes:
-      train: [num_train_bytes] uint8.
-      held_out: [num_held_out_bytes] uint8.
+      train: [num_train_tokens] of any integer dtype; uint8 for bytes.
+      held_out: [num_held_out_tokens] of the same.
       source: what they are, for the reader of a log.
+      unit: what one of them is called, `"byte"` or `"token"`.
     """
 
     train: np.ndarray
     held_out: np.ndarray
     source: str
+    unit: str = "byte"
 
 
 def stdlib_files() -> list[Path]:
@@ -73,70 +78,124 @@ def load_text(
     sequence_length: int,
     held_out_fraction: float = 0.05,
 ) -> Text:
-    """Reads the text to train on.
+    """Reads the text to train on, or opens files of its tokens.
 
     Files are joined in a fixed order that mixes them, and the end of the result is
     held out: for many files that is a sample of whole files, for one its tail.
 
+    A `.npy` file holds tokens: one axis, any integer dtype and vocabulary. A single
+    one is mapped and not read, so that it may be larger than the memory; several
+    are joined in memory.
+
     Args:
       paths: files or folders; None means the Python standard library's source.
-      sequence_length: bytes that one sequence predicts; both parts must hold one
-        sequence and the byte after it.
+      sequence_length: tokens that one sequence predicts; both parts must hold one
+        sequence and the token after it.
       held_out_fraction: the part that is held out.
 
     Raises:
-      ValueError: a path does not exist, or there is too little text.
+      ValueError: a path does not exist, a token file is none, text and tokens are
+        mixed, or there is too little of them.
     """
     files = stdlib_files() if paths is None else find_files(paths)
     order = np.random.default_rng(0).permutation(len(files))
-    data = np.frombuffer(b"".join(files[i].read_bytes() for i in order), np.uint8)
+    files = [files[i] for i in order]
+    tokens = [file for file in files if file.suffix == ".npy"]
+    if tokens and len(tokens) < len(files):
+        text = next(file for file in files if file.suffix != ".npy")
+        raise ValueError(
+            f"data paths hold tokens ({tokens[0]}) and text ({text}), which are not "
+            "of one vocabulary; give either."
+        )
+    data = _read_tokens(tokens) if tokens else _read_bytes(files)
+    unit = "token" if tokens else "byte"
     name = (
         "the Python standard library" if paths is None else ", ".join(map(str, paths))
     )
-    source = f"{name} ({len(files)} files, {data.size / 1e6:.1f} MB)"
+    size = f"{data.size / 1e6:.1f} {'M tokens' if tokens else 'MB'}"
+    source = f"{name} ({len(files)} file{'s' * (len(files) != 1)}, {size})"
     if data.size == 0:
         raise ValueError(f"data is empty: {source}; give --data files with text.")
     num_held_out = int(data.size * held_out_fraction)
     if min(num_held_out, data.size - num_held_out) <= sequence_length:
         raise ValueError(
-            f"data is too short: {source} has {data.size} bytes, of which "
+            f"data is too short: {source} has {data.size} {unit}s, of which "
             f"{num_held_out} are held out, but one sequence takes "
             f"{sequence_length + 1}; give more text or a smaller sequence_length."
         )
     split = data.size - num_held_out
-    return Text(train=data[:split], held_out=data[split:], source=source)
+    return Text(train=data[:split], held_out=data[split:], source=source, unit=unit)
 
 
-def sample_batch(
+def train_batch(
     data: np.ndarray,
     shape: tuple[int, int],
     sequence_length: int,
     *,
     seed: int,
-    step: int,
+    position: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences from random places: the batch of `step`, whatever was drawn before.
+    """The sequences `position`, `position + 1`, ... of an endless shuffled order.
+
+    The order is one of epochs. An epoch cuts the data into windows that do not
+    overlap, from an offset of its own, and visits each once, in an order of its
+    own. Where sequence n lies is computed from (seed, n) alone: a run is resumed,
+    at any batch size, by the number of sequences that it has seen.
 
     Args:
-      data: [num_bytes] uint8.
+      data: [num_tokens] integers.
       shape: (num_microbatches, microbatch).
-      sequence_length: bytes that one sequence predicts.
+      sequence_length: tokens that one sequence predicts.
       seed: of the run.
-      step: of the run.
+      position: sequences seen before; any non-negative integer below 2^63.
 
     Returns:
       (inputs, targets), each [num_microbatches, microbatch, sequence] int32; a
-      target is the byte after its input.
+      target is the token after its input.
 
     Examples:
       >>> data = np.arange(100, dtype=np.uint8)
-      >>> inputs, targets = sample_batch(data, (2, 3), 8, seed=0, step=5)
+      >>> inputs, targets = train_batch(data, (2, 3), 8, seed=0, position=12)
       >>> inputs.shape, bool((targets == inputs + 1).all())
       ((2, 3, 8), True)
     """
-    rng = np.random.default_rng([seed, step])
-    starts = rng.integers(0, data.size - sequence_length, size=shape)
-    return _windows(data, starts, sequence_length)
+    numbers = position + np.arange(shape[0] * shape[1], dtype=np.int64)
+    starts = window_starts(numbers, data.size, sequence_length, seed=seed)
+    return _windows(data, starts.reshape(shape), sequence_length)
+
+
+def window_starts(
+    numbers: np.ndarray, num_tokens: int, sequence_length: int, *, seed: int
+) -> np.ndarray:
+    """Where the sequences of `train_batch`'s order start.
+
+    Args:
+      numbers: [n] int64, of the sequences.
+      num_tokens: of the data; more than `sequence_length`.
+      sequence_length: tokens that one sequence predicts.
+      seed: of the run.
+
+    Returns:
+      [n] int64, each below num_tokens - sequence_length.
+
+    Examples:
+      >>> starts = window_starts(np.arange(9), 100, 10, seed=0)  # one epoch
+      >>> np.unique(np.diff(np.sort(starts))).tolist()
+      [10]
+    """
+    # As many windows as fit behind every offset, so that all epochs are equal.
+    per_epoch = max(1, num_tokens // sequence_length - 1)
+    num_offsets = min(sequence_length, num_tokens - per_epoch * sequence_length)
+    epochs, indices = np.divmod(numbers, per_epoch)
+    keys = mix(epochs.astype(np.uint64) + mix(np.uint64(seed % 2**64)))
+    offsets = (mix(keys) % np.uint64(num_offsets)).astype(np.int64)
+    return offsets + permuted(indices, per_epoch, keys) * sequence_length
+
+
+def sample_batch(data, shape, sequence_length, *, seed, step):
+    """The batch of a step of a run whose batch size never changed."""
+    position = step * shape[0] * shape[1]
+    return train_batch(data, shape, sequence_length, seed=seed, position=position)
 
 
 def held_out_batch(
@@ -144,7 +203,7 @@ def held_out_batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sequences spread evenly over `data`: always the same ones.
 
-    Takes and returns what `sample_batch` does, but for the seed and the step.
+    Takes and returns what `train_batch` does, but for the seed and the position.
     """
     last = data.size - sequence_length - 1
     starts = np.linspace(0, last, num=shape[0] * shape[1]).astype(np.int64)
@@ -154,8 +213,42 @@ def held_out_batch(
 def _windows(
     data: np.ndarray, starts: np.ndarray, sequence_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    windows = data[starts[..., None] + np.arange(sequence_length + 1)].astype(np.int32)
+    windows = data[starts[..., None] + np.arange(sequence_length + 1)]
+    if windows.min() < 0 or windows.max() > _INT32_MAX:
+        raise ValueError(
+            f"the data has tokens from {windows.min()} to {windows.max()}; each must "
+            "lie between 0 and 2^31 - 1."
+        )
+    windows = windows.astype(np.int32)
     return windows[..., :-1], windows[..., 1:]
+
+
+def _read_bytes(files: Sequence[Path]) -> np.ndarray:
+    return np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
+
+
+def _read_tokens(files: Sequence[Path]) -> np.ndarray:
+    arrays = []
+    for file in files:
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"token file {file} is no readable .npy file ({error}); write it "
+                "with numpy.save."
+            ) from error
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"token file {file} holds {array.dtype} of shape {array.shape}; it "
+                "must hold integers in one axis."
+            )
+        if arrays and array.dtype != arrays[0].dtype:
+            raise ValueError(
+                f"token file {file} holds {array.dtype}, but {files[0]} holds "
+                f"{arrays[0].dtype}; save all with one dtype."
+            )
+        arrays.append(array)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _files_below(folder: Path, excluded: frozenset[str] = frozenset()) -> list[Path]:
