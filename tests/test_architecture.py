@@ -27,18 +27,48 @@ ROOMS = {
         {"schedule", "lowering", "split_backward"},
     ),
     "topology": ({"topology"}, set()),
+    "partition": ({"partition", "_balance"}, {"schedule"}),
     "train": (
         {"train"},
-        {"schedule", "generators", "simulator", "show", "lowering", "pipeline"},
+        {
+            "schedule",
+            "generators",
+            "simulator",
+            "show",
+            "lowering",
+            "pipeline",
+            "partition",
+        },
+    ),
+    "deepseek": (
+        {"deepseek"},
+        {
+            "schedule",
+            "generators",
+            "lowering",
+            "pipeline",
+            "partition",
+            "simulator",
+            "show",
+            "train",
+        },
     ),
     "cli": (
         {"cli", "__main__"},
-        {"schedule", "generators", "simulator", "show", "lowering", "train"},
+        {
+            "schedule",
+            "generators",
+            "simulator",
+            "show",
+            "lowering",
+            "train",
+            "deepseek",
+        },
     ),
 }
 # Inside a function only: objects that show themselves in Jupyter.
 LATE = {("schedule", "show"), ("simulator", "show")}
-JAX_FREE = ("schedule", "generators", "simulator", "show", "lowering")
+JAX_FREE = ("schedule", "generators", "simulator", "show", "lowering", "partition")
 
 
 def room_of(module: str) -> str:
