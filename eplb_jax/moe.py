@@ -13,7 +13,6 @@ from eplb_jax.grouped_matmul import Implementation
 from eplb_jax.mixture import ONE_DEVICE, ExpertParallel, ExpertWeights, mix_experts
 from eplb_jax.routing import (
     Routing,
-    count_experts,
     sequence_balance_loss,
     sigmoid_group_top_k,
     softmax_top_k,
@@ -236,9 +235,10 @@ class MoE(nnx.Module):
         if self.shared is not None:
             gate, up, down = (leaf[0].astype(dtype) for leaf in self.shared)
             outputs += (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
-        counts = count_experts(experts, self.num_experts)
-        if self.parallel.axis_name is not None:
-            counts = lax.psum(counts, self.parallel.axis_name)
+        counts = slot_counts
+        if tables is not None:
+            # Each choice has one slot, and all devices know the slots' counts.
+            counts = tables.add_replicas(slot_counts)
         loss = sequence_balance_loss(routing.scores, self.k, is_padding).mean()
         stats = MoEStats(counts, slot_counts, overflow, loss)
         return outputs.reshape(x.shape).astype(x.dtype), stats

@@ -124,6 +124,26 @@ class ExpertTables:
             lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), self
         )
 
+    def add_replicas(self, slot_counts: jax.Array) -> jax.Array:
+        """Counts of experts from counts of their slots; for the tables of one layer.
+
+        Args:
+          slot_counts: [slots].
+
+        Returns:
+          [experts], of the same dtype.
+
+        Examples:
+          >>> tables = ExpertTables.from_placement(jnp.array([1, 0, 1, -1]), 2)
+          >>> tables.add_replicas(jnp.array([10, 20, 30, 0])).tolist()
+          [20, 40]
+        """
+        expert_S = self.physical_to_logical_map
+        # One past the end for an empty slot: -1 would be the last expert.
+        expert_S = jnp.where(expert_S >= 0, expert_S, self.num_experts)
+        total_E = jnp.zeros(self.num_experts, slot_counts.dtype)
+        return total_E.at[expert_S].add(slot_counts, mode="drop")
+
     def is_valid(self) -> jax.Array:
         """Whether the maps agree and every expert has a slot; may be called in jit.
 
