@@ -141,12 +141,9 @@ class _Tables:
     def solve(self) -> tuple[int, ...]:
         """Layers of each stage: least load, then shortest, then least squares."""
         fewest = -(-self.problem.num_layers // self.problem.num_stages)
-        load = self._best_load(fewest) * (1 + TOLERANCE)
-        for layers in range(fewest, self.problem.cap + 1):
-            limits = _Limits(load, layers)
-            tables = self._fill(_SQUARES, limits)
-            if np.isfinite(tables[0][0, 0]):
-                break
+        limits = _Limits(self._best_load(fewest) * (1 + TOLERANCE), fewest)
+        while not np.isfinite((tables := self._fill(_SQUARES, limits))[0][0, 0]):
+            limits = limits._replace(layers=limits.layers + 1)
         return self._trace(tables, limits)
 
     def _best_load(self, fewest: int) -> float:
@@ -348,7 +345,8 @@ def _best(problem: Problem, sizes: np.ndarray) -> tuple[int, ...]:
     squares = (problem.stage_costs(sizes) ** 2).sum(axis=1)
     sizes = sizes[squares <= squares.min() * (1 + TOLERANCE)]
     order = outside_in(problem.num_stages)
-    return tuple(min(sizes.tolist(), key=lambda row: [row[stage] for stage in order]))
+    first = np.lexsort(sizes[:, order[::-1]].T)[0]
+    return tuple(sizes[first].tolist())
 
 
 def _search(problem: Problem) -> tuple[int, ...]:
@@ -362,7 +360,7 @@ def _search(problem: Problem) -> tuple[int, ...]:
     even, extra = divmod(problem.num_layers, problem.num_stages)
     inner_first = outside_in(problem.num_stages)[::-1]
     starts = [
-        _Tables(alone).solve(),
+        list(_Tables(alone).solve()),
         [even + (inner_first.index(s) < extra) for s in range(problem.num_stages)],
     ]
     unit = TOLERANCE * problem.loads(np.array(starts)).max()

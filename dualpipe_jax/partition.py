@@ -102,7 +102,9 @@ class Partition:
         rows = [("stage", "ranks", "layers", "cost")]
         for stage, layers in enumerate(self.layers):
             ranks = ", ".join(map(str, self.stage_ranks[stage]))
-            span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+            span = "-".join(
+                str(layer) for layer in dict.fromkeys((layers[0], layers[-1]))
+            )
             rows.append((str(stage), ranks, span, f"{self.stage_costs[stage]:.6g}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [

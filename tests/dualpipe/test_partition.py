@@ -169,7 +169,8 @@ def test_local_search_is_close_to_the_best(monkeypatch):
             assert found.max_layers <= kwargs.get("max_layers", len(costs))
             ratios.append(max(found.rank_costs) / max(best.rank_costs))
     assert min(ratios) >= 1 - EQUAL
-    assert np.mean(ratios) < 1.02 and max(ratios) < 1.25
+    # Measured: 1.002 and 1.027; most are the best.
+    assert np.mean(ratios) < 1.01 and max(ratios) < 1.05
 
 
 def test_local_search_of_many_interleaved_stages():
