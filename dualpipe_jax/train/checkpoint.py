@@ -2,72 +2,245 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+
+from dualpipe_jax.train import distributed
+from dualpipe_jax.train._integrity import (
+    DamagedError,
+    checksums,
+    describe,
+    seal,
+    unseal,
+)
+
+Plan = Callable[[dict[str, Any]], tuple[Any, Callable[[Any], Any]]]
 
 
 class Checkpoints:
     """The checkpoints of one run's folder; a context manager that waits for writes.
 
+    A checkpoint is a state, and an info: a JSON object that says where the run was
+    and how the state is laid out. Both are checksummed. All processes of a run make
+    the same calls, and the folder is one that all of them see.
+
     Args:
       folder: where they lie; made when the first one is written.
+      say: told, in a line, what a user should know: a save that failed, a
+        checkpoint that is damaged.
       max_to_keep: older ones are deleted.
+
+    Attributes:
+      failure: what became of the last save that has ended: None, or why it failed.
     """
 
-    def __init__(self, folder: Path, max_to_keep: int = 2):
+    def __init__(self, folder: Path, say: Callable[[str], Any], max_to_keep: int = 2):
         self.folder = folder.absolute()
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            item_handlers=ocp.StandardCheckpointHandler(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True),
+        self.failure: str | None = None
+        self._say = say
+        self._writing: int | None = None
+        self._error: Exception | None = None
+        self._max_to_keep = max_to_keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        # What was half-written when a run was killed, or a save failed.
+        if distributed.is_main():
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+        distributed.barrier("half-written checkpoints are deleted")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._max_to_keep, create=True
         )
+        return ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
+        self.wait()
         self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        """Starts to write `state`, unless that step is written already."""
-        if step != self.latest_step:
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
+        """Starts to write a checkpoint, unless that step is written already.
 
-    def restore(self, abstract_state: Any) -> Any:
-        """Reads the latest checkpoint into the shapes and shardings given.
+        A save that fails, now or later, is said; the checkpoints before it stay.
+        The state's buffers are free when this returns.
+        """
+        self.wait()
+        if step == self.latest_step:
+            return
+        arrays = describe(state)
+        for name, checksum in checksums(state).items():
+            arrays[name]["checksum"] = checksum
+        sealed = seal({"info": info, "arrays": arrays})
+        self._writing, self._error = step, None
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(sealed)
+                ),
+            )
+        except Exception as error:  # whatever it is, training can go on
+            self._error = error
+            self.poll()
+
+    def poll(self) -> None:
+        """Says so if the save that was started has failed by now.
+
+        Of several processes, none says so before the next `save` or `wait`, where
+        they can agree.
+        """
+        if (
+            self._writing is not None
+            and jax.process_count() == 1
+            and (self._error or not self._manager.is_saving_in_progress())
+        ):
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save that was started is written, or has failed."""
+        if self._writing is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as above; orbax raises it in whoever waits
+            self._error = error
+        step, self._writing = self._writing, None
+        self.failure = distributed.first_said(self._error and _one_line(self._error))
+        if self.failure is None:
+            return
+        self._say(
+            f"the checkpoint of step {step} could not be written ({self.failure}); "
+            "training goes on, and earlier checkpoints stay"
+        )
+        # A new manager: of a save that failed, the old one has forgotten some of the
+        # checkpoints that it meant to delete, and keeps threads and their errors.
+        for _ in range(2):
+            with contextlib.suppress(Exception):
+                self._manager.close()
+        self._manager = self._open()
+
+    def restore(self, plan: Plan) -> tuple[int, Any, dict[str, Any]]:
+        """Reads the latest checkpoint that is whole.
+
+        Damaged ones that are newer are said, and moved out of the way.
+
+        Args:
+          plan: from a checkpoint's info, the shapes and shardings to read into,
+            and the function that makes the run's state of what was read.
+
+        Returns:
+          (step, state, info).
 
         Raises:
-          ValueError: there is none, or its arrays have other names or shapes.
+          ValueError: there is no checkpoint, none that can be read, or the latest
+            that can be read is of another config.
         """
-        step = self.latest_step
-        if step is None:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             raise ValueError(
                 f"no checkpoint in {self.folder}; start a run there without --resume."
             )
-        # orbax would cut or pad an array to the shape asked for.
-        saved = self._manager.item_metadata(step)
-        names = [_shapes(tree) for tree in (saved, abstract_state)]
-        if names[0] != names[1]:
-            differing = sorted(set(names[0].items()) ^ set(names[1].items()))
-            raise ValueError(
-                f"the checkpoint of step {step} in {self.folder} is of another model "
-                f"or optimizer (first difference: {differing[0][0]}); resume with the "
-                "config that wrote it."
-            )
-        return self._manager.restore(
-            step, args=ocp.args.StandardRestore(abstract_state)
+        damaged: dict[int, str] = {}
+        for step in steps:
+            try:
+                state, info = self._read(step, plan)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            self._move_aside(damaged, step)
+            return step, state, info
+        reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+        raise ValueError(
+            f"no checkpoint in {self.folder} can be read ({reasons}); start a new run, "
+            "or bring back a copy."
         )
 
+    def _read(self, step: int, plan: Plan) -> tuple[Any, dict[str, Any]]:
+        # The manager's own restore has barriers, at which the other processes would
+        # wait for one that finds damage; the handlers have none.
+        folder = epath.Path(self.folder / str(step))
+        body: dict[str, Any] = {}
+        with _damage_is_shared():
+            handler = ocp.JsonCheckpointHandler()
+            info = handler.restore(folder / "info", args=ocp.args.JsonRestore())
+            body = unseal(info)
+        abstract, convert = plan(body["info"])
+        wanted = describe(abstract)
+        written = {
+            name: {"shape": array["shape"], "dtype": array["dtype"]}
+            for name, array in body["arrays"].items()
+        }
+        for name in sorted(written.keys() | wanted.keys()):
+            if written.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"the checkpoint of step {step} in {self.folder} is of another "
+                    f"model or optimizer (first difference: {name}); resume with the "
+                    "config that wrote it."
+                )
+        state = None
+        with _damage_is_shared():
+            handler = ocp.StandardCheckpointHandler()
+            arguments = ocp.args.StandardRestore(abstract)
+            state = handler.restore(folder / "state", args=arguments)
+            jax.block_until_ready(state)
+        for name, checksum in checksums(state).items():
+            if checksum != body["arrays"][name]["checksum"]:
+                raise DamagedError(f"{name} does not have its checksum")
+        return convert(state), body["info"]
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    def _move_aside(self, damaged: dict[int, str], step: int) -> None:
+        for bad, why in damaged.items():
+            number = 1
+            while (aside := self.folder / f"damaged-{bad}-{number}").exists():
+                number += 1
+            distributed.barrier("the name is chosen")
+            if distributed.is_main():
+                (self.folder / str(bad)).rename(aside)
+            self._say(
+                f"the checkpoint of step {bad} is damaged ({why}); that of step "
+                f"{step} is used, and the damaged one is now {aside}"
+            )
+            distributed.barrier("it is moved")
+        if damaged:
+            self._manager.reload()
+
+
+@contextlib.contextmanager
+def _damage_is_shared() -> Iterator[None]:
+    """Turns what reading raises into a `DamagedError`, on all processes alike."""
+    problem = None
+    try:
+        yield
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # the files may well be whole
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        problem = _one_line(error)
+    problem = distributed.first_said(problem)
+    if problem:
+        raise DamagedError(problem)
+
+
+def _one_line(error: Exception) -> str:
+    """An error in at most a line; tensorstore's go on for pages."""
+    if isinstance(error, DamagedError):
+        return str(error)
+    line = re.split(r"\n| \[| See full", str(error).strip(), maxsplit=1)[0]
+    line = re.sub(r'"/[^"]*/([^"/]+)/?"', r'"\1"', line)  # no folders
+    if len(line) > 200:
+        line = f"{line[:80]} ... {line[-110:]}"
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

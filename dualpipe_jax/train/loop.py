@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from dualpipe_jax import show
 from dualpipe_jax.lowering import lower
 from dualpipe_jax.simulator import simulate
-from dualpipe_jax.train import data
+from dualpipe_jax.train import data, distributed
 from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
@@ -32,8 +33,10 @@ ARTEFACTS = (
     "schedule.svg",
     "schedule.png",
     "loss.png",
+    "sample.txt",
     "checkpoints",
 )
+PROMPT_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Result:
       stopped_by: the signal that ended it early, such as `"SIGTERM"`, or None.
       compile_s: seconds that compiling took.
       train_s: seconds of this call's steps, evaluations and checkpoints.
+      save_failure: why the last checkpoint could not be written, or None.
+      sample: a prompt of held-out text and what the model makes of it, or None.
     """
 
     step: int
@@ -53,6 +58,8 @@ class Result:
     stopped_by: str | None
     compile_s: float
     train_s: float
+    save_failure: str | None = None
+    sample: tuple[str, str] | None = None
 
     @property
     def held_out_loss(self) -> float | None:
@@ -70,12 +77,16 @@ def train(
 ) -> Result:
     """Trains until `config.num_steps`, or until SIGTERM or Ctrl-C; saves either way.
 
+    Several processes (see `distributed.connect`) make the same call. Process 0
+    writes and prints; all of them read and write checkpoints; a signal that reaches
+    one stops all of them at the same step.
+
     Args:
       config: the run.
       text: what to train on; see `load_text`.
       folder: gets config.json, metrics.jsonl, pictures and checkpoints. An earlier
         run's files there are moved into a subfolder, unless it is resumed.
-      resume: continue from the folder's latest checkpoint.
+      resume: continue from the folder's latest checkpoint that is whole.
       console: where progress is shown.
 
     Raises:
@@ -85,23 +96,23 @@ def train(
     """
     console, folder = console or Console(stderr=True), Path(folder)
     programs = make_programs(config)
-    if resume and not (folder / "checkpoints").is_dir():
-        raise ValueError(
-            f"no checkpoint in {folder}; start a run there without --resume."
-        )
-    if not resume:
-        _move_earlier_run(folder, console)
-    folder.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state = checkpoints.restore(programs.abstract_state) if resume else None
-        (folder / "config.json").write_text(config.to_json() + "\n")
+    main = distributed.is_main()
+    if not main:
+        console = Console(quiet=True)
+    _prepare(folder, resume, console)
+    with Checkpoints(folder / "checkpoints", console.print) as checkpoints:
+        state, position = None, 0
+        if resume:
+            state, position = _restore(programs, checkpoints)
         # The lowered program at structural costs: virtual devices that share a few
         # cores cannot show their bubble by a clock.
         timeline = simulate(lower(programs.schedule))
-        for suffix in ("svg", "png"):
-            show.save(timeline, folder / f"schedule.{suffix}")
+        if main:
+            (folder / "config.json").write_text(config.to_json() + "\n")
+            for suffix in ("svg", "png"):
+                show.save(timeline, folder / f"schedule.{suffix}")
 
-        with _stop_signals() as stop:
+        with _stop_signals() as received:
             started = time.perf_counter()
             with console.status("compiling"):
                 programs = programs.compile()
@@ -114,43 +125,72 @@ def train(
                 f"{text.source}; compiled in {compile_s:.0f} s"
             )
             started = time.perf_counter()
-            steps = _steps(config, programs, state, text)
+            step, stopped_by = int(state.step), None
+            log = MetricsLog(folder / "metrics.jsonl", step) if main else None
             with (
-                MetricsLog(folder / "metrics.jsonl", int(state.step)) as log,
-                TrainProgress(console, config.num_steps, int(state.step)) as progress,
+                log or contextlib.nullcontext(),
+                TrainProgress(console, config.num_steps, step) as progress,
             ):
-                for state, record in steps:
+                steps = _steps(config, programs, state, position, text)
+                for state, position, record in steps:
+                    step = record["step"]
                     record["pipeline_bubble_ratio"] = timeline.bubble_ratio
-                    log.write(record)
+                    if log:
+                        log.write(record)
                     progress.update(record)
-                    if record["step"] % config.checkpoint_every == 0:
-                        checkpoints.save(record["step"], state)
-                    if stop:
+                    checkpoints.poll()
+                    if step % config.checkpoint_every == 0:
+                        _save(checkpoints, programs, state, position)
+                    stopped_by = distributed.first_said(next(iter(received), None))
+                    if stopped_by:
                         break
-            checkpoints.save(int(state.step), state)
-    metrics = read_metrics(folder / "metrics.jsonl")
-    draw_loss(metrics, folder / "loss.png")
+            _save(checkpoints, programs, state, position)
+            checkpoints.wait()
+    train_s = time.perf_counter() - started
+    sample = None
+    if programs.sample is not None and not stopped_by:
+        sample = _sample(config, programs, state, text)
+    metrics = []
+    if main:
+        metrics = read_metrics(folder / "metrics.jsonl")
+        try:
+            draw_loss(metrics, folder / "loss.png", unit=text.unit)
+            if sample is not None:
+                (folder / "sample.txt").write_text("".join(sample))
+        except OSError as error:  # a full disk must not end a run that is done
+            console.print(f"not everything could be written: {error}")
     return Result(
-        step=int(state.step),
+        step=step,
         metrics=metrics,
-        stopped_by=stop[0] if stop else None,
+        stopped_by=stopped_by,
         compile_s=compile_s,
-        train_s=time.perf_counter() - started,
+        train_s=train_s,
+        save_failure=checkpoints.failure,
+        sample=sample,
     )
 
 
 def _steps(
-    config: TrainConfig, programs: Programs, state: TrainState, text: data.Text
-) -> Iterator[tuple[TrainState, dict[str, Any]]]:
-    """Yields the state after each step that is left, and what the step measured."""
+    config: TrainConfig,
+    programs: Programs,
+    state: TrainState,
+    position: int,
+    text: data.Text,
+) -> Iterator[tuple[TrainState, int, dict[str, Any]]]:
+    """Yields, after each step left: state, sequences seen, what the step measured."""
     shape = (config.num_microbatches, config.microbatch_size)
     held_out = data.held_out_batch(text.held_out, shape, config.sequence_length)
     for step in range(int(state.step) + 1, config.num_steps + 1):
         started = time.perf_counter()
-        batch = data.sample_batch(
-            text.train, shape, config.sequence_length, seed=config.seed, step=step
+        batch = data.train_batch(
+            text.train,
+            shape,
+            config.sequence_length,
+            seed=config.seed,
+            position=position,
         )
         state, metrics = programs.train_step(state, *batch)
+        position += math.prod(shape)
         record = {"step": step} | {k: float(v) for k, v in metrics.items()}
         seconds = time.perf_counter() - started
         if not math.isfinite(record["loss"]):
@@ -160,9 +200,60 @@ def _steps(
             )
         record["tokens_per_s"] = config.tokens_per_step / seconds
         if step % config.eval_every == 0 or step == config.num_steps:
-            loss = programs.held_out_loss(state.params, *held_out)
+            loss = programs.held_out_loss(state, *held_out)
             record["held_out_loss"] = float(loss)
-        yield state, record
+        yield state, position, record
+
+
+def _save(
+    checkpoints: Checkpoints, programs: Programs, state: TrainState, position: int
+) -> None:
+    info = {"position": position, **programs.checkpoint_info}
+    checkpoints.save(int(state.step), state, info)
+
+
+def _restore(programs: Programs, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    def plan(info: dict[str, Any]):
+        return programs.restore_plan({k: v for k, v in info.items() if k != "position"})
+
+    _, state, info = checkpoints.restore(plan)
+    return state, info["position"]
+
+
+def _sample(
+    config: TrainConfig, programs: Programs, state: TrainState, text: data.Text
+) -> tuple[str, str]:
+    """A prompt of held-out text, and what the model continues it with, as text."""
+    assert programs.sample is not None
+    length = min(PROMPT_TOKENS, max(1, config.sequence_length // 2))
+    prompt = np.asarray(text.held_out[:length], np.int32)
+    new = np.asarray(programs.sample(state, prompt))
+
+    def as_text(tokens: np.ndarray) -> str:
+        if text.unit == "byte":
+            return bytes(tokens.astype(np.uint8)).decode(errors="replace")
+        return " ".join(map(str, tokens.tolist())) + " "
+
+    return as_text(prompt), as_text(new)
+
+
+def _prepare(folder: Path, resume: bool, console: Console) -> None:
+    """Makes the run's folder, and makes sure that all processes see it."""
+    checkpoints, problem = folder / "checkpoints", None
+    if resume and not checkpoints.is_dir():
+        problem = f"no checkpoint in {folder}; start a run there without --resume."
+    elif distributed.is_main():
+        if not resume:
+            _move_earlier_run(folder, console)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    problem = distributed.first_said(problem)
+    if problem is None and not checkpoints.is_dir():
+        problem = (
+            f"{folder} is not seen by every process; use an --out on a file system "
+            "that all of them share."
+        )
+    if problem := distributed.first_said(problem):
+        raise ValueError(problem)
 
 
 @contextlib.contextmanager

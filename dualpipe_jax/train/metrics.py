@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 
 class MetricsLog:
-    """Appends one JSON object a step to a file, and flushes it at once.
+    """Appends one JSON object a step to a file, at once.
+
+    A kill at any moment costs at most the line being written, which `read_metrics`
+    leaves out. What cannot be written, as on a disk that is full, is kept and tried
+    again with the next.
 
     Args:
       path: the file.
@@ -28,18 +33,33 @@ class MetricsLog:
         kept = []
         if keep_until and path.exists():
             kept = [r for r in read_metrics(path) if r["step"] <= keep_until]
-        self._file = path.open("w")
-        for record in kept:
-            self.write(record)
+        # Replaced in one go: a kill here must not cost the records of before.
+        aside = path.with_name(path.name + ".new")
+        aside.write_text("".join(map(_line, kept)))
+        aside.replace(path)
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_) -> None:
+        self._flush()
         self._file.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        print(json.dumps(record), file=self._file, flush=True)
+        self._unwritten += _line(record).encode()
+        self._flush()
+
+    def _flush(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._unwritten:
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -48,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
+def draw_loss(records: list[dict[str, Any]], path: Path, *, unit: str = "byte") -> None:
     """Draws the loss of every step and the held-out losses into an image file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,7 +85,7 @@ def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
         markersize=4,
     )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a byte")
+    axes.set_ylabel(f"loss, nats a {unit}")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
