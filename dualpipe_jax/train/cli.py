@@ -6,10 +6,15 @@ import argparse
 import dataclasses
 import logging
 import sys
+import threading
+import traceback
 from pathlib import Path
+from types import TracebackType
 
+import jax
 from rich.console import Console
 
+from dualpipe_jax.train import distributed
 from dualpipe_jax.train.config import TrainConfig, load_config
 from dualpipe_jax.train.data import load_text
 from dualpipe_jax.train.loop import Result, train
@@ -33,6 +38,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue from the last checkpoint in the run's folder",
     )
+    several = parser.add_argument_group(
+        "several processes", "start the same command once per process"
+    )
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, at a free port"
+    )
+    several.add_argument("--num-processes", type=int, metavar="N", help="of the run")
+    several.add_argument(
+        "--process-id", type=int, metavar="I", help="of this process, from 0"
+    )
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="in place of these three: take them from the cluster's environment "
+        "(Slurm, Open MPI, Kubernetes, Cloud TPU)",
+    )
+    several.add_argument(
+        "--connect-timeout",
+        type=float,
+        default=distributed.TIMEOUT_S,
+        metavar="SECONDS",
+        help="until all processes must be there (%(default)g)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
       The exit status: 0, also after a signal that was asked to stop; 1 if the loss
-      is not finite any more.
+      is not finite any more, or the last checkpoint could not be written.
 
     Raises:
       ValueError: bad input, before anything is compiled.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every file.
+    _quieten_orbax()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = load_config(args.config)
     if args.steps is not None:
@@ -56,16 +84,36 @@ def run(args: argparse.Namespace) -> int:
         held_out_fraction=config.held_out_fraction,
     )
     folder = args.out or Path("runs") / config.name
+    connected = _connect(args)
     try:
         result = train(config, text, folder, resume=args.resume, console=console)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(summary(config, result, folder))
-    return 0
+    finally:
+        if connected:
+            jax.distributed.shutdown()
+    if result.metrics:
+        print(summary(config, result, folder, text.unit))
+    return 1 if result.save_failure else 0
 
 
-def summary(config: TrainConfig, result: Result, folder: Path) -> str:
+def _connect(args: argparse.Namespace) -> bool:
+    given = [args.coordinator, args.num_processes, args.process_id]
+    if args.distributed and any(value is not None for value in given):
+        raise ValueError(
+            "--distributed takes all from the cluster's environment; leave it out, or "
+            "--coordinator, --num-processes and --process-id."
+        )
+    if not args.distributed and all(value is None for value in given):
+        return False
+    distributed.connect(*given, timeout=args.connect_timeout)
+    return True
+
+
+def summary(
+    config: TrainConfig, result: Result, folder: Path, unit: str = "byte"
+) -> str:
     """What a run came to, in a few lines."""
     done = f"{result.step} of {config.num_steps} steps"
     if result.stopped_by:
@@ -77,15 +125,55 @@ def summary(config: TrainConfig, result: Result, folder: Path) -> str:
         first, last = result.metrics[0], result.metrics[-1]
         rates = sorted(record["tokens_per_s"] for record in result.metrics)
         lines.append(
-            f"loss           {last['loss']:.3f} nats a byte "
+            f"loss           {last['loss']:.3f} nats a {unit} "
             f"(first step {first['loss']:.3f})"
         )
         if result.held_out_loss is not None:
-            lines.append(f"held-out loss  {result.held_out_loss:.3f} nats a byte")
+            lines.append(f"held-out loss  {result.held_out_loss:.3f} nats a {unit}")
         lines += [
             f"tokens/s       {rates[len(rates) // 2]:,.0f} (median)",
             f"bubble         {last['pipeline_bubble_ratio']:.1%} of the schedule",
         ]
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     lines.append(f"files          {folder}: checkpoints, {', '.join(names)}")
+    if result.save_failure:
+        lines.append(
+            f"NOT SAVED      the last checkpoint could not be written: "
+            f"{result.save_failure}"
+        )
+    if result.sample is not None:
+        prompt, new = result.sample
+        lines += ["sample         held-out text | what the model makes of it", ""]
+        lines += [f"{prompt}|{new}"]
     return "\n".join(lines)
+
+
+def _quieten_orbax() -> None:
+    """Leaves the console to what the loop says.
+
+    Orbax logs every file, and every failure with its stack; and after one failure
+    of many that ran at once, Python and tensorstore print the others.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+    threadhook = threading.excepthook
+
+    def of_orbax(trace: TracebackType | None) -> bool:
+        frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
+        return any("orbax" in name or "asyncio" in name for name in frames)
+
+    def on_except(kind, error, trace):
+        # Tensorstore prints it so from threads of its own; all else is ours.
+        if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
+            excepthook(kind, error, trace)
+
+    def on_unraisable(unraisable):
+        if not of_orbax(unraisable.exc_traceback):
+            unraisablehook(unraisable)
+
+    def on_thread(args):
+        if not of_orbax(args.exc_traceback):
+            threadhook(args)
+
+    sys.excepthook, sys.unraisablehook = on_except, on_unraisable
+    threading.excepthook = on_thread

@@ -10,7 +10,95 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dualpipe_jax.train import _rendezvous
+
+TIMEOUT_S = 60.0
 _TEXT_BYTES = 256
+
+
+def connect(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = TIMEOUT_S,
+) -> None:
+    """Makes this process one of several; to be called before jax has devices.
+
+    Without arguments, the cluster's environment says the rest: jax knows Slurm, Open
+    MPI, Kubernetes and Cloud TPU.
+
+    Args:
+      coordinator: HOST:PORT of process 0, at a port that is free there.
+      num_processes: of the run.
+      process_id: of this one, below `num_processes`.
+      timeout: seconds until all processes must be there.
+
+    Raises:
+      ValueError: bad arguments, no such environment, or processes that do not come.
+    """
+    given = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    local_devices = None
+    if len(missing) == len(given):
+        coordinator, num_processes, process_id, local_devices = _of_cluster(timeout)
+    elif missing:
+        raise ValueError(
+            f"{' and '.join(missing)} must be given too: several processes need "
+            f"{', '.join(given)}, or none of them where a cluster tells."
+        )
+    assert coordinator is not None
+    assert num_processes is not None
+    assert process_id is not None
+    if num_processes < 1:
+        raise ValueError(f"{num_processes=} must be at least 1.")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"{process_id=} must be at least 0 and below {num_processes=}; number the "
+            "processes from 0."
+        )
+    if not timeout > 0:
+        raise ValueError(f"{timeout=} must be positive.")
+    _rendezvous.meet(coordinator, num_processes, process_id, timeout)
+    # Its notice of SIGTERM would take the place of the loop's own.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        local_device_ids=local_devices,
+        initialization_timeout=max(1, round(timeout)),
+        shutdown_timeout_seconds=max(1, round(timeout)),
+    )
+
+
+def _of_cluster(timeout: float) -> tuple:
+    """Address, number of processes, own number, own devices; as jax finds them.
+
+    jax.distributed.initialize would find the same, but aborts if it then fails.
+    """
+    from jax._src.clusters import ClusterEnv  # jax has no public name for it
+
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, max(1, round(timeout))
+        )
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"the cluster's environment is not complete ({error}); give --coordinator, "
+            "--num-processes and --process-id."
+        ) from error
+    if found[0] is None:
+        raise ValueError(
+            "no cluster's environment was found (Slurm, Open MPI, Kubernetes, Cloud "
+            "TPU); give --coordinator, --num-processes and --process-id."
+        )
+    return found
 
 
 def is_main() -> bool:

@@ -232,7 +232,7 @@ def test_a_disk_that_is_full_ends_no_run(finished, tmp_path, fill_the_disk):
 
 
 @leaves_errors
-def test_a_last_checkpoint_that_fails_is_told(tmp_path, fill_the_disk):
+def test_a_last_checkpoint_that_fails_is_told(tmp_path, fill_the_disk, after_step):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill_the_disk(20_000, first=8)
     result, printed = run(tmp_path)
@@ -240,6 +240,7 @@ def test_a_last_checkpoint_that_fails_is_told(tmp_path, fill_the_disk):
     assert "the checkpoint of step 8 could not be written" in printed
     assert "not everything could be written: " in printed  # the picture is larger
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after_step(lambda step: None)
     assert run(tmp_path, resume=True)[0].save_failure is None
 
 

@@ -1,0 +1,187 @@
+"""Processes meet before jax is told of each other, so that who is missing is said.
+
+When a process cannot reach jax's coordinator, or process 0 waits in vain for the
+others, jax ends the whole process from C++ (SIGABRT and a stack trace, jax 0.10.2),
+where no Python code can say what is wrong. Here process 0 listens at the
+coordinator's address until every other process has said who it is, and only then do
+all of them go on, to jax, at the same address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+
+_RETRY_S = 0.2
+_LINE_BYTES = 512
+_GREETING = "dualpipe_jax"
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Splits HOST:PORT; the host may be an IPv6 address in brackets.
+
+    Raises:
+      ValueError: it is no such address.
+
+    Examples:
+      >>> parse_address("node-0.job:1234"), parse_address("[::1]:80")
+      (('node-0.job', 1234), ('::1', 80))
+    """
+    host, colon, port = address.rpartition(":")
+    bracketed = host[:1] == "[" and host[-1:] == "]"
+    if bracketed:
+        host = host[1:-1]
+    if (
+        not (colon and host and port.isascii() and port.isdigit())
+        or not 0 < int(port) < 2**16
+        or (":" in host and not bracketed)
+        or any(c.isspace() or c == "/" for c in host)
+    ):
+        raise ValueError(
+            f"coordinator {address!r} is no address; give HOST:PORT, such as "
+            "node-0:1234 or 127.0.0.1:1234."
+        )
+    return host, int(port)
+
+
+def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:
+    """Returns when all processes are there, at most `timeout` seconds apart.
+
+    Raises:
+      ValueError: they are not in time, or do not agree about their number.
+    """
+    host, port = parse_address(address)
+    deadline = time.monotonic() + timeout
+    if num_processes == 1:
+        return
+    if process_id == 0:
+        _gather(port, num_processes, timeout, deadline)
+    else:
+        _report(host, port, num_processes, process_id, timeout, deadline)
+
+
+def _gather(port: int, num_processes: int, timeout: float, deadline: float) -> None:
+    here: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            listener = stack.enter_context(_listen(port))
+        except OSError as error:
+            raise ValueError(
+                f"process 0 cannot listen at port {port} ({error}); choose a port that "
+                "is free on its host."
+            ) from error
+        while len(here) < num_processes - 1:
+            listener.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                missing = sorted(set(range(1, num_processes)) - here.keys())
+                _tell(here, "error process 0 did not see all others in time")
+                raise ValueError(
+                    f"{len(missing)} of {num_processes} processes did not come within "
+                    f"{timeout:g} s, the first of them process {missing[0]}; start "
+                    "them all, with this coordinator."
+                ) from None
+            stack.enter_context(connection)
+            process_id, their_number = _introduced(connection)
+            if process_id is None:
+                continue  # somebody who looks for an open port, say
+            if their_number != num_processes:
+                problem = (
+                    f"process {process_id} was started as one of {their_number} "
+                    f"processes, but process 0 as one of {num_processes}; give all the "
+                    "same --num-processes."
+                )
+                _tell({process_id: connection, **here}, f"error {problem}")
+                raise ValueError(problem)
+            if process_id in here and not _has_left(here[process_id]):
+                problem = (
+                    f"two processes have --process-id {process_id}; give each its own."
+                )
+                _tell({-1: connection, **here}, f"error {problem}")
+                raise ValueError(problem)
+            here[process_id] = connection
+        _tell(here, "go")
+
+
+def _report(
+    host: str,
+    port: int,
+    num_processes: int,
+    process_id: int,
+    timeout: float,
+    deadline: float,
+) -> None:
+    last = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=left) as connection:
+                greeting = f"{_GREETING} {process_id} {num_processes}\n"
+                connection.sendall(greeting.encode())
+                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                answer = _read_line(connection)
+        except OSError as error:
+            last = str(error) or type(error).__name__
+        else:
+            if answer == "go":
+                return
+            kind, _, problem = answer.partition(" ")
+            if kind == "error":
+                raise ValueError(problem)
+            last = "it closed the connection" if not answer else "it is another program"
+        time.sleep(_RETRY_S)
+    raise ValueError(
+        f"coordinator {host}:{port} did not answer within {timeout:g} s ({last}); "
+        "start process 0 there, and check --coordinator and the network."
+    )
+
+
+def _listen(port: int) -> socket.socket:
+    # As jax's service does: on all interfaces, of both kinds where there are both.
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(
+                ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
+            )
+    return socket.create_server(("", port), backlog=4096)
+
+
+def _introduced(connection: socket.socket) -> tuple[int | None, int]:
+    connection.settimeout(5)
+    try:
+        greeting, process_id, num_processes = _read_line(connection).split(" ")
+        if greeting == _GREETING:
+            return int(process_id), int(num_processes)
+    except (OSError, ValueError):
+        pass
+    return None, 0
+
+
+def _has_left(connection: socket.socket) -> bool:
+    """Whether a process that waits for an answer has closed its connection."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(5)
+
+
+def _tell(connections: dict[int, socket.socket], line: str) -> None:
+    for connection in connections.values():
+        with contextlib.suppress(OSError):
+            connection.sendall(f"{line}\n".encode())
+
+
+def _read_line(connection: socket.socket) -> str:
+    line = b""
+    while not line.endswith(b"\n") and len(line) < _LINE_BYTES:
+        received = connection.recv(1)
+        if not received:
+            break
+        line += received
+    return line.decode(errors="replace").strip()
