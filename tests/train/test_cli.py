@@ -1,6 +1,5 @@
 """The main job from the command line, as processes of their own."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,62 +7,133 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dualpipe_jax import cli
+from dualpipe_jax.train import Result
+from dualpipe_jax.train import cli as train_cli
+from dualpipe_jax.train.metrics import read_metrics
+from tests.train import tiny
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = "tests/train/tiny.py"
+CHEAP = "tests/train/cheap.py"
 
 
-def start(*args):
+def start(*args, module="dualpipe_jax", **env):
     """Starts `python -m dualpipe_jax train` as a user does: with no XLA flag set."""
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
     return subprocess.Popen(
-        [sys.executable, "-m", "dualpipe_jax", "train", *map(str, args)],
+        [sys.executable, "-m", module, "train", *map(str, args)],
         cwd=ROOT,
-        env=env,
+        env=kept | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
+def start_cheap(*args, **env):
+    return start(CHEAP, *args, module="tests.train.cheap", **env)
+
+
+def finish(process):
+    """What a process prints, to stdout and stderr, that is to end well."""
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return printed, errors
+
+
 def losses(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def wait_for_a_step(process, folder, more_than=0):
+    deadline = time.monotonic() + 300
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) <= more_than:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
 def test_a_run_stopped_by_sigterm_and_resumed_is_one_run(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = start(TINY, "--out", whole)
-    printed, _ = done.communicate(timeout=300)
-    assert done.returncode == 0
+    printed, _ = finish(start(TINY, "--out", whole))
     assert printed.startswith("8 of 8 steps (")
     for word in ("loss ", "held-out loss ", "tokens/s ", "bubble ", str(whole)):
         assert word in printed
 
     # As many steps as it likes, until the signal.
     stopped = start(TINY, "--out", parts, "--steps", 1_000_000)
-    deadline = time.monotonic() + 300
-    while not (parts / "metrics.jsonl").exists() or not losses(parts):
-        assert stopped.poll() is None, stopped.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_a_step(stopped, parts)
     stopped.send_signal(signal.SIGTERM)
-    printed, _ = stopped.communicate(timeout=60)
-    assert stopped.returncode == 0
+    printed, _ = finish(stopped)
     assert "stopped by SIGTERM after" in printed and "--resume continues" in printed
     before = losses(parts)
 
-    resumed = start(
-        TINY, "--out", parts, "--steps", len(before) + 2, "--resume", "--data", ROOT
-    )
-    printed, errors = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, errors
+    steps = ["--steps", len(before) + 2]
+    finish(start(TINY, "--out", parts, *steps, "--resume", "--data", ROOT))
     assert losses(parts)[: len(before)] == before
     assert len(losses(parts)) == len(before) + 2
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_and_resumed_is_one_run(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    steps = ["--steps", 60]
+    finish(start_cheap("--out", whole, *steps))
+    rng = np.random.default_rng(0)
+    resume = []
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        run = start_cheap("--out", parts, *steps, *resume, CHEAP_STEP_SECONDS="0.05")
+        # A save begins every third step; so the kill comes in the midst of one, or
+        # not. Before the first checkpoint there would be nothing to resume.
+        wait_for_a_step(run, parts, more_than=0 if resume else 6)
+        time.sleep(rng.uniform(0, 0.6))
+        run.send_signal(number)
+        run.communicate()
+        assert run.returncode == (0 if number == signal.SIGTERM else -number)
+        assert 0 < len(losses(parts)) < 60
+        resume = ["--resume"]
+    finish(start_cheap("--out", parts, *steps, *resume))
+    records = [read_metrics(folder / "metrics.jsonl") for folder in (whole, parts)]
+    for record in (*records[0], *records[1]):
+        del record["tokens_per_s"]  # the one field that a clock has a part in
+    assert len(records[0]) == 60 and records[0] == records[1]
+    assert sorted(p.name for p in (parts / "checkpoints").iterdir()) == ["57", "60"]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_said_without_noise(tmp_path):
+    finish(start_cheap("--out", tmp_path / "run"))
+    last = tmp_path / "run" / "checkpoints" / "8"
+    largest = max(last.rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    printed, errors = finish(start_cheap("--out", tmp_path / "run", "--resume"))
+    assert printed.startswith("8 of 8 steps (")
+    assert "the checkpoint of step 8 is damaged (" in errors
+    assert "Traceback" not in errors and "Exception ignored" not in errors, errors
+
+
+def test_the_summary_tells_what_was_not_saved_and_shows_the_sample(tmp_path):
+    result = Result(
+        step=8,
+        metrics=[{"loss": 2.5, "tokens_per_s": 9.0, "pipeline_bubble_ratio": 0.1}],
+        stopped_by=None,
+        compile_s=1.0,
+        train_s=2.0,
+        save_failure="OSError: No space left on device",
+        sample=("def f(", "x):\n"),
+    )
+    lines = train_cli.summary(tiny.config(), result, tmp_path, "token").splitlines()
+    assert "loss           2.500 nats a token (first step 2.500)" in lines
+    assert lines[-4] == (
+        "NOT SAVED      the last checkpoint could not be written: "
+        "OSError: No space left on device"
+    )
+    assert lines[-1] == "def f(|x):"
 
 
 @pytest.mark.parametrize(

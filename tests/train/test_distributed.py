@@ -1,0 +1,296 @@
+"""Several processes: how they meet, or say who is missing; that they are one run."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dualpipe_jax import cli
+from dualpipe_jax.train import _rendezvous, distributed
+from tests.train import tiny
+
+ROOT = Path(__file__).parent.parent.parent
+CHEAP = "tests/train/cheap.py"
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(*args, module="dualpipe_jax", num_processes=2, **env):
+    """Starts the processes of one run, each with four of its eight devices."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} "
+        "--xla_backend_optimization_level=0",  # most of the time goes into compiling
+        "PYTHONUNBUFFERED": "1",
+        **env,
+    }
+    command = [sys.executable, "-m", module, "train", *map(str, args)]
+    several = ["--coordinator", coordinator, "--num-processes", str(num_processes)]
+    return [
+        subprocess.Popen(
+            [*command, *several, "--process-id", str(process_id)],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process_id in range(num_processes)
+    ]
+
+
+def finish(processes, timeout=240):
+    """Waits; returns what each printed. All end well, or all are killed."""
+    try:
+        printed = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    statuses = [process.returncode for process in processes]
+    assert statuses == [0] * len(processes), "\n=====\n".join(printed)
+    return printed
+
+
+def records(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    clock = "tokens_per_s"
+    return [{k: v for k, v in json.loads(x).items() if k != clock} for x in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    path = tmp_path / "eight.py"
+    path.write_text(
+        "import dataclasses\n"
+        "from tests.train import tiny\n"
+        "def config():\n"
+        "    return dataclasses.replace(\n"
+        "        tiny.config(), mesh=tiny.config().mesh | {'pp': 2, 'dp': 4},\n"
+        "        microbatch_size=4, num_steps=3)\n"
+    )
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(64)) * 60)
+    args = [path, "--data", text, "--out"]
+    printed = finish(start(*args, tmp_path / "two"))
+    assert "3 of 3 steps" in printed[0] and "loss" not in printed[1]
+    finish(start(*args, tmp_path / "one", num_processes=1))
+    one, two = (records(tmp_path / name) for name in ("one", "two"))
+    assert [r["step"] for r in two] == [1, 2, 3]
+    assert two[-1]["loss"] < two[0]["loss"] - 0.1  # it learns, so steps matter
+    for name in ("loss", "grad_norm", "held_out_loss"):
+        series = [[r[name] for r in run if name in r] for run in (two, one)]
+        # f32: gloo sums over processes in another order; Adam makes it grow.
+        np.testing.assert_allclose(*series, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_they_resume(tmp_path):
+    """Of the cheap programs: a run of two processes takes seconds."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def run(folder, *args, **env):
+        return start(CHEAP, "--out", folder, *args, module="tests.train.cheap", **env)
+
+    finish(run(whole, "--steps", 12))
+    stopped = run(parts, "--steps", 12, CHEAP_STEP_SECONDS="0.3")
+    deadline = time.monotonic() + 100
+    while not (parts / "metrics.jsonl").exists() or not records(parts):
+        assert stopped[0].poll() is None, stopped[0].communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    stopped[1].send_signal(signal.SIGTERM)  # not the one that writes
+    printed = finish(stopped)
+    assert re.search(r"stopped by SIGTERM after \d+ of 12 steps", printed[0])
+    steps = len(records(parts))
+    assert 0 < steps < 12
+    assert sorted(p.name for p in (parts / "checkpoints").iterdir())[-1] == str(steps)
+    finish(run(parts, "--steps", 12, "--resume"))
+    assert records(parts) == records(whole)
+
+
+def meet(address, num_processes, process_ids, timeout):
+    """What `meet` says in each of several threads: None, or its error."""
+    said = dict.fromkeys(range(len(process_ids)))
+
+    def run(index, process_id):
+        try:
+            _rendezvous.meet(address, num_processes, process_id, timeout)
+        except ValueError as error:
+            said[index] = str(error)
+
+    threads = [
+        threading.Thread(target=run, args=each) for each in enumerate(process_ids)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)  # so that the order is the one given
+    for thread in threads:
+        thread.join()
+    return list(said.values())
+
+
+@pytest.fixture
+def address():
+    return f"127.0.0.1:{free_port()}"
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0]])
+def test_processes_meet_whoever_is_first(order, address):
+    assert meet(address, 4, order, 20) == [None] * 4
+    assert meet(address, 4, order, 20) == [None] * 4  # the port is free again
+
+
+def test_a_process_that_does_not_come_is_named(address):
+    first, second = meet(address, 4, [0, 2], 0.5)
+    assert "2 of 4 processes did not come within 0.5 s, the first of them" in first
+    assert "process 1; start them all" in first
+    assert second == "process 0 did not see all others in time"
+
+
+def test_processes_that_disagree_are_named(address):
+    said = meet(address, 3, [0, 1, 1], 5)
+    assert all("two processes have --process-id 1; give" in line for line in said)
+    port = address.rpartition(":")[2]
+
+    def other():
+        with contextlib.suppress(ValueError):
+            _rendezvous.meet(f"localhost:{port}", 4, 3, 5)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    (said,) = meet(address, 3, [0], 5)
+    thread.join()
+    assert "process 3 was started as one of 4 processes, but process 0 as one" in said
+
+
+def test_a_process_may_come_again_and_others_may_knock(address):
+    host, port = _rendezvous.parse_address(address)
+
+    def knock():
+        time.sleep(0.2)
+        for line in (b"GET / HTTP/1.1\n", b"", b"\xff\n"):
+            with socket.create_connection((host, port)) as client:
+                client.sendall(line)
+        # Process 1, killed while it waited, and started anew below.
+        with socket.create_connection((host, port)) as client:
+            client.sendall(b"dualpipe_jax 1 3\n")
+        _rendezvous.meet(address, 3, 1, 5)
+        _rendezvous.meet(address, 3, 2, 5)
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    second = threading.Thread(target=_rendezvous.meet, args=(address, 3, 2, 5))
+    second.start()
+    assert meet(address, 3, [0], 5) == [None]
+    second.join()
+
+
+def test_a_coordinator_that_is_another_program_is_told(address):
+    host, port = _rendezvous.parse_address(address)
+    with socket.create_server((host, port)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = server.accept()
+                    with client:
+                        client.sendall(b"HTTP/1.1 400 Bad Request\n")
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        (said,) = meet(address, 2, [1], 0.5)
+        assert "did not answer within 0.5 s (it is another program); start pro" in said
+        (said,) = meet(address, 2, [0], 0.5)
+        assert re.search(r"process 0 cannot listen at port \d+ \(.*choose a port", said)
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--coordinator 127.0.0.1:1", "num_processes and process_id must be given too"),
+        ("--num-processes 2", "coordinator and process_id must be given too"),
+        (
+            "--coordinator {} --num-processes 2 --process-id 2",
+            "process_id=2 must be at",
+        ),
+        ("--coordinator {} --num-processes 2 --process-id -1", "process_id=-1 must be"),
+        (
+            "--coordinator {} --num-processes 0 --process-id 0",
+            "num_processes=0 must be",
+        ),
+        (
+            "--coordinator nohost --num-processes 2 --process-id 1",
+            "'nohost' is no addr",
+        ),
+        ("--coordinator a:b --num-processes 2 --process-id 1", "'a:b' is no address"),
+        ("--coordinator h:0 --num-processes 2 --process-id 0", "'h:0' is no address"),
+        ("--coordinator ::1:9 --num-processes 2 --process-id 0", "is no address; give"),
+        ("--coordinator http://h:9 --num-processes 2 --process-id 0", "is no address"),
+        (
+            "--coordinator {} --num-processes 2 --process-id 1 --connect-timeout 0.5",
+            "did not answer within 0.5 s (",
+        ),
+        (
+            "--coordinator no-such-host.invalid:9 --num-processes 2 --process-id 1 "
+            "--connect-timeout 0.5",
+            "coordinator no-such-host.invalid:9 did not answer within 0.5 s (",
+        ),
+        (
+            "--coordinator {} --num-processes 2 --process-id 0 --connect-timeout 0.5",
+            "1 of 2 processes did not come within 0.5 s, the first of them process 1",
+        ),
+        (
+            "--coordinator {} --num-processes 2 --process-id 0 --connect-timeout 0",
+            "timeout=0.0 must be positive",
+        ),
+        ("--distributed", "no cluster's environment was found"),
+        ("--distributed --process-id 1", "--distributed takes all from the cluster"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message, address, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "OMPI_MCA_orte_hnp_uri"):
+        monkeypatch.delenv(name, raising=False)  # these tests may run in a cluster
+    (tmp_path / "text").write_bytes(b"text" * 1000)
+    data = ["--data", str(tmp_path / "text"), "--out", str(tmp_path / "run")]
+    path = tiny.__file__
+    assert cli.main(["train", path, *data, *flags.format(address).split()]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurm_tells_where_the_others_are(monkeypatch):
+    variables = {
+        "SLURM_JOB_ID": "4242",
+        "SLURM_STEP_NODELIST": "node[003-004]",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    met = {}
+    monkeypatch.setattr(_rendezvous, "meet", lambda *args: met.update(args=args))
+    initialize = lambda *args, **kwargs: met.update(jax=(args, kwargs))  # noqa: E731
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
+    distributed.connect(timeout=7)
+    port = met["args"][0].partition(":")[2]
+    assert met["args"] == (f"node003:{port}", 8, 5, 7)
+    args, kwargs = met["jax"]
+    assert args == (f"node003:{port}", 8, 5) and kwargs["local_device_ids"] == [1]
