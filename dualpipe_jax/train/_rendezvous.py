@@ -95,7 +95,9 @@ def _gather(port: int, num_processes: int, timeout: float, deadline: float) -> N
                 )
                 _tell({process_id: connection, **here}, f"error {problem}")
                 raise ValueError(problem)
-            if process_id in here and not _has_left(here[process_id]):
+            # Some may have been killed while they waited, to be started anew.
+            here = {i: c for i, c in here.items() if not _has_left(c)}
+            if process_id in here:
                 problem = (
                     f"two processes have --process-id {process_id}; give each its own."
                 )

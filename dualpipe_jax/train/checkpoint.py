@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dualpipe_jax.train import distributed
+from dualpipe_jax.train._barrier import Barrier
 from dualpipe_jax.train._integrity import (
     DamagedError,
     checksums,
@@ -49,18 +51,28 @@ class Checkpoints:
         self._writing: int | None = None
         self._error: Exception | None = None
         self._max_to_keep = max_to_keep
-        self._manager = self._open()
+        self._generation = 0
+        self._manager, self._barrier = self._open()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> tuple[ocp.CheckpointManager, Barrier]:
         # What was half-written when a run was killed, or a save failed.
         if distributed.is_main():
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
         distributed.barrier("half-written checkpoints are deleted")
+        barrier = Barrier()
+        # Some process may be at a barrier still that was given up; keys are unique.
+        self._generation += 1
+        prefix = f"{self.folder.name}-{self._generation}"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._max_to_keep, create=True
+            max_to_keep=self._max_to_keep,
+            create=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix=prefix
+            ),
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        return ocp.CheckpointManager(self.folder, options=options), barrier
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -96,32 +108,38 @@ class Checkpoints:
             )
         except Exception as error:  # whatever it is, training can go on
             self._error = error
-            self.poll()
 
     def poll(self) -> None:
-        """Says so if the save that was started has failed by now.
-
-        Of several processes, none says so before the next `save` or `wait`, where
-        they can agree.
-        """
-        if (
-            self._writing is not None
-            and jax.process_count() == 1
-            and (self._error or not self._manager.is_saving_in_progress())
-        ):
-            self.wait()
+        """Says so if the save that was started has failed by now, in any process."""
+        if self._writing is None:
+            return
+        error = self._error or self._barrier.error
+        if error is not None:
+            status = f"failed: {_one_line(error)}"
+        else:
+            status = "writing" if self._manager.is_saving_in_progress() else "written"
+        statuses = distributed.all_say(status)
+        failed = [each for each in statuses if each.startswith("failed: ")]
+        if failed:
+            self._end(failed[0].removeprefix("failed: "))
+        elif "writing" not in statuses:
+            try:
+                self._manager.wait_until_finished()
+            except Exception as raised:  # orbax raises it in whoever waits
+                error = raised
+            self._end(distributed.first_said(error and _one_line(error)))
 
     def wait(self) -> None:
         """Waits until the save that was started is written, or has failed."""
-        if self._writing is None:
-            return
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:  # as above; orbax raises it in whoever waits
-            self._error = error
-        step, self._writing = self._writing, None
-        self.failure = distributed.first_said(self._error and _one_line(self._error))
-        if self.failure is None:
+        while self._writing is not None:
+            self.poll()
+            if self._writing is not None:
+                time.sleep(0.01)
+
+    def _end(self, failure: str | None) -> None:
+        step, self._writing, self._error = self._writing, None, None
+        self.failure = failure
+        if failure is None:
             return
         self._say(
             f"the checkpoint of step {step} could not be written ({self.failure}); "
@@ -129,10 +147,11 @@ class Checkpoints:
         )
         # A new manager: of a save that failed, the old one has forgotten some of the
         # checkpoints that it meant to delete, and keeps threads and their errors.
+        self._barrier.abandon()
         for _ in range(2):
             with contextlib.suppress(Exception):
                 self._manager.close()
-        self._manager = self._open()
+        self._manager, self._barrier = self._open()
 
     def restore(self, plan: Plan) -> tuple[int, Any, dict[str, Any]]:
         """Reads the latest checkpoint that is whole.
@@ -235,7 +254,7 @@ def _damage_is_shared() -> Iterator[None]:
         raise DamagedError(problem)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """An error in at most a line; tensorstore's go on for pages."""
     if isinstance(error, DamagedError):
         return str(error)

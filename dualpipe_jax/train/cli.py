@@ -11,7 +11,6 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-import jax
 from rich.console import Console
 
 from dualpipe_jax.train import distributed
@@ -84,31 +83,26 @@ def run(args: argparse.Namespace) -> int:
         held_out_fraction=config.held_out_fraction,
     )
     folder = args.out or Path("runs") / config.name
-    connected = _connect(args)
+    _connect(args)
     try:
         result = train(config, text, folder, resume=args.resume, console=console)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    finally:
-        if connected:
-            jax.distributed.shutdown()
     if result.metrics:
         print(summary(config, result, folder, text.unit))
     return 1 if result.save_failure else 0
 
 
-def _connect(args: argparse.Namespace) -> bool:
+def _connect(args: argparse.Namespace) -> None:
     given = [args.coordinator, args.num_processes, args.process_id]
     if args.distributed and any(value is not None for value in given):
         raise ValueError(
             "--distributed takes all from the cluster's environment; leave it out, or "
             "--coordinator, --num-processes and --process-id."
         )
-    if not args.distributed and all(value is None for value in given):
-        return False
-    distributed.connect(*given, timeout=args.connect_timeout)
-    return True
+    if args.distributed or any(value is not None for value in given):
+        distributed.connect(*given, timeout=args.connect_timeout)
 
 
 def summary(
@@ -152,9 +146,10 @@ def _quieten_orbax() -> None:
     """Leaves the console to what the loop says.
 
     Orbax logs every file, and every failure with its stack; and after one failure
-    of many that ran at once, Python and tensorstore print the others.
+    of many that ran at once, Python, asyncio and tensorstore print the others.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
     threadhook = threading.excepthook
 

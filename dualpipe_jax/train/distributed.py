@@ -112,22 +112,30 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def first_said(text: str | None) -> str | None:
-    """What the first process has to say that says anything; all learn the same.
+def all_say(text: str) -> list[str]:
+    """What each process says; all learn the same.
 
     Args:
-      text: a line, cut off after 256 bytes where there are several processes; None
-        if there is nothing to say.
+      text: a line, cut off after 256 bytes where there are several processes.
+
+    Examples:
+      >>> all_say("done")
+      ['done']
+    """
+    if jax.process_count() == 1:
+        return [text]
+    line = np.zeros(_TEXT_BYTES, np.uint8)
+    encoded = text.encode()[:_TEXT_BYTES]
+    line[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    lines = np.asarray(multihost_utils.process_allgather(line))
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in lines]
+
+
+def first_said(text: str | None) -> str | None:
+    """What the first process has to say that has anything to say.
 
     Examples:
       >>> first_said(None), first_said("SIGTERM")
       (None, 'SIGTERM')
     """
-    if jax.process_count() == 1:
-        return text
-    line = np.zeros(_TEXT_BYTES, np.uint8)
-    encoded = (text or "").encode()[:_TEXT_BYTES]
-    line[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    lines = np.asarray(multihost_utils.process_allgather(line))
-    said = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in lines)
-    return next((text for text in said if text), None)
+    return next(filter(None, all_say(text or "")), None)

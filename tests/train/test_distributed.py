@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -96,28 +97,43 @@ def test_two_processes_train_as_one(tmp_path):
         np.testing.assert_allclose(*series, rtol=1e-4, err_msg=name)
 
 
+def wait_for_steps(count, folder, process):
+    deadline = time.monotonic() + 100
+    while not (folder / "metrics.jsonl").exists() or len(records(folder)) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_and_they_resume(tmp_path):
-    """Of the cheap programs: a run of two processes takes seconds."""
+def test_what_happens_to_one_process_happens_to_all(tmp_path):
+    """A disk that is full, a signal; of cheap programs, which start in seconds."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
     def run(folder, *args, **env):
-        return start(CHEAP, "--out", folder, *args, module="tests.train.cheap", **env)
+        args = [CHEAP, "--steps", 24, "--out", folder, *args]
+        return start(*args, module="tests.train.cheap", **env)
 
-    finish(run(whole, "--steps", 12))
-    stopped = run(parts, "--steps", 12, CHEAP_STEP_SECONDS="0.3")
-    deadline = time.monotonic() + 100
-    while not (parts / "metrics.jsonl").exists() or not records(parts):
-        assert stopped[0].poll() is None, stopped[0].communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    stopped[1].send_signal(signal.SIGTERM)  # not the one that writes
+    finish(run(whole))
+    stopped = run(parts, CHEAP_STEP_SECONDS="0.2")
+    # Process 1 cannot write what it has of the checkpoint of step 6, or 9.
+    wait_for_steps(4, parts, stopped[0])
+    limits = resource.prlimit(stopped[1].pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(stopped[1].pid, resource.RLIMIT_FSIZE, (300, limits[1]))
+    wait_for_steps(8, parts, stopped[0])
+    resource.prlimit(stopped[1].pid, resource.RLIMIT_FSIZE, limits)
+    # And process 1 is told to stop; process 0 is the one that writes.
+    wait_for_steps(13, parts, stopped[0])
+    stopped[1].send_signal(signal.SIGTERM)
     printed = finish(stopped)
-    assert re.search(r"stopped by SIGTERM after \d+ of 12 steps", printed[0])
+    assert "the checkpoint of step 6 could not be written (" in printed[0]
+    assert "could not" not in printed[1]
+    assert re.search(r"stopped by SIGTERM after \d+ of 24 steps", printed[0])
     steps = len(records(parts))
-    assert 0 < steps < 12
-    assert sorted(p.name for p in (parts / "checkpoints").iterdir())[-1] == str(steps)
-    finish(run(parts, "--steps", 12, "--resume"))
+    assert 13 <= steps < 24
+    saved = [int(path.name) for path in (parts / "checkpoints").iterdir()]
+    assert max(saved) == steps
+    finish(run(parts, "--resume"))
     assert records(parts) == records(whole)
 
 
@@ -188,13 +204,13 @@ def test_a_process_may_come_again_and_others_may_knock(address):
         with socket.create_connection((host, port)) as client:
             client.sendall(b"dualpipe_jax 1 3\n")
         _rendezvous.meet(address, 3, 1, 5)
-        _rendezvous.meet(address, 3, 2, 5)
 
     thread = threading.Thread(target=knock, daemon=True)
     thread.start()
     second = threading.Thread(target=_rendezvous.meet, args=(address, 3, 2, 5))
     second.start()
     assert meet(address, 3, [0], 5) == [None]
+    thread.join()
     second.join()
 
 
