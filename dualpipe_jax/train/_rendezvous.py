@@ -71,7 +71,11 @@ def _gather(port: int, num_processes: int, timeout: float, deadline: float) -> N
                 f"process 0 cannot listen at port {port} ({error}); choose a port that "
                 "is free on its host."
             ) from error
-        while len(here) < num_processes - 1:
+        while True:
+            # Some may have been killed while they waited, to be started anew.
+            here = {i: c for i, c in here.items() if not _has_left(c)}
+            if len(here) == num_processes - 1:
+                break
             listener.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 connection, _ = listener.accept()
@@ -95,9 +99,7 @@ def _gather(port: int, num_processes: int, timeout: float, deadline: float) -> N
                 )
                 _tell({process_id: connection, **here}, f"error {problem}")
                 raise ValueError(problem)
-            # Some may have been killed while they waited, to be started anew.
-            here = {i: c for i, c in here.items() if not _has_left(c)}
-            if process_id in here:
+            if process_id in here and not _has_left(here[process_id]):
                 problem = (
                     f"two processes have --process-id {process_id}; give each its own."
                 )

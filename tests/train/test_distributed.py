@@ -200,18 +200,20 @@ def test_a_process_may_come_again_and_others_may_knock(address):
         for line in (b"GET / HTTP/1.1\n", b"", b"\xff\n"):
             with socket.create_connection((host, port)) as client:
                 client.sendall(line)
-        # Process 1, killed while it waited, and started anew below.
         with socket.create_connection((host, port)) as client:
             client.sendall(b"dualpipe_jax 1 3\n")
+            time.sleep(0.2)
+        # That was killed while it waited; the others come later.
+        second = threading.Thread(target=_rendezvous.meet, args=(address, 3, 2, 5))
+        second.start()
+        time.sleep(0.2)
         _rendezvous.meet(address, 3, 1, 5)
+        second.join()
 
-    thread = threading.Thread(target=knock, daemon=True)
+    thread = threading.Thread(target=knock)
     thread.start()
-    second = threading.Thread(target=_rendezvous.meet, args=(address, 3, 2, 5))
-    second.start()
     assert meet(address, 3, [0], 5) == [None]
     thread.join()
-    second.join()
 
 
 def test_a_coordinator_that_is_another_program_is_told(address):
