@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-CONFIG ?= configs/bytes.py
+CONFIG ?= configs/tiny.py
 WORKERS ?= 2
 
 BIN := $(VENV)/bin

@@ -2,14 +2,13 @@
 
 try:
     from dualpipe_jax.train.config import (
-        ModelConfig,
         OptimizerConfig,
-        PipelineFns,
         TrainConfig,
         load_config,
     )
     from dualpipe_jax.train.data import Text, load_text
     from dualpipe_jax.train.loop import Result, train
+    from dualpipe_jax.train.model import ModelConfig, PipelineModel
     from dualpipe_jax.train.step import Programs, TrainState, make_programs
 except ModuleNotFoundError as error:
     if error.name is None or error.name.startswith("dualpipe_jax"):
@@ -21,7 +20,7 @@ except ModuleNotFoundError as error:
 __all__ = [
     "ModelConfig",
     "OptimizerConfig",
-    "PipelineFns",
+    "PipelineModel",
     "Programs",
     "Result",
     "Text",

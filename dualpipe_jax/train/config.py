@@ -1,7 +1,7 @@
 """The training job's configuration: frozen dataclasses, and how a config file is found.
 
 A config is a Python file whose `config()` returns a `TrainConfig`. The model is
-any object with `build(num_stages)`, so that the loop knows no architecture.
+a `ModelConfig`, so that the loop knows no architecture.
 """
 
 from __future__ import annotations
@@ -12,34 +12,23 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
 
-import jax
-
-from dualpipe_jax.pipeline import PipelineParams
+from dualpipe_jax.generators.dualpipe import dualpipe
+from dualpipe_jax.generators.dualpipev import dualpipev
+from dualpipe_jax.generators.gpipe import gpipe
+from dualpipe_jax.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.generators.zb1p import zb1p
 from dualpipe_jax.schedule import Schedule
+from dualpipe_jax.train.model import ModelConfig
 
-
-class PipelineFns(NamedTuple):
-    """What the pipeline needs to know about a model; all functions are pure.
-
-    Attributes:
-      init: key -> `PipelineParams`, whose stages' leaves are [num_stages, ...].
-      embed_fn: (embedding, tokens [batch, sequence]) -> activations.
-      stage_fn: (stage parameters, activations) -> activations.
-      loss_fn: (head, activations, targets [batch, sequence]) -> mean loss, nats.
-    """
-
-    init: Callable[[jax.Array], PipelineParams]
-    embed_fn: Callable[..., Any]
-    stage_fn: Callable[..., Any]
-    loss_fn: Callable[..., Any]
-
-
-class ModelConfig(Protocol):
-    """A frozen dataclass that can lay its model over a number of stages."""
-
-    def build(self, num_stages: int) -> PipelineFns: ...
+AXES = ("pp", "dp", "ep")
+SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
+    "dualpipe": dualpipe,
+    "dualpipev": dualpipev,
+    "1f1b": one_f_one_b,
+    "zb1p": zb1p,
+    "gpipe": gpipe,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +60,12 @@ class TrainConfig:
 
     Attributes:
       name: the run's folder is runs/<name> unless the command line says otherwise.
-      model: anything with `build(num_stages) -> PipelineFns`.
-      mesh: axis name -> size; `pp` is the pipeline, `dp` splits each microbatch.
-      schedule: (num_ranks, num_microbatches) -> Schedule, such as `dualpipe`.
+      model: see `ModelConfig`.
+      mesh: axis name -> size. `pp` is the pipeline; `dp` and `ep` split each microbatch
+        and are 1 where they are not given; `ep` splits the experts too.
+      schedule: a name in `SCHEDULES`, or (num_ranks, num_microbatches) -> Schedule.
       num_microbatches: microbatches of one step.
-      microbatch_size: sequences in one microbatch, over all of `dp`.
+      microbatch_size: sequences in one microbatch, over all of `dp` and `ep`.
       sequence_length: bytes that one sequence predicts.
       num_steps: optimizer steps of the whole run.
       optimizer: see `OptimizerConfig`.
@@ -83,6 +73,9 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints; the last step writes one too.
       held_out_fraction: part of the text that is never trained on.
       seed: of the parameters and of the data order.
+      shard_at_rest: divides parameters and optimizer state over `dp` and `ep` too,
+        where a matrix can be; a step gathers what the pipeline needs whole (ZeRO-1).
+      sample_tokens: tokens of generated text at the end of the run.
       platform: `"cpu"` trains on virtual CPU devices whatever else the machine has,
         unless JAX_PLATFORMS is set; None takes jax's own choice.
     """
@@ -90,7 +83,7 @@ class TrainConfig:
     name: str
     model: ModelConfig
     mesh: Mapping[str, int]
-    schedule: Callable[[int, int], Schedule]
+    schedule: str | Callable[[int, int], Schedule]
     num_microbatches: int
     microbatch_size: int
     sequence_length: int
@@ -100,6 +93,8 @@ class TrainConfig:
     checkpoint_every: int = 100
     held_out_fraction: float = 0.05
     seed: int = 0
+    shard_at_rest: bool = False
+    sample_tokens: int = 0
     platform: str | None = None
 
     def __post_init__(self):
@@ -112,19 +107,40 @@ class TrainConfig:
         ):
             if (value := getattr(self, field)) < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
-        if not {"pp", "dp"} <= set(self.mesh):
-            raise ValueError(f"mesh={dict(self.mesh)} must have the axes pp and dp.")
+        if "pp" not in self.mesh or not set(self.mesh) <= set(AXES):
+            raise ValueError(
+                f"mesh={dict(self.mesh)} must have the axis pp, and may have dp and ep."
+            )
         if any(size < 1 for size in self.mesh.values()):
             raise ValueError(f"mesh={dict(self.mesh)}: each size must be at least 1.")
-        if self.microbatch_size % self.mesh["dp"]:
+        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
+            raise ValueError(f"{self.schedule=} must be one of {', '.join(SCHEDULES)}.")
+        split = self.mesh_shape["dp"] * self.mesh_shape["ep"]
+        if self.microbatch_size % split:
             raise ValueError(
-                f"{self.microbatch_size=} must be divisible by the dp axis, "
-                f"{self.mesh['dp']}."
+                f"{self.microbatch_size=} must be a multiple of {split}, the devices "
+                "of the axes dp and ep together."
             )
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(
                 f"{self.held_out_fraction=} must lie between 0 and 1, neither included."
             )
+
+    @property
+    def mesh_shape(self) -> dict[str, int]:
+        """Sizes of all of `AXES`."""
+        return {axis: self.mesh.get(axis, 1) for axis in AXES}
+
+    def make_schedule(self) -> Schedule:
+        """The schedule for this mesh and this number of microbatches.
+
+        Raises:
+          ValueError: it does not exist for them.
+        """
+        make = self.schedule
+        if isinstance(make, str):
+            make = SCHEDULES[make]
+        return make(self.mesh_shape["pp"], self.num_microbatches)
 
     @property
     def num_devices(self) -> int:

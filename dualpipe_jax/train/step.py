@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax._src import distributed
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax.pipeline import (
@@ -21,6 +24,16 @@ from dualpipe_jax.pipeline import (
 )
 from dualpipe_jax.schedule import Schedule
 from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+from dualpipe_jax.train.model import PipelineModel
+
+P = PartitionSpec
+PyTree = Any
+
+# Of the mesh: both split each microbatch.
+DATA_AXES = ("dp", "ep")
+BATCH = P(None, DATA_AXES)
+# Elements; what is smaller is not worth a collective of its own.
+_SMALL = 2**14
 
 
 class TrainState(NamedTuple):
@@ -33,11 +46,13 @@ class TrainState(NamedTuple):
       step: [] int32, optimizer steps done.
       params: `PipelineParams`; stages lie on the rank that runs them.
       opt_state: optax's, laid out as the parameters are.
+      buffers: what the model changes beside its parameters.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    buffers: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +67,12 @@ class Programs:
       init: () -> TrainState.
       train_step: (state, inputs, targets) -> (state, metrics); takes the state's
         buffers for its result.
-      held_out_loss: (params, inputs, targets) -> mean loss.
-      checkpoint_info: what a checkpoint says of its layout; JSON.
-      sample: (state, prompt tokens [n]) -> new tokens, or None.
+      held_out_loss: (state, inputs, targets) -> mean loss.
+      checkpoint_info: what a checkpoint says of the model and its layout; JSON.
+      restore_plan: `checkpoint_info` of the programs that wrote a checkpoint ->
+        (the abstract state to read, the function from that to this run's state). It
+        raises ValueError for another model.
+      sample: (state, prompt tokens [n] int32) -> new tokens, or None.
     """
 
     schedule: Schedule
@@ -64,25 +82,9 @@ class Programs:
     init: Callable[[], TrainState]
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     held_out_loss: Callable[..., jax.Array]
-    checkpoint_info: dict[str, Any] = dataclasses.field(default_factory=dict)
-    sample: Callable[..., np.ndarray] | None = None
-
-    def restore_plan(
-        self, info: dict[str, Any]
-    ) -> tuple[TrainState, Callable[[TrainState], TrainState]]:
-        """How to read a checkpoint: shapes and shardings to read into, and what then.
-
-        Args:
-          info: the `checkpoint_info` of the programs that wrote it.
-
-        Returns:
-          The abstract state to read, and the function from it to this run's state.
-
-        Raises:
-          ValueError: the checkpoint is of another model.
-        """
-        del info
-        return self.abstract_state, lambda state: state
+    checkpoint_info: dict[str, Any]
+    restore_plan: Callable[[dict[str, Any]], tuple[TrainState, Callable]]
+    sample: Callable[..., np.ndarray] | None
 
     def compile(self) -> Programs:
         """The same, compiled ahead of the first step; nothing compiles after that."""
@@ -90,9 +92,7 @@ class Programs:
         return dataclasses.replace(
             self,
             train_step=_compile(self.train_step, self.abstract_state, tokens),
-            held_out_loss=_compile(
-                self.held_out_loss, self.abstract_state.params, tokens
-            ),
+            held_out_loss=_compile(self.held_out_loss, self.abstract_state, tokens),
         )
 
 
@@ -132,70 +132,125 @@ def make_programs(config: TrainConfig) -> Programs:
       ValueError: the config fits neither its schedule, its model nor the devices
         that are there.
     """
+    schedule = config.make_schedule()
     mesh = make_mesh(config)
-    schedule = config.schedule(config.mesh["pp"], config.num_microbatches)
-    fns = config.model.build(schedule.num_stages)
+    model = config.model.build(
+        schedule,
+        mesh,
+        microbatch_size=config.microbatch_size,
+        sequence_length=config.sequence_length,
+    )
     optimizer = make_optimizer(config.optimizer, config.num_steps)
 
-    def init() -> TrainState:
-        params: Any = fns.init(jax.random.key(config.seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    def init_with(model: PipelineModel) -> TrainState:
+        params: Any = model.init(jax.random.key(config.seed))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            buffers=model.init_buffers(),
+        )
 
+    def abstract_with(model: PipelineModel) -> TrainState:
+        state = jax.eval_shape(functools.partial(init_with, model))
+        specs = rest_specs(state.params, model.param_specs, mesh, config.shard_at_rest)
+        return abstract_state(state, specs, optimizer, mesh)
+
+    bound_specs = model.bound_specs or model.param_specs
     layout: dict[str, Any] = {
         "schedule": schedule,
         "mesh": mesh,
         "axis_name": "pp",
-        "embed_fn": fns.embed_fn,
-        "data_axes": ("dp",),
+        "embed_fn": model.embed,
+        "data_axes": DATA_AXES,
+        "param_specs": bound_specs,
     }
-    value_and_grad = pipeline_value_and_grad(fns.stage_fn, fns.loss_fn, **layout)
-    forward = pipeline_forward(fns.stage_fn, **layout)
+    value_and_grad = pipeline_value_and_grad(
+        model.stage, model.loss, tied=model.tied, **layout
+    )
+    forward = pipeline_forward(model.stage, **layout)
 
     def train_step(state: TrainState, inputs: jax.Array, targets: jax.Array):
+        bound = model.bind(state.params, state.buffers)
         grads: Any
-        (losses, _), grads = value_and_grad(state.params, inputs, targets)
+        (losses, aux), grads = value_and_grad(bound, inputs, targets)
+        grads = model.unbind(grads, state.buffers)
         step = state.step + 1
         # optax mixes floats with its int32 counts; all else here is strict.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             rate = learning_rate(config.optimizer, config.num_steps)(step)
         params = optax.apply_updates(state.params, updates)
+        buffers, observed = model.observe(state.buffers, aux, step)
         metrics = {
             "loss": losses.mean(),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate,
         }
-        return TrainState(step, params, opt_state), metrics
+        return TrainState(step, params, opt_state, buffers), metrics | observed
 
-    def held_out_loss(params: PipelineParams, inputs: jax.Array, targets: jax.Array):
-        outputs = forward(params, inputs)
-        loss_fn = jax.vmap(fns.loss_fn, in_axes=(None, 0, 0))
-        return loss_fn(params.head, outputs, targets).mean()
+    def held_out_loss(state: TrainState, inputs: jax.Array, targets: jax.Array):
+        bound = model.bind(state.params, state.buffers)
+        outputs = forward(bound, inputs)
 
-    abstract = jax.eval_shape(init)
-    shardings = state_shardings(abstract, optimizer, mesh)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding
-        ),
-        abstract,
-        shardings,
-    )
+        def mean_loss(embed, head, outputs, targets):
+            losses = jax.lax.map(
+                lambda batch: model.evaluate(embed, head, *batch), (outputs, targets)
+            )
+            return jax.lax.pmean(losses.mean(), DATA_AXES)
+
+        evaluate = jax.shard_map(
+            mean_loss,
+            mesh=mesh,
+            in_specs=(bound_specs.embed or P(), bound_specs.head or P(), BATCH, BATCH),
+            out_specs=P(),
+            check_vma=False,
+        )
+        return evaluate(bound.embed, bound.head, outputs, targets)
+
+    abstract = abstract_with(model)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def restore_plan(info: dict[str, Any]):
+        old = model.written_by(info)
+        saved = abstract_with(old)
+
+        def convert(state: TrainState) -> TrainState:
+            # Parameters, and what the optimizer keeps for each of them.
+            params, opt_state = jax.tree.map(
+                lambda tree: model.take_params(tree, old) if _is_params(tree) else tree,
+                (state.params, state.opt_state),
+                is_leaf=_is_params,
+            )
+            buffers = model.take_buffers(state.buffers, old)
+            return TrainState(state.step, params, opt_state, buffers)
+
+        mine = model.checkpoint_info
+        if mine == {name: info.get(name) for name in mine}:
+            return saved, lambda state: state
+        return saved, jax.jit(convert, out_shardings=shardings)
+
+    def sample(state: TrainState, prompt: np.ndarray) -> np.ndarray:
+        return model.sample(state.params, state.buffers, prompt, config.sample_tokens)
+
     tokens = jax.ShapeDtypeStruct(
         (config.num_microbatches, config.microbatch_size, config.sequence_length),
         np.int32,
-        sharding=NamedSharding(mesh, PartitionSpec(None, "dp")),
+        sharding=NamedSharding(mesh, BATCH),
     )
     return Programs(
         schedule=schedule,
         mesh=mesh,
         abstract_state=abstract,
         abstract_tokens=tokens,
-        init=jax.jit(init, out_shardings=shardings),
+        init=jax.jit(functools.partial(init_with, model), out_shardings=shardings),
         train_step=jax.jit(
             train_step, donate_argnums=0, out_shardings=(shardings, None)
         ),
         held_out_loss=jax.jit(held_out_loss),
+        checkpoint_info=model.checkpoint_info,
+        restore_plan=restore_plan,
+        sample=sample if config.sample_tokens else None,
     )
 
 
@@ -203,13 +258,18 @@ def make_mesh(config: TrainConfig) -> Mesh:
     """The config's mesh over the first devices, virtual ones on a CPU.
 
     Raises:
-      ValueError: there are too few devices.
+      ValueError: there are too few devices, or the processes share them unevenly.
     """
-    needed = config.num_devices
+    needed, processes = config.num_devices, _num_processes()
+    if needed % processes:
+        raise ValueError(
+            f"mesh={dict(config.mesh)} needs {needed} devices, which {processes} "
+            "processes do not share evenly; start another number of processes."
+        )
     # Does what XLA's --xla_force_host_platform_device_count does. Once jax has its
     # devices (in a notebook, say) it refuses, and those must do.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", needed)
+        jax.config.update("jax_num_cpu_devices", needed // processes)
     if config.platform and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", config.platform)
     if jax.device_count() < needed:
@@ -218,45 +278,125 @@ def make_mesh(config: TrainConfig) -> Mesh:
             f"{jax.device_count()} ({jax.default_backend()}); use a smaller mesh, or "
             "set JAX_PLATFORMS=cpu before jax starts to train on virtual CPU devices."
         )
+    shape = config.mesh_shape
     return jax.make_mesh(
-        tuple(config.mesh.values()),
-        tuple(config.mesh),
-        axis_types=(AxisType.Auto,) * len(config.mesh),
+        tuple(shape.values()),
+        tuple(shape),
+        axis_types=(AxisType.Auto,) * len(shape),
         devices=jax.devices()[:needed],
     )
 
 
-def state_shardings(
-    state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh
+def rest_specs(
+    params: PipelineParams, specs: PipelineParams, mesh: Mesh, shard_at_rest: bool
+) -> PipelineParams:
+    """How each parameter lies between steps.
+
+    Args:
+      params: shapes.
+      specs: `PipelineModel.param_specs`.
+      mesh: with the axes pp, dp and ep.
+      shard_at_rest: see `TrainConfig`.
+
+    Returns:
+      One `PartitionSpec` a parameter, the stage axis included. An axis that does not
+      divide what it should split is left out: checkpoints of other meshes have stages
+      and experts that this one cannot share evenly.
+    """
+
+    def full(prefix: PyTree, tree: PyTree, *leading: str) -> PyTree:
+        return jax.tree.map(
+            lambda spec, part: jax.tree.map(
+                lambda leaf: _fit((*leading, *spec), leaf.shape, mesh, shard_at_rest),
+                part,
+            ),
+            P() if prefix is None else prefix,
+            tree,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+
+    return PipelineParams(
+        full(specs.stages, params.stages, "pp"),
+        full(specs.embed, params.embed),
+        full(specs.head, params.head),
+    )
+
+
+def _fit(spec: tuple, shape: tuple[int, ...], mesh: Mesh, shard_at_rest: bool) -> P:
+    axes: list[tuple[str, ...]] = [() for _ in shape]
+    for at, names in enumerate(spec):
+        names = (names,) if isinstance(names, str) else tuple(names or ())
+        if shape[at] % math.prod(mesh.shape[name] for name in names) == 0:
+            axes[at] = names
+    taken = {name for names in axes for name in names}
+    rest = tuple(
+        name for name in DATA_AXES if name not in taken and mesh.shape[name] > 1
+    )
+    if shard_at_rest and rest and math.prod(shape) >= _SMALL:
+        # The widest free axis: the first one is that of the stages.
+        parts = math.prod(mesh.shape[name] for name in rest)
+        free = [at for at in range(1, len(shape)) if not axes[at]]
+        free = [at for at in free if shape[at] % parts == 0]
+        if free:
+            axes[max(free, key=lambda at: shape[at])] = rest
+    while axes and not axes[-1]:
+        axes.pop()
+    return P(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+def abstract_state(
+    state: TrainState,
+    specs: PipelineParams,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
 ) -> TrainState:
-    """Stages, and their optimizer state, split over `pp`; the rest everywhere."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    params = PipelineParams(
-        stages=jax.tree.map(
-            lambda _: NamedSharding(mesh, PartitionSpec("pp")), state.params.stages
-        ),
-        embed=jax.tree.map(lambda _: replicated, state.params.embed),
-        head=jax.tree.map(lambda _: replicated, state.params.head),
+    """Shapes and shardings: the optimizer's as the parameters', the rest everywhere."""
+    whole = NamedSharding(mesh, P())
+    params = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda node: isinstance(node, PartitionSpec),
     )
     opt_state = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
         state.opt_state,
         params,
-        transform_non_params=lambda _: replicated,
+        transform_non_params=lambda _: whole,
     )
-    return TrainState(replicated, params, opt_state)
+    buffers = jax.tree.map(lambda _: whole, state.buffers)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        state,
+        TrainState(whole, params, opt_state, buffers),
+    )
 
 
-def _compile(jitted, state, tokens: jax.ShapeDtypeStruct):
+def _compile(jitted, state: TrainState, tokens: jax.ShapeDtypeStruct):
     compiled = jitted.lower(state, tokens, tokens).compile()
 
     def call(state, inputs, targets):
-        # A compiled function takes nothing but what it was compiled for.
-        inputs, targets = jax.device_put((inputs, targets), tokens.sharding)
+        # Each process has the whole batch, and gives its devices their parts of it.
+        inputs, targets = (
+            jax.make_array_from_callback(
+                tokens.shape, tokens.sharding, lambda index, batch=batch: batch[index]
+            )
+            for batch in (inputs, targets)
+        )
         return compiled(state, inputs, targets)
 
     return call
+
+
+def _num_processes() -> int:
+    """As `jax.process_count`, which would start the backend with what it has now."""
+    return distributed.global_state.num_processes or 1
+
+
+def _is_params(node: Any) -> bool:
+    return isinstance(node, PipelineParams)
 
 
 def _is_matrix(params: PipelineParams) -> PipelineParams:

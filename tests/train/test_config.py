@@ -13,12 +13,12 @@ from tests.train import tiny
 def test_by_path_and_by_name():
     by_path = config_module.load_config(str(Path(__file__).with_name("tiny.py")))
     assert (by_path.name, by_path.tokens_per_step) == ("tiny", 4 * 2 * 16)
-    assert config_module.load_config("bytes").num_devices == 8
+    assert config_module.load_config("tiny").num_devices == 8
 
 
 def test_a_missing_config_is_named_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"'bites' not found .* one of .*bytes"):
-        config_module.load_config("bites")
+    with pytest.raises(ValueError, match=r"'tinny' not found .* one of .*tiny"):
+        config_module.load_config("tinny")
     with pytest.raises(ValueError, match=r"'no/such.py' not found"):
         config_module.load_config("no/such.py")
 
@@ -36,9 +36,15 @@ def test_a_file_without_config_is_refused(tmp_path):
         ({"num_steps": 0}, r"num_steps=0 must be at least 1"),
         ({"sequence_length": 0}, r"sequence_length=0 must be at least 1"),
         ({"eval_every": -1}, r"eval_every=-1 must be at least 1"),
-        ({"mesh": {"pp": 2}}, r"mesh=\{'pp': 2\} must have the axes pp and dp"),
+        ({"mesh": {"dp": 2}}, r"mesh=\{'dp': 2\} must have the axis pp"),
+        (
+            {"mesh": {"pp": 2, "tp": 2}},
+            r"must have the axis pp, and may have dp and ep",
+        ),
+        ({"schedule": "dualpip"}, r"schedule='dualpip' must be one of dualpipe, dual"),
+        ({"mesh": {"pp": 2, "ep": 4}}, r"microbatch_size=2 must be a multiple of 4"),
         ({"mesh": {"pp": 2, "dp": 0}}, r"each size must be at least 1"),
-        ({"mesh": {"pp": 2, "dp": 3}}, r"microbatch_size=2 must be divisible by .* 3"),
+        ({"mesh": {"pp": 2, "dp": 3}}, r"microbatch_size=2 must be a multiple of 3"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction=1.0 must lie between 0 and 1"),
     ],
 )
@@ -51,4 +57,4 @@ def test_json_names_the_schedule():
     read = json.loads(tiny.config().to_json())
     assert read["schedule"] == "dualpipe"
     assert read["model"]["width"] == 16
-    assert read["mesh"] == {"pp": 2, "dp": 1}
+    assert read["mesh"] == {"pp": 2}

@@ -1,17 +1,62 @@
-"""A training run of seconds, on two of the virtual devices."""
+"""A training run of seconds: the smallest model that learns, on two virtual devices."""
 
-from dualpipe_jax import dualpipe
-from dualpipe_jax.train import OptimizerConfig, TrainConfig
-from dualpipe_jax.train.model import Transformer
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dualpipe_jax import PipelineParams
+from dualpipe_jax.train import OptimizerConfig, PipelineModel, TrainConfig
+
+NUM_TOKENS = 256
+
+
+class Toy(PipelineModel):
+    """Bytes to bytes: an embedding, one nonlinear layer a stage, and a matrix."""
+
+    def __init__(self, width, num_stages):
+        self.width, self.num_stages = width, num_stages
+
+    def init(self, key):
+        keys = jax.random.split(key, 3)
+        square = (self.num_stages, self.width, self.width)
+        return PipelineParams(
+            stages={
+                "kernel": 0.3 * jax.random.normal(keys[0], square),
+                "scale": jnp.ones(square[:2]),
+            },
+            embed=jax.random.normal(keys[1], (NUM_TOKENS, self.width)),
+            head=0.1 * jax.random.normal(keys[2], (self.width, NUM_TOKENS)),
+        )
+
+    def embed(self, params, tokens):
+        return params[tokens]
+
+    def stage(self, params, x):
+        return x + params["scale"][None, None] * jnp.tanh(x @ params["kernel"])
+
+    def loss(self, params, x, targets):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            x @ params, targets
+        ).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    width: int
+
+    def build(self, schedule, mesh, *, microbatch_size, sequence_length):
+        return Toy(self.width, schedule.num_stages)
 
 
 def config() -> TrainConfig:
     """Eight steps of a two-stage model; compiles in seconds."""
     return TrainConfig(
         name="tiny",
-        model=Transformer(width=16, hidden=32, num_heads=2, num_layers=2),
-        mesh={"pp": 2, "dp": 1},
-        schedule=dualpipe,
+        model=ToyConfig(width=16),
+        mesh={"pp": 2},
+        schedule="dualpipe",
         num_microbatches=4,
         microbatch_size=2,
         sequence_length=16,

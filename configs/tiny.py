@@ -1,0 +1,48 @@
+"""The main job: a byte-level DeepSeek-V3-style model, trained with DualPipe."""
+
+from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
+from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    """A DeepSeek-V3-style model on 8 virtual CPU devices, pp=4 x ep=2.
+
+    Command: `make train`, or `python -m dualpipe_jax train configs/tiny.py`.
+    Runtime: TODO
+    Result: TODO
+    """
+    return TrainConfig(
+        name="tiny",
+        model=DeepSeek(
+            architecture=DeepSeekConfig(
+                vocab_size=256,
+                dim=128,
+                num_layers=8,
+                num_dense_layers=1,
+                dense_hidden=384,
+                num_heads=4,
+                q_rank=64,
+                kv_rank=32,
+                nope_dim=32,
+                rope_dim=16,
+                value_dim=32,
+                num_experts=8,
+                expert_hidden=128,
+                experts_per_token=2,
+                num_shared_experts=1,
+                init_std=0.02,
+            ),
+            eplb=EplbConfig(every=10, num_redundant=2),
+        ),
+        mesh={"pp": 4, "ep": 2},
+        schedule="dualpipe",
+        num_microbatches=8,
+        microbatch_size=4,
+        sequence_length=128,
+        num_steps=80,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+        eval_every=20,
+        checkpoint_every=40,
+        sample_tokens=200,
+        platform="cpu",
+    )

@@ -1,0 +1,7 @@
+"""A DeepSeek-V3-style model for the training job: where both packages meet."""
+
+from dualpipe_jax.deepseek.balancing import EplbConfig
+from dualpipe_jax.deepseek.config import DeepSeekConfig
+from dualpipe_jax.deepseek.model import DeepSeek
+
+__all__ = ["DeepSeek", "DeepSeekConfig", "EplbConfig"]

@@ -1,0 +1,76 @@
+"""A few tokens from a model in training: the whole context again for each of them.
+
+On one device and without a cache, to see what a small model has learnt.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dualpipe_jax.params import PipelineParams
+
+if TYPE_CHECKING:
+    from dualpipe_jax.deepseek.balancing import Buffers
+    from dualpipe_jax.deepseek.model import DeepSeekPipeline
+
+TEMPERATURE = 0.7
+
+
+def sample(
+    model: DeepSeekPipeline,
+    params: PipelineParams,
+    buffers: Buffers,
+    prompt: np.ndarray,
+    num_tokens: int,
+) -> np.ndarray:
+    """Continues a prompt.
+
+    Args:
+      model: laid out as `params`.
+      params: on any mesh.
+      buffers: of the same step.
+      prompt: [n] int32; the model sees the last n tokens whatever it has written.
+      num_tokens: how many to write.
+
+    Returns:
+      [num_tokens] int32; the same for the same arguments.
+    """
+    single = model.model.build_unpipelined()
+    here = jax.local_devices()[0]
+    params, bias = _on_host((params, buffers.bias))
+    params, bias = jax.device_put((single.take_params(params, model), bias), here)
+    buffers = buffers._replace(bias=bias, loads=(), placement=())
+
+    @jax.jit
+    def write(params: PipelineParams, prompt: jax.Array, key: jax.Array) -> jax.Array:
+        bound = single.bind(params, buffers)
+        stage = jax.tree.map(lambda leaf: leaf[0], bound.stages)
+
+        def step(context: jax.Array, key: jax.Array):
+            x = single.embed(bound.embed, context[None])
+            x, _ = single.stage(stage, x)
+            logits = single.logits(bound.embed, bound.head, x)[0, -1]
+            token = jax.random.categorical(key, logits / TEMPERATURE).astype(jnp.int32)
+            return jnp.concatenate([context[1:], token[None]]), token
+
+        _, tokens = lax.scan(step, prompt, jax.random.split(key, num_tokens))
+        return tokens
+
+    key = jax.random.key(0)
+    return np.asarray(write(params, jnp.asarray(prompt, jnp.int32), key))
+
+
+def _on_host(tree):
+    """Whole arrays, wherever their parts are; all processes take part."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+    return jax.tree.map(gather, tree)
