@@ -1,6 +1,8 @@
 """The main job from the command line, as processes of their own."""
 
+import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +137,23 @@ def test_the_summary_tells_what_was_not_saved_and_shows_the_sample(tmp_path):
         "OSError: No space left on device"
     )
     assert lines[-1] == "def f(|x):"
+
+
+def test_the_flags_in_the_documents_exist():
+    parser = argparse.ArgumentParser()
+    train_cli.add_arguments(parser)
+    text = (ROOT / "docs" / "training.md").read_text()
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    launchers = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--requeue"}
+    launchers |= {"--signal", "--kill-on-bad-exit"}
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert found - launchers <= flags, found - launchers - flags
+    # Each launch line by itself, whatever the shell would put in place of a variable.
+    lines = re.findall(r"dualpipe_jax train (.*?)(?:\s[#&].*)?$", text, re.M)
+    for line in lines:
+        words = line.replace("$RESUME", "--resume").split()
+        assert parser.parse_args(words).config in ("configs/tiny.py", "config.py")
+    assert len(lines) == 6
 
 
 @pytest.mark.parametrize(
