@@ -55,10 +55,7 @@ class Checkpoints:
         self._manager, self._barrier = self._open()
 
     def _open(self) -> tuple[ocp.CheckpointManager, Barrier]:
-        # What was half-written when a run was killed, or a save failed.
-        if distributed.is_main():
-            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+        self._delete_half_written()
         distributed.barrier("half-written checkpoints are deleted")
         barrier = Barrier()
         # Some process may be at a barrier still that was given up; keys are unique.
@@ -73,6 +70,12 @@ class Checkpoints:
             ),
         )
         return ocp.CheckpointManager(self.folder, options=options), barrier
+
+    def _delete_half_written(self) -> None:
+        """Deletes what a run that was killed has left, or a save that failed."""
+        if distributed.is_main():
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -94,6 +97,8 @@ class Checkpoints:
         self.wait()
         if step == self.latest_step:
             return
+        # Again: a thread of a save that failed may have gone on for a moment.
+        self._delete_half_written()
         arrays = describe(state)
         for name, checksum in checksums(state).items():
             arrays[name]["checksum"] = checksum

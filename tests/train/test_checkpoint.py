@@ -253,16 +253,17 @@ def test_a_disk_that_is_full_costs_no_checkpoint_but_that_one(limit, folder, sai
                 "the checkpoint of step 10 could not be written ("
             )
             assert checkpoints.failure and "\n" not in said[0] and len(said[0]) < 400
-            assert sorted(path.name for path in folder.iterdir()) == ["4", "8"]
+            assert {path.name for path in folder.iterdir()} >= {"4", "8"}
             checkpoints.save(12, make_state(12), {})
             checkpoints.wait()
         checkpoints.save(14, make_state(14), {"position": 140})
         checkpoints.wait()
         assert checkpoints.failure is None and len(said) == 2
         assert "step 12 could not be written" in said[1]
-    assert sorted(path.name for path in folder.iterdir()) == ["14", "8"]
     with Checkpoints(folder, said.append) as checkpoints:
         step, state, _ = checkpoints.restore(as_it_was)
+        # Nothing half-written, even what a thread went on with after all.
+        assert sorted(path.name for path in folder.iterdir()) == ["14", "8"]
     assert step == 14
     assert_is(state, 14)
 
