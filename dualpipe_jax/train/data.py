@@ -192,12 +192,6 @@ def window_starts(
     return offsets + permuted(indices, per_epoch, keys) * sequence_length
 
 
-def sample_batch(data, shape, sequence_length, *, seed, step):
-    """The batch of a step of a run whose batch size never changed."""
-    position = step * shape[0] * shape[1]
-    return train_batch(data, shape, sequence_length, seed=seed, position=position)
-
-
 def held_out_batch(
     data: np.ndarray, shape: tuple[int, int], sequence_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
