@@ -97,6 +97,8 @@ class DeepSeekConfig:
             value, least = getattr(self, field.name), int(field.name not in may_be_zero)
             if field.type == "int" and value < least:
                 raise ValueError(f"{field.name}={value} must be at least {least}.")
+        if self.q_rank is not None and self.q_rank < 1:
+            raise ValueError(f"{self.q_rank=} must be at least 1, or None.")
         if self.num_dense_layers > self.num_layers:
             raise ValueError(
                 f"{self.num_dense_layers=} must be at most {self.num_layers=}."
