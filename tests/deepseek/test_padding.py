@@ -17,6 +17,7 @@ from dualpipe_jax.deepseek.layout import DENSE, MOE, NONE, Layout
 from dualpipe_jax.deepseek.stages import DeepSeekPipeline
 from dualpipe_jax.deepseek.trees import bias_state
 from dualpipe_jax.flops import flops
+from dualpipe_jax.split_backward import SplitBackward
 from eplb_jax import ExpertParallel
 from tests.deepseek.sizes import SMALL, quick_jit, small
 
@@ -48,6 +49,11 @@ def make(layout, balance_loss=0.0):
 
 def shapes_of(pipeline):
     return jax.eval_shape(lambda: pipeline.init(jax.random.key(0)))
+
+
+def zeros_of(pipeline):
+    shapes = shapes_of(pipeline).stages
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def random(pipeline):
@@ -184,50 +190,61 @@ def outer_conds(jaxpr):
                 yield from outer_conds(inner)
 
 
-def slot_passes(layout, slot):
-    """A slot's forward pass, and its forward and backward pass; and arguments."""
+@functools.cache
+def programs(layout, slot):
+    """A slot's forward pass, and its backward pass as the pipeline cuts it.
+
+    By name, each as (function, shapes of its arguments).
+    """
     pipeline = make(layout)
-
-    def forward(stage, slots, x):
-        return pipeline._run_slot(slot, pick(pipeline, stage, slots), x)
-
-    def both(stage, slots, x):
-        run = functools.partial(forward, stage)
-        y, pullback, _ = jax.vjp(run, slots, x, has_aux=True)
-        return y, pullback(y)
-
+    params = jax.eval_shape(lambda: pick(pipeline, 0, zeros_of(pipeline)))
     x = jax.ShapeDtypeStruct(activations()[0].shape, jnp.float32)
-    arguments = (jax.ShapeDtypeStruct((), jnp.int32), shapes_of(pipeline).stages, x)
-    return forward, both, arguments
+    run = functools.partial(pipeline._run_slot, slot)
+    plan = SplitBackward.trace(run, params, x, has_aux=True)
+    return {
+        "F": (plan.forward, (params, x)),
+        "I": (plan.backward_input, (params, plan.residuals, x)),
+        "W": (plan.backward_weights, (params, plan.residuals, plan.crossing)),
+        "B": (plan.backward, (params, plan.residuals, x)),
+    }
 
 
 @pytest.mark.parametrize("layout", [UNEVEN, DENSE_UNEVEN, ALL_KINDS])
 def test_padding_costs_no_product_forward_or_backward(layout):
-    forward, both, arguments = slot_passes(layout, 1)
     assert NONE in layout.kinds(1)
-    for function, least in ((forward, 1), (both, 2)):
+    for function, arguments in programs(layout, 1).values():
         jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
         assert count_costly(jaxpr, into_conds=False) == 0
-        costs = [sorted(map(count_costly, branches)) for branches in outer_conds(jaxpr)]
-        dear = [cost for cost in costs if cost[-1]]
-        assert len(dear) >= least  # one each way, and what AD may have split
-        assert all(cost[0] == 0 for cost in dear)
+        (branches,) = outer_conds(jaxpr)
+        none, layer = sorted(map(count_costly, branches))
+        assert none == 0 < layer
+
+
+@pytest.mark.parametrize("layout", [UNEVEN, ALL_KINDS])
+def test_the_backward_pass_of_a_slot_with_padding_is_cut_in_two(layout):
+    costs = {name: flops(f, *args) for name, (f, args) in programs(layout, 1).items()}
+    assert costs["I"] + costs["W"] == costs["B"]
+    # W has one product for each product of F with a weight: all but the attention's.
+    batch, length, _ = activations()[0].shape
+    widths = SMALL.num_heads * (SMALL.head_dim + SMALL.value_dim)
+    assert costs["W"] == costs["F"] - 2 * batch * length**2 * widths
 
 
 def test_the_count_sees_products_outside_of_conds():
     """Where every stage has a layer, its attention stands under no `cond`."""
     for layout in (UNEVEN, ONE_DENSE):
-        forward, _, arguments = slot_passes(layout, 0)
+        forward, arguments = programs(layout, 0)["F"]
         jaxpr = jax.make_jaxpr(forward)(*arguments).jaxpr
         # Two each for queries and keys, two of the mixing and one of the heads.
         assert count_costly(jaxpr, into_conds=False) >= 7
 
 
-def test_a_slot_of_two_kinds_runs_one_of_them():
+@pytest.mark.parametrize("name", ["F", "B"])
+def test_a_slot_of_two_kinds_runs_one_of_them(name):
     costs = {}
     for layout in (UNEVEN, ONE_DENSE, ONE_MOE):
-        forward, _, arguments = slot_passes(layout, 0)
-        costs[layout] = flops(forward, *arguments)  # of a `cond` the dearer branch
+        function, arguments = programs(layout, 0)[name]
+        costs[layout] = flops(function, *arguments)  # of a `cond` the dearer branch
     assert costs[ONE_DENSE] != costs[ONE_MOE]
     assert costs[UNEVEN] == max(costs[ONE_DENSE], costs[ONE_MOE])
 
