@@ -215,8 +215,9 @@ def test_padding_costs_no_product_forward_or_backward(layout):
     for function, arguments in programs(layout, 1).values():
         jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
         assert count_costly(jaxpr, into_conds=False) == 0
-        (branches,) = outer_conds(jaxpr)
-        none, layer = sorted(map(count_costly, branches))
+        costs = [sorted(map(count_costly, branches)) for branches in outer_conds(jaxpr)]
+        # AD may have made more conditions, that have nothing to do with products.
+        ((none, layer),) = [cost for cost in costs if any(cost)]
         assert none == 0 < layer
 
 
