@@ -17,7 +17,7 @@ def config() -> TrainConfig:
             architecture=DeepSeekConfig(
                 vocab_size=256,
                 dim=128,
-                num_layers=8,
+                num_layers=6,
                 num_dense_layers=1,
                 dense_hidden=384,
                 num_heads=4,

@@ -51,7 +51,6 @@ FROZEN = {
     dualpipe_jax.train: [
         "ModelConfig",
         "OptimizerConfig",
-        "PipelineFns",
         "Programs",
         "Result",
         "Text",

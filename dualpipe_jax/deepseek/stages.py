@@ -85,6 +85,10 @@ class DeepSeekPipeline(PipelineModel):
         return self.model.architecture
 
     @property
+    def vocab_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.arch.vocab_size
+
+    @property
     def tied(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.arch.tied or self.arch.mtp
 

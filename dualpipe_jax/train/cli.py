@@ -10,11 +10,12 @@ import threading
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 
 from dualpipe_jax.train import distributed
-from dualpipe_jax.train.config import TrainConfig, load_config
+from dualpipe_jax.train.config import AXES, SCHEDULES, TrainConfig, load_config
 from dualpipe_jax.train.data import load_text
 from dualpipe_jax.train.loop import Result, train
 
@@ -22,9 +23,18 @@ from dualpipe_jax.train.loop import Result, train
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `train` to a command's parser."""
     parser.add_argument(
-        "config", help="a Python file that defines config(), or a name such as bytes"
+        "config", help="a Python file that defines config(), or a name such as tiny"
     )
     parser.add_argument("--steps", type=int, help="train for this many steps in all")
+    parser.add_argument(
+        "--schedule", choices=list(SCHEDULES), help="in place of the config's"
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="pp=4,ep=2",
+        help="sizes of pp, dp and ep in place of the config's, one where not given; a "
+        "run may be resumed on another mesh and schedule",
+    )
     parser.add_argument(
         "--data",
         nargs="+",
@@ -75,8 +85,13 @@ def run(args: argparse.Namespace) -> int:
     _quieten_orbax()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = load_config(args.config)
-    if args.steps is not None:
-        config = dataclasses.replace(config, num_steps=args.steps)
+    changes: dict[str, Any] = {
+        "num_steps": args.steps,
+        "schedule": args.schedule,
+        "mesh": None if args.mesh is None else parse_mesh(args.mesh),
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = dataclasses.replace(config, **changes)
     text = load_text(
         args.data,
         sequence_length=config.sequence_length,
@@ -92,6 +107,28 @@ def run(args: argparse.Namespace) -> int:
     if result.metrics:
         print(summary(config, result, folder, text.unit))
     return 1 if result.save_failure else 0
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads `pp=4,ep=2`.
+
+    Raises:
+      ValueError: a part is not AXIS=SIZE, or an axis is unknown or given twice.
+
+    Examples:
+      >>> parse_mesh("pp=4,ep=2")
+      {'pp': 4, 'ep': 2}
+    """
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or axis in mesh or not size.isdecimal():
+            raise ValueError(
+                f"--mesh {text!r}: {part.strip()!r} must be AXIS=SIZE, with each of "
+                f"{', '.join(AXES)} at most once."
+            )
+        mesh[axis] = int(size)
+    return mesh
 
 
 def _connect(args: argparse.Namespace) -> None:
@@ -124,6 +161,16 @@ def summary(
         )
         if result.held_out_loss is not None:
             lines.append(f"held-out loss  {result.held_out_loss:.3f} nats a {unit}")
+        if "balancedness_unplaced" in last:
+            recent = result.metrics[-10:]
+            now, without = (
+                sum(record[name] for record in recent) / len(recent)
+                for name in ("balancedness", "balancedness_unplaced")
+            )
+            lines.append(
+                f"balancedness   {now:.3f} with EPLB, {without:.3f} without "
+                f"(mean of the last {len(recent)} steps)"
+            )
         lines += [
             f"tokens/s       {rates[len(rates) // 2]:,.0f} (median)",
             f"bubble         {last['pipeline_bubble_ratio']:.1%} of the schedule",

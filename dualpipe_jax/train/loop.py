@@ -96,6 +96,9 @@ def train(
     """
     console, folder = console or Console(stderr=True), Path(folder)
     programs = make_programs(config)
+    # All of a large file would take long to look at; each batch is checked too.
+    for tokens in (text.held_out, text.train[:10_000_000]):
+        programs.check_tokens(tokens)
     main = distributed.is_main()
     if not main:
         console = Console(quiet=True)

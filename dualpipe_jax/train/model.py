@@ -50,12 +50,14 @@ class PipelineModel(abc.ABC):
     one microbatch and run inside `jax.shard_map`: see `pipeline_value_and_grad`.
 
     Attributes:
+      vocab_size: tokens are below it; None: nobody knows.
       tied: whether `loss` gets (embed, head) instead of the head's parameters.
       param_specs: how parameters lie on the mesh beside the pipeline's axis, a prefix
         of their tree; the stage axis is left out.
       bound_specs: the same for what `bind` returns; None: as `param_specs`.
     """
 
+    vocab_size: int | None = None
     tied: bool = False
     param_specs: PipelineParams = PipelineParams()
     bound_specs: PipelineParams | None = None

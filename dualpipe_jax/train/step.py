@@ -8,6 +8,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,9 @@ class TrainState(NamedTuple):
 class Programs:
     """A run's jitted programs.
 
+    `init`, `train_step` and `held_out_loss` are jitted functions; those that `compile`
+    returns are compiled.
+
     Attributes:
       schedule: what the pipeline runs.
       mesh: the devices.
@@ -73,27 +77,70 @@ class Programs:
         (the abstract state to read, the function from that to this run's state). It
         raises ValueError for another model.
       sample: (state, prompt tokens [n] int32) -> new tokens, or None.
+      vocab_size: see `PipelineModel`.
     """
 
     schedule: Schedule
     mesh: Mesh
     abstract_state: TrainState
     abstract_tokens: jax.ShapeDtypeStruct
-    init: Callable[[], TrainState]
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    held_out_loss: Callable[..., jax.Array]
+    init: Any
+    train_step: Any
+    held_out_loss: Any
     checkpoint_info: dict[str, Any]
     restore_plan: Callable[[dict[str, Any]], tuple[TrainState, Callable]]
     sample: Callable[..., np.ndarray] | None
+    vocab_size: int | None
+
+    def check_tokens(self, tokens: np.ndarray) -> None:
+        """Raises a ValueError for tokens that the model does not know."""
+        if self.vocab_size is not None and tokens.max() >= self.vocab_size:
+            raise ValueError(
+                f"the data holds token {tokens.max()}, but the model's vocab_size is "
+                f"{self.vocab_size}; give it data of its own vocabulary."
+            )
 
     def compile(self) -> Programs:
         """The same, compiled ahead of the first step; nothing compiles after that."""
         tokens = self.abstract_tokens
+        args = (self.abstract_state, tokens, tokens)
+        # Drawing random bits takes little time however they are compiled, but
+        # optimizing the code for it takes much: as much as a train step's.
+        quick = {"xla_backend_optimization_level": 0} if _is_on_cpu(self.mesh) else {}
+        lowered = [
+            (self.train_step.lower(*args), {}),
+            (self.held_out_loss.lower(*args), {}),
+            (self.init.lower(), quick),
+        ]
+        # XLA's passes run in one thread each; three programs use more.
+        with futures.ThreadPoolExecutor() as pool:
+            train_step, held_out_loss, init = pool.map(
+                lambda program: program[0].compile(program[1]), lowered
+            )
         return dataclasses.replace(
             self,
-            train_step=_compile(self.train_step, self.abstract_state, tokens),
-            held_out_loss=_compile(self.held_out_loss, self.abstract_state, tokens),
+            train_step=self._taking_whole_batches(train_step),
+            held_out_loss=self._taking_whole_batches(held_out_loss),
+            init=init,
         )
+
+    def _taking_whole_batches(self, compiled: Any) -> Any:
+        """Each process has the whole batch, and gives its devices their parts of it."""
+        tokens = self.abstract_tokens
+
+        def call(state: TrainState, *batch: np.ndarray) -> Any:
+            self.check_tokens(batch[-1])
+            parts = [
+                jax.make_array_from_callback(
+                    tokens.shape,
+                    tokens.sharding,
+                    lambda index, whole=whole: whole[index],
+                )
+                for whole in batch
+            ]
+            return compiled(state, *parts)
+
+        return call
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -251,6 +298,7 @@ def make_programs(config: TrainConfig) -> Programs:
         checkpoint_info=model.checkpoint_info,
         restore_plan=restore_plan,
         sample=sample if config.sample_tokens else None,
+        vocab_size=model.vocab_size,
     )
 
 
@@ -374,20 +422,8 @@ def abstract_state(
     )
 
 
-def _compile(jitted, state: TrainState, tokens: jax.ShapeDtypeStruct):
-    compiled = jitted.lower(state, tokens, tokens).compile()
-
-    def call(state, inputs, targets):
-        # Each process has the whole batch, and gives its devices their parts of it.
-        inputs, targets = (
-            jax.make_array_from_callback(
-                tokens.shape, tokens.sharding, lambda index, batch=batch: batch[index]
-            )
-            for batch in (inputs, targets)
-        )
-        return compiled(state, inputs, targets)
-
-    return call
+def _is_on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _num_processes() -> int:

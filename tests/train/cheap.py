@@ -87,6 +87,9 @@ class CheapPrograms:
             raise ValueError(f"the checkpoint is of {info['tokens']} tokens.")
         return self.abstract_state, lambda state: state
 
+    def check_tokens(self, tokens):
+        assert tokens.max() < NUM_TOKENS
+
     def compile(self):
         return self
 

@@ -118,3 +118,12 @@ def test_the_first_step_moves_the_parameters():
 def test_what_does_not_fit_is_refused_before_compiling(change, message):
     with pytest.raises(ValueError, match=message):
         make_programs(dataclasses.replace(tiny.config(), **change))
+
+
+def test_tokens_outside_the_vocabulary_are_refused():
+    programs = make_programs(tiny.config())
+    programs.check_tokens(np.array([0, 255]))
+    with pytest.raises(
+        ValueError, match=r"token 256, but the model's vocab_size is 256"
+    ):
+        programs.check_tokens(np.array([3, 256]))

@@ -15,6 +15,8 @@ NUM_TOKENS = 256
 class Toy(PipelineModel):
     """Bytes to bytes: an embedding, one nonlinear layer a stage, and a matrix."""
 
+    vocab_size = NUM_TOKENS
+
     def __init__(self, width, num_stages):
         self.width, self.num_stages = width, num_stages
 

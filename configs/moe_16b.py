@@ -1,0 +1,56 @@
+"""A model of the 16B-A3B class: DeepSeek-V2-Lite's sizes with DeepSeek-V3's router."""
+
+from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
+from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+
+
+def architecture() -> DeepSeekConfig:
+    """15.7B parameters, 2.7B active (DeepSeek-V2 paper, arXiv:2405.04434, appendix B).
+
+    V2-Lite has a softmax router and no groups; this has V3's sigmoid router and bias.
+    """
+    return DeepSeekConfig(
+        vocab_size=102_400,
+        dim=2048,
+        num_layers=27,
+        num_dense_layers=1,
+        dense_hidden=10_944,
+        num_heads=16,
+        q_rank=None,
+        kv_rank=512,
+        nope_dim=128,
+        rope_dim=64,
+        value_dim=128,
+        num_experts=64,
+        expert_hidden=1408,
+        experts_per_token=6,
+        num_shared_experts=2,
+    )
+
+
+def config() -> TrainConfig:
+    """On 64 GPUs: pp=4 x ep=8 x dp=2, with eight redundant experts a layer.
+
+    Command: `srun python -m dualpipe_jax train configs/moe_16b.py --distributed
+    --data TOKENS.npy`, tokens of a vocabulary of 102,400.
+    Runtime, result: not measured; nobody here has 64 GPUs.
+    """
+    return TrainConfig(
+        name="moe_16b",
+        model=DeepSeek(
+            architecture=architecture(),
+            compute_dtype="bfloat16",
+            eplb=EplbConfig(every=100, num_redundant=8),
+            buffer_factor=1.5,
+        ),
+        mesh={"pp": 4, "dp": 2, "ep": 8},
+        schedule="dualpipe",
+        num_microbatches=32,
+        microbatch_size=16,
+        sequence_length=4096,
+        num_steps=100_000,
+        optimizer=OptimizerConfig(learning_rate=4.2e-4, warmup_steps=2000),
+        eval_every=1000,
+        checkpoint_every=1000,
+        shard_at_rest=True,
+    )

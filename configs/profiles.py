@@ -1,0 +1,84 @@
+"""The settings of DeepSeek's published profiles (deepseek-ai/profile-data, README).
+
+Sizes of the model are DeepSeek-V3's; what the profiles do not tell (redundant experts,
+ranks of the pipeline) is ours, and said so.
+"""
+
+import dataclasses
+
+from configs.deepseek_v3 import architecture
+from dualpipe_jax.deepseek import DeepSeek, ServeConfig
+from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+
+
+def training() -> TrainConfig:
+    """One forward and one backward chunk of four MoE layers: EP64, 4K sequence.
+
+    Four ranks (ours) are the fewest whose steady state has two ranks that are neither
+    the first nor the last; a microbatch is one sequence a device.
+
+    Command: compiled for GPUs that need not be there, see docs/training.md.
+    Runtime, result: DeepSeek's trace spans 129 ms and hides 96.3 % of the
+    communication; ours has not been measured.
+    """
+    num_ranks, layers_a_chunk, num_devices = 4, 4, 64
+    sizes = dataclasses.replace(
+        architecture(),
+        num_layers=num_ranks * layers_a_chunk,
+        num_dense_layers=0,
+        mtp=False,
+    )
+    return TrainConfig(
+        name="profile_training",
+        model=DeepSeek(
+            architecture=sizes,
+            compute_dtype="bfloat16",
+            buffer_factor=1.25,
+            # Four layers a stage, whatever the head behind the last one costs.
+            layer_costs=(1.0,) * sizes.num_layers,
+            head_cost=0.0,
+        ),
+        mesh={"pp": num_ranks, "ep": num_devices},
+        schedule="dualpipe",
+        num_microbatches=8 * num_ranks,
+        microbatch_size=num_devices,
+        sequence_length=4096,
+        num_steps=10,
+        optimizer=OptimizerConfig(learning_rate=2.2e-4, warmup_steps=1),
+        shard_at_rest=True,
+    )
+
+
+def prefill() -> ServeConfig:
+    """EP32, prompts of 4K tokens, 16K tokens a GPU in two microbatches.
+
+    The 32 redundant experts are the report's (arXiv:2412.19437, section 3.4.1), as are
+    eight GPUs a node.
+    """
+    return ServeConfig(
+        name="profile_prefill",
+        architecture=architecture(),
+        phase="prefill",
+        num_devices=32,
+        num_nodes=4,
+        num_redundant=32,
+        requests_per_device=4,
+        context_length=4096,
+    )
+
+
+def decode() -> ServeConfig:
+    """EP128, 128 requests a GPU with a context of 4K tokens, in two microbatches.
+
+    One redundant expert a GPU is ours: three slots on each.
+    """
+    return ServeConfig(
+        name="profile_decode",
+        architecture=architecture(),
+        phase="decode",
+        num_devices=128,
+        num_nodes=16,
+        num_redundant=128,
+        requests_per_device=128,
+        context_length=4096,
+    )

@@ -1,0 +1,107 @@
+"""The pipelined step of the whole model against one device and `jax.grad`.
+
+Every schedule, the axes beside the pipeline, and what a config may add.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dualpipe_jax.train import make_programs
+from tests.deepseek import small
+
+pytestmark = pytest.mark.slow  # each compiles a whole train step
+
+
+def build(config):
+    """The model that `make_programs` makes for itself."""
+    programs = make_programs(config)
+    model = config.model.build(
+        programs.schedule,
+        programs.mesh,
+        microbatch_size=config.microbatch_size,
+        sequence_length=config.sequence_length,
+    )
+    return model, programs
+
+
+def pipelined_steps(config, num_steps):
+    """Metrics of the pipelined steps, and the last state."""
+    model, programs = build(config)
+    state, pipelined = small.initial_state(config, model, programs), []
+    tokens = programs.abstract_tokens
+    # Compiled once: a placement that changes is other values, and no other program.
+    step = small.compile_quickly(programs.train_step, state, tokens, tokens)
+    for number in range(num_steps):
+        batch = jax.device_put(small.batch(config, number), tokens.sharding)
+        state, metrics = step(state, *batch)
+        pipelined.append({name: float(value) for name, value in metrics.items()})
+    return pipelined, state
+
+
+def assert_equal_steps(pipelined, expected, rtol):
+    names = expected[0].keys() & pipelined[0].keys() - {"balancedness"}
+    assert {"loss", "grad_norm", "balance_loss", "overflow"} <= names
+    for name in sorted(names):
+        got, wanted = (
+            [record[name] for record in each] for each in (pipelined, expected)
+        )
+        np.testing.assert_allclose(got, wanted, rtol=rtol, atol=1e-6, err_msg=name)
+
+
+# 1F1B runs below and GPipe in test_resume.py, each beside something else; all five run
+# with the main job's config in benchmarks/train.py.
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p"])
+def test_schedules_train_as_one_device_does(schedule):
+    # DualPipeV has four stages on two ranks. With three layers on two stages, one
+    # slot holds either kind of layer, and one a layer or padding.
+    num_layers = 4 if schedule == "dualpipev" else 3
+    config = small.config(schedule=schedule, architecture={"num_layers": num_layers})
+    pipelined, state = pipelined_steps(config, 4)
+    expected = small.unpipelined_steps(config, 4)
+    # f32 in another order of sums, through three steps of Adam.
+    assert_equal_steps(pipelined, expected, rtol=1e-4)
+    assert pipelined[3]["loss"] < pipelined[0]["loss"] - 0.05  # so steps matter
+    even = build(config)[0].init_buffers().placement
+    assert (np.asarray(state.buffers.placement) != np.asarray(even)).any()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "mesh": {"pp": 2, "dp": 2, "ep": 2},
+            "shard_at_rest": True,
+            "architecture": {"mtp": True},
+        },
+        {
+            "mesh": {"pp": 1, "ep": 2},
+            "architecture": {"mtp": True, "tied": True, "q_rank": None},
+            "model": {"eplb": None},
+        },
+    ],
+    ids=["dp, MTP, sharded at rest", "one rank, tied, MTP, no EPLB"],
+)
+def test_what_a_config_may_add(changes):
+    config = small.config(schedule="1f1b", **changes)
+    pipelined, _ = pipelined_steps(config, 3)
+    expected = small.unpipelined_steps(config, 3)
+    assert_equal_steps(pipelined, expected, rtol=1e-4)  # as above
+    assert {"mtp_loss", "z_loss"} <= pipelined[0].keys()
+
+
+def test_bfloat16_computes_with_float32_masters():
+    config = small.config(schedule="1f1b")
+    rounded = dataclasses.replace(config.model, compute_dtype="bfloat16")
+    rounded = dataclasses.replace(config, model=rounded)
+    with jax.numpy_dtype_promotion("standard"):  # flax's norms take float32 means
+        pipelined, state = pipelined_steps(rounded, 4)
+    expected = small.unpipelined_steps(config, 4)
+    losses = [[record["loss"] for record in each] for each in (pipelined, expected)]
+    # Eight bits of mantissa in each of some ten products on the way to the loss.
+    np.testing.assert_allclose(*losses, rtol=1e-2)
+    assert losses[0] != losses[1]
+    for tree in (state.params, state.opt_state[1][0].mu, state.opt_state[1][0].nu):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype("float32")}
