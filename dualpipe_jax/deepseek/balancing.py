@@ -95,6 +95,11 @@ class Balancer:
                     f"{name}={value} must be a multiple of the ep axis, "
                     f"{self.num_devices}, that they are divided over."
                 )
+        if self.eplb and self.num_devices % self.eplb.num_nodes:
+            raise ValueError(
+                f"num_nodes={self.eplb.num_nodes} must divide the ep axis, "
+                f"{self.num_devices}."
+            )
 
     @property
     def num_slots(self) -> int:

@@ -56,6 +56,12 @@ class DeepSeek:
             raise ValueError(
                 "layer_costs and head_cost share a unit; give both or neither."
             )
+        costs, num_layers = self.layer_costs, self.architecture.num_layers
+        if costs is not None and len(costs) != num_layers:
+            raise ValueError(
+                f"layer_costs has {len(costs)} entries, but the model has "
+                f"{num_layers=}; give one a layer."
+            )
 
     def partition(self, schedule: Schedule, sequence_length: int) -> Partition:
         """Which layers each stage gets."""
@@ -90,7 +96,7 @@ class DeepSeek:
         Raises:
           ValueError: the layers do not fit the stages, or the experts the ep axis.
         """
-        layers = self.partition(schedule, sequence_length).layers
+        partition = self.partition(schedule, sequence_length)
         devices, num_rows = mesh.shape["ep"], None
         if self.buffer_factor is not None:
             tokens = microbatch_size * sequence_length / (mesh.shape["dp"] * devices)
@@ -104,10 +110,11 @@ class DeepSeek:
         )
         return DeepSeekPipeline(
             model=self,
-            layout=Layout(layers, self.architecture.num_dense_layers),
+            layout=Layout(partition.layers, self.architecture.num_dense_layers),
             num_microbatches=schedule.num_microbatches,
             mesh=mesh,
             parallel=parallel,
+            description=str(partition),
         )
 
     def build_unpipelined(self, num_microbatches: int = 1) -> DeepSeekPipeline:

@@ -58,6 +58,7 @@ class DeepSeekPipeline(PipelineModel):
       num_microbatches: of a step.
       mesh: with the axes pp, dp and ep.
       parallel: how the slots of a layer are divided over ep.
+      description: of the layout.
       num_saved_slots: slots of a layer in the checkpoint that this model was written
         to, see `written_by`; None: as many as `balancer` has.
     """
@@ -67,6 +68,7 @@ class DeepSeekPipeline(PipelineModel):
     num_microbatches: int
     mesh: Mesh | AbstractMesh
     parallel: ExpertParallel
+    description: str = ""
     num_saved_slots: int | None = None
 
     def __post_init__(self):

@@ -110,6 +110,8 @@ def train(
         # The lowered program at structural costs: virtual devices that share a few
         # cores cannot show their bubble by a clock.
         timeline = simulate(lower(programs.schedule))
+        if programs.description:
+            console.print(programs.description)
         if main:
             (folder / "config.json").write_text(config.to_json() + "\n")
             for suffix in ("svg", "png"):

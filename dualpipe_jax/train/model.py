@@ -50,6 +50,7 @@ class PipelineModel(abc.ABC):
     one microbatch and run inside `jax.shard_map`: see `pipeline_value_and_grad`.
 
     Attributes:
+      description: how the model was laid out, for the reader of a log; may be empty.
       vocab_size: tokens are below it; None: nobody knows.
       tied: whether `loss` gets (embed, head) instead of the head's parameters.
       param_specs: how parameters lie on the mesh beside the pipeline's axis, a prefix
@@ -57,6 +58,7 @@ class PipelineModel(abc.ABC):
       bound_specs: the same for what `bind` returns; None: as `param_specs`.
     """
 
+    description: str = ""
     vocab_size: int | None = None
     tied: bool = False
     param_specs: PipelineParams = PipelineParams()

@@ -16,7 +16,7 @@ from rich.progress import (
 
 
 class TrainProgress:
-    """Loss, tokens/s and bubble of the step that was just done.
+    """Loss, tokens/s, balancedness of the experts and bubble of the last step.
 
     Args:
       console: where to; a bar if it is a terminal, else a line now and then.
@@ -55,10 +55,10 @@ class TrainProgress:
     def update(self, record: dict[str, Any]) -> None:
         """Shows one record of metrics.jsonl."""
         step = record["step"]
-        text = (
-            f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s  "
-            f"bubble {record['pipeline_bubble_ratio']:.1%}"
-        )
+        text = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
+        if "balancedness" in record:
+            text += f"  balancedness {record['balancedness']:.2f}"
+        text += f"  bubble {record['pipeline_bubble_ratio']:.1%}"
         self._progress.update(self._task, completed=step, text=text)
         if not self._console.is_terminal and (
             step % self._every == 0 or step == self._num_steps

@@ -78,6 +78,7 @@ class Programs:
         raises ValueError for another model.
       sample: (state, prompt tokens [n] int32) -> new tokens, or None.
       vocab_size: see `PipelineModel`.
+      description: see `PipelineModel`.
     """
 
     schedule: Schedule
@@ -91,6 +92,7 @@ class Programs:
     restore_plan: Callable[[dict[str, Any]], tuple[TrainState, Callable]]
     sample: Callable[..., np.ndarray] | None
     vocab_size: int | None
+    description: str
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Raises a ValueError for tokens that the model does not know."""
@@ -172,15 +174,26 @@ def make_optimizer(
     )
 
 
-def make_programs(config: TrainConfig) -> Programs:
+def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
     """Builds everything that a run calls; nothing is compiled yet.
+
+    Args:
+      config: the run.
+      mesh: the devices, with the axes pp, dp and ep in the config's sizes; by default
+        the first ones that jax has. Those of `gpu_mesh` serve to compile for GPUs.
 
     Raises:
       ValueError: the config fits neither its schedule, its model nor the devices
         that are there.
     """
     schedule = config.make_schedule()
-    mesh = make_mesh(config)
+    if mesh is None:
+        mesh = make_mesh(config)
+    elif dict(mesh.shape) != config.mesh_shape:
+        raise ValueError(
+            f"mesh has the axes {dict(mesh.shape)}, but the config's are "
+            f"{config.mesh_shape}; make it with these."
+        )
     model = config.model.build(
         schedule,
         mesh,
@@ -299,6 +312,7 @@ def make_programs(config: TrainConfig) -> Programs:
         restore_plan=restore_plan,
         sample=sample if config.sample_tokens else None,
         vocab_size=model.vocab_size,
+        description=model.description,
     )
 
 

@@ -141,6 +141,10 @@ def test_a_model_without_experts_has_nothing_to_balance():
             lambda: balancer(eplb=EplbConfig(1, 3)),
             r"num_experts \+ num_redundant=11 must be a multiple of the ep axis, 4",
         ),
+        (
+            lambda: balancer(eplb=EplbConfig(1, 4, num_nodes=3)),
+            "num_nodes=3 must divide the ep axis, 4",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit(make, message):

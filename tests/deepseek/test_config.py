@@ -212,6 +212,10 @@ def test_no_other_size_may_be_zero():
         ({"compute_dtype": "float16"}, "compute_dtype='float16' must be 'float32' or"),
         ({"head_cost": 1.0}, "layer_costs and head_cost share a unit; give both"),
         ({"layer_costs": (1.0,) * 3}, "layer_costs and head_cost share a unit"),
+        (
+            {"layer_costs": (1.0,) * 9, "head_cost": 1.0},
+            "layer_costs has 9 entries, but the model has num_layers=",
+        ),
     ],
 )
 def test_models_that_do_not_fit(changes, message):

@@ -48,6 +48,7 @@ class CheapPrograms:
         self.schedule = dualpipe(2, 4)
         self.checkpoint_info = {"tokens": size}
         self.sample = None
+        self.description = "a table of bytes"
         split, whole = (
             NamedSharding(self.mesh, PartitionSpec(*axes)) for axes in (["x"], [])
         )
