@@ -132,7 +132,7 @@ def resumed(config, text, console):
 
 
 def config_for(schedule):
-    """The main job; DualPipeV's eight stages on four ranks want more than six layers."""
+    """The main job; on four ranks DualPipeV has eight stages, more than its layers."""
     config = dataclasses.replace(tiny.config(), schedule=schedule, sample_tokens=0)
     if schedule == "dualpipev":
         config = dataclasses.replace(config, mesh={"pp": 2, "dp": 2, "ep": 2})
