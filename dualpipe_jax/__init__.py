@@ -13,6 +13,7 @@ from dualpipe_jax.generators.gpipe import gpipe
 from dualpipe_jax.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax.generators.zb1p import zb1p
 from dualpipe_jax.lowering import Program, lower
+from dualpipe_jax.partition import Partition, partition_layers
 from dualpipe_jax.schedule import Schedule
 from dualpipe_jax.simulator import Costs, Timeline, simulate
 from dualpipe_jax.tasks import Task
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Costs",
+    "Partition",
     "PipelineParams",
     "Program",
     "Schedule",
@@ -43,6 +45,7 @@ __all__ = [
     "gpu_mesh",
     "lower",
     "one_f_one_b",
+    "partition_layers",
     "pipeline_forward",
     "pipeline_value_and_grad",
     "simulate",

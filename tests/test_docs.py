@@ -4,6 +4,7 @@ import doctest
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from dualpipe_jax import cli, dualpipe, show
@@ -32,7 +33,9 @@ def test_python_snippets_run(document):
     assert test.examples or not blocks
     report: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    runner.run(test, out=report.append)
+    # As readers have it: optax mixes floats with integer counts.
+    with jax.numpy_dtype_promotion("standard"):
+        runner.run(test, out=report.append)
     assert not runner.failures, "".join(report)
 
 

@@ -10,12 +10,14 @@ import inspect
 import pytest
 
 import dualpipe_jax
+import dualpipe_jax.deepseek
 import dualpipe_jax.train
 import eplb_jax
 
 FROZEN = {
     dualpipe_jax: [
         "Costs",
+        "Partition",
         "PipelineParams",
         "Program",
         "Schedule",
@@ -28,6 +30,7 @@ FROZEN = {
         "gpu_mesh",
         "lower",
         "one_f_one_b",
+        "partition_layers",
         "pipeline_forward",
         "pipeline_value_and_grad",
         "simulate",
@@ -48,9 +51,11 @@ FROZEN = {
         "rebalance_experts",
         "refine_placement",
     ],
+    dualpipe_jax.deepseek: ["DeepSeek", "DeepSeekConfig", "EplbConfig", "ServeConfig"],
     dualpipe_jax.train: [
         "ModelConfig",
         "OptimizerConfig",
+        "PipelineModel",
         "Programs",
         "Result",
         "Text",
