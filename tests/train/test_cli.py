@@ -153,7 +153,7 @@ def test_the_flags_in_the_documents_exist():
     for line in lines:
         words = line.replace("$RESUME", "--resume").split()
         assert parser.parse_args(words).config in ("configs/tiny.py", "config.py")
-    assert len(lines) == 6
+    assert len(lines) == 8
 
 
 @pytest.mark.parametrize(
