@@ -7,6 +7,7 @@ anything.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def new_jaxpr(invars: Sequence, outvars: Sequence, eqns: Sequence, like: Any) ->
         eqns=list(eqns),
         effects=effects,
         debug_info=debug_info,
+        is_high=any(_is_high(eqn) for eqn in eqns),
     )
 
 
@@ -67,6 +69,22 @@ def call_body(eqn: Any) -> Any | None:
     """Returns the (closed or open) body of a jit, remat or plain call, else None."""
     name = _CALL_BODIES.get(eqn.primitive.name)
     return None if name is None else eqn.params[name]
+
+
+def _is_high(eqn: Any) -> bool:
+    """Returns whether JAX must expand the equation before it lowers it."""
+    return eqn.primitive.is_high(*(a.aval for a in eqn.invars), **eqn.params)
+
+
+def expansion(eqn: Any) -> Any | None:
+    """Returns what an operation that JAX keeps whole until lowering stands for.
+
+    ``jnp.searchsorted`` is one from 0.12 on. A closed jaxpr; None for other equations.
+    """
+    if eqn.primitive.name != "call_hi_primitive":
+        return None
+    expand = functools.partial(eqn.primitive.to_lojax, **eqn.params)
+    return jax.make_jaxpr(expand)(*(struct(a.aval) for a in eqn.invars))
 
 
 def call_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:

@@ -83,7 +83,7 @@ class Builder:
             if within is not None:
                 eqn = compat.within_scope(eqn, within)
             operands = [read(a) for a in eqn.invars]
-            body = compat.call_body(eqn)
+            body = compat.call_body(eqn) or compat.expansion(eqn)
             if body is None and self.inline_custom:
                 body = compat.custom_body(eqn)
             if body is not None:

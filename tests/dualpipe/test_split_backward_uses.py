@@ -143,6 +143,26 @@ def test_plan_from_structs_runs_a_scan_over_stored_microbatches():
     assert_close(run(W, xs, keys), jax.grad(whole, argnums=(0, 1))(W, xs))
 
 
+def test_operations_that_jax_expands_only_when_it_lowers():
+    # jnp.searchsorted is one from jax 0.12 on: on its own, in a branch, and in a branch
+    # below a custom derivative, which the forward pass keeps.
+    def rows(x):
+        return jnp.searchsorted(jnp.sort(x[:, 0]), x[:, 1])
+
+    @jax.custom_vjp
+    def shuffled(x):
+        return lax.cond(x[0, 0] > 0, lambda: x[rows(x)], lambda: x)
+
+    shuffled.defvjp(lambda x: (shuffled(x), None), lambda _, ct: (ct,))
+
+    def fn(w, x):
+        x = lax.cond(x[0, 1] > 0, lambda: x[rows(x)] @ w, lambda: x)
+        return shuffled(layer(w, x)[rows(x)])
+
+    got = jax.jit(functools.partial(halves, fn))(W, X, ct=X)
+    jax.tree.map(assert_close, got, vjp(fn, W, X, ct=X))
+
+
 def test_under_vmap_with_a_named_axis():
     def fn(w, x):
         return layer(w, x) - lax.pmean(x, "i") @ w
