@@ -30,11 +30,11 @@ from rich.console import Console
 from configs import tiny
 from dualpipe_jax.params import PipelineAux
 from dualpipe_jax.train import load_text, make_programs, train
-from dualpipe_jax.train.config import SCHEDULES
 from dualpipe_jax.train.data import train_batch
-from dualpipe_jax.train.step import make_optimizer
+from dualpipe_jax.train.optimizer import make_optimizer
 
 NUM_STEPS = 20
+SCHEDULES = ("dualpipe", "dualpipev", "1f1b", "zb1p", "gpipe")
 
 
 def batches(config, text):

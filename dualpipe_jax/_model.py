@@ -18,7 +18,7 @@ from dualpipe_jax._exchange import Exchange
 from dualpipe_jax._executor import State, run
 from dualpipe_jax._work import Functions, forward_work, training_work
 from dualpipe_jax.lowering import Program
-from dualpipe_jax.params import PipelineAux, PipelineParams
+from dualpipe_jax.params import PipelineAux, PipelineParams, map_specs
 
 PyTree = Any
 P = PartitionSpec
@@ -110,19 +110,8 @@ class Model:
         )
 
     def _param_specs(self, params: PipelineParams) -> PipelineParams:
-        def full(prefix, tree, *leading):
-            return jax.tree.map(
-                lambda spec, part: jax.tree.map(lambda _: P(*leading, *spec), part),
-                P() if prefix is None else prefix,
-                tree,
-                is_leaf=lambda node: isinstance(node, PartitionSpec),
-            )
-
-        own = self.param_specs
-        return PipelineParams(
-            full(own.stages, params.stages, self.axis_name),
-            full(own.embed, params.embed),
-            full(own.head, params.head),
+        return map_specs(
+            lambda spec, _: P(*spec), self.param_specs, params, axis_name=self.axis_name
         )
 
     def _run(self, make_work, params, inputs, targets, key):

@@ -13,17 +13,13 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dualpipe_jax import show
 from dualpipe_jax._picture import title_of
-from dualpipe_jax.generators.dualpipe import dualpipe
-from dualpipe_jax.generators.dualpipev import dualpipev
-from dualpipe_jax.generators.gpipe import gpipe
-from dualpipe_jax.generators.one_f_one_b import one_f_one_b
-from dualpipe_jax.generators.zb1p import zb1p
+from dualpipe_jax.generators.names import SCHEDULES
 from dualpipe_jax.schedule import Schedule
 from dualpipe_jax.simulator import Costs, Timeline, simulate
 
@@ -53,15 +49,6 @@ COMMANDS = {
     "simulate": Command(
         "dualpipe_jax.cli:simulate_command", "makespan, bubbles and activations"
     ),
-}
-
-KINDS: dict[str, Callable[[int, int], Schedule]] = {
-    "dualpipe": dualpipe,
-    "dualpipev": dualpipev,
-    "one_f_one_b": one_f_one_b,
-    "1f1b": one_f_one_b,
-    "zb1p": zb1p,
-    "gpipe": gpipe,
 }
 
 
@@ -243,7 +230,7 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
         metavar="KIND",
-        help=f"{', '.join(KINDS)}, or the path of a .csv file",
+        help=f"{', '.join(SCHEDULES)}, or the path of a .csv file",
     )
     parser.add_argument("--ranks", metavar="P", type=int, help="size of the pipeline")
     parser.add_argument(
@@ -265,12 +252,12 @@ def _schedule(args: argparse.Namespace) -> Schedule:
             raise ValueError(f"A CSV has its own sizes; leave out {given[0]}.")
         path = Path(args.kind)
         return Schedule.from_csv(path.read_text(encoding="utf-8"), kind=path.stem)
-    if args.kind not in KINDS:
+    if args.kind not in SCHEDULES:
         raise ValueError(
-            f"KIND={args.kind!r} is unknown; use one of {', '.join(KINDS)}, or a path "
-            "that ends in .csv."
+            f"KIND={args.kind!r} is unknown; use one of {', '.join(SCHEDULES)}, or a "
+            "path that ends in .csv."
         )
     missing = [name for name, size in sizes.items() if size is None]
     if missing:
         raise ValueError(f"{args.kind} needs {' and '.join(missing)}.")
-    return KINDS[args.kind](args.ranks, args.microbatches)
+    return SCHEDULES[args.kind](args.ranks, args.microbatches)

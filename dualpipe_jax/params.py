@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 PyTree = Any
 
@@ -82,6 +83,43 @@ def stack_stages(stages: Sequence[PyTree]) -> PyTree:
                 f"{first}); stages must have the same structure, shapes and dtypes."
             )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stages)
+
+
+def map_specs(
+    function: Callable[[tuple, Any], Any],
+    specs: PipelineParams,
+    params: PipelineParams,
+    *,
+    axis_name: str,
+) -> PipelineParams:
+    """Calls a function with the whole spec of each parameter, and the parameter.
+
+    Args:
+      function: ((entries of the `PartitionSpec`), leaf) -> anything.
+      specs: one `PartitionSpec` for each subtree, without the axis of the stages;
+        None for what lies whole on every device.
+      params: arrays, or shapes.
+      axis_name: the mesh axis of the stages.
+
+    Returns:
+      The results, in the structure of `params`.
+    """
+
+    def full(prefix: PyTree, tree: PyTree, *leading: str) -> PyTree:
+        return jax.tree.map(
+            lambda spec, part: jax.tree.map(
+                lambda leaf: function((*leading, *spec), leaf), part
+            ),
+            PartitionSpec() if prefix is None else prefix,
+            tree,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+
+    return PipelineParams(
+        full(specs.stages, params.stages, axis_name),
+        full(specs.embed, params.embed),
+        full(specs.head, params.head),
+    )
 
 
 def microbatch_key(key: jax.Array, stage: Any, microbatch: Any) -> jax.Array:

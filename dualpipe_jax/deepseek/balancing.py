@@ -109,7 +109,8 @@ class Balancer:
 
     @property
     def _estimator(self):
-        return moving_average(self.eplb.decay if self.eplb else 0.9)
+        # Loads are seen without EPLB too: what resumes with it knows them.
+        return moving_average(self.eplb.decay if self.eplb else EplbConfig.decay)
 
     def init(self) -> Buffers:
         """No bias, no load seen, and a placement for even loads."""
@@ -123,8 +124,7 @@ class Balancer:
     def plan(self, loads_LE: jax.Array) -> jax.Array:
         """A placement [layers, slots] for loads [layers, experts]."""
         if self.eplb is None or not self.num_layers:
-            identity_S = jnp.arange(self.num_slots, dtype=jnp.int32) % self.num_experts
-            return jnp.tile(identity_S[None], (self.num_layers, 1))
+            return self._in_order(self.num_slots)
         placement = rebalance_experts(
             loads_LE,
             self.num_slots,
@@ -134,6 +134,11 @@ class Balancer:
             policy=self.eplb.policy,
         )
         return placement.physical_to_logical_map
+
+    def _in_order(self, num_slots: int) -> jax.Array:
+        """The placement [layers, slots] that knows no loads: slot i has expert i."""
+        identity_S = jnp.arange(num_slots, dtype=jnp.int32) % self.num_experts
+        return jnp.tile(identity_S[None], (self.num_layers, 1))
 
     def replan(self, buffers: Buffers) -> Buffers:
         """The same with a placement for the load that was seen, or for even loads."""
@@ -182,7 +187,7 @@ class Balancer:
                 estimate_LE,
             )
             after = after._replace(placement=placement)
-            unplaced = dataclasses.replace(self, eplb=None).plan(estimate_LE)
+            unplaced = self._in_order(self.num_experts)
             metrics["balancedness_unplaced"] = measure(counts_LE, unplaced)
             metrics["balancedness_next"] = measure(estimate_LE, placement)
         return after, metrics

@@ -65,6 +65,15 @@ class Layout:
         kind_GS = np.where(self.layer_GS < self.num_dense_layers, DENSE, MOE)
         return np.where(self.layer_GS < 0, NONE, kind_GS).astype(np.int32)
 
+    @functools.cached_property
+    def place(self) -> dict[int, tuple[int, ...]]:
+        """Layer -> (stage, slot)."""
+        return {
+            layer: (stage, slot)
+            for stage, own in enumerate(self.layers)
+            for slot, layer in enumerate(own)
+        }
+
     def kinds(self, slot: int) -> frozenset[int]:
         """The kinds that stages have in a slot."""
         return frozenset(self.kind_GS[:, slot].tolist())
@@ -100,8 +109,7 @@ class Layout:
         Returns:
           [last - first, ...].
         """
-        place = {int(layer): at for at, layer in np.ndenumerate(self.layer_GS)}
-        wanted = [place[layer] for layer in range(first, last)]
+        wanted = [self.place[layer] for layer in range(first, last)]
         return jnp.stack([jnp.asarray(slots[slot])[stage] for stage, slot in wanted])
 
 
@@ -126,7 +134,6 @@ def relay(slots: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
             f"{old.num_dense_layers} are dense, against "
             f"{len(_kinds_of_layers(new))} of which {new.num_dense_layers} are."
         )
-    place = {int(layer): at for at, layer in np.ndenumerate(old.layer_GS)}
 
     def part_of(slot: int, name: str, kinds: frozenset[int]) -> PyTree:
         """One part of a new slot, from wherever its layers stood."""
@@ -136,7 +143,7 @@ def relay(slots: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
         ):
             parts.append(None)
             if kind in kinds:
-                stage, old_slot = place[int(layer)]
+                stage, old_slot = old.place[int(layer)]
                 part = slots[old_slot][name]
                 parts[-1] = jax.tree.map(lambda leaf, at=stage: leaf[at], part)
         some = next(part for part in parts if part is not None)

@@ -5,7 +5,6 @@ On one device and without a cache, to see what a small model has learnt.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from dualpipe_jax.params import PipelineParams
+from dualpipe_jax.train.distributed import on_host
 
 if TYPE_CHECKING:
     from dualpipe_jax.deepseek.balancing import Buffers
@@ -43,7 +43,7 @@ def sample(
     """
     single = model.model.build_unpipelined()
     here = jax.local_devices()[0]
-    params, bias = _on_host((params, buffers.bias))
+    params, bias = on_host((params, buffers.bias))
     params, bias = jax.device_put((single.take_params(params, model), bias), here)
     buffers = buffers._replace(bias=bias, loads=(), placement=())
 
@@ -64,13 +64,3 @@ def sample(
 
     key = jax.random.key(0)
     return np.asarray(write(params, jnp.asarray(prompt, jnp.int32), key))
-
-
-def _on_host(tree):
-    """Whole arrays, wherever their parts are; all processes take part."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
-    gather = functools.partial(multihost_utils.process_allgather, tiled=True)
-    return jax.tree.map(gather, tree)

@@ -9,7 +9,8 @@ try:
     from dualpipe_jax.train.data import Text, load_text
     from dualpipe_jax.train.loop import Result, train
     from dualpipe_jax.train.model import ModelConfig, PipelineModel
-    from dualpipe_jax.train.step import Programs, TrainState, make_programs
+    from dualpipe_jax.train.state import TrainState
+    from dualpipe_jax.train.step import Programs, make_programs
 except ModuleNotFoundError as error:
     if error.name is None or error.name.startswith("dualpipe_jax"):
         raise

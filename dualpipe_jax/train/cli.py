@@ -14,8 +14,9 @@ from typing import Any
 
 from rich.console import Console
 
+from dualpipe_jax.generators.names import SCHEDULES
 from dualpipe_jax.train import distributed
-from dualpipe_jax.train.config import AXES, SCHEDULES, TrainConfig, load_config
+from dualpipe_jax.train.config import AXES, TrainConfig, load_config
 from dualpipe_jax.train.data import load_text
 from dualpipe_jax.train.loop import Result, train
 

@@ -13,22 +13,11 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dualpipe_jax.generators.dualpipe import dualpipe
-from dualpipe_jax.generators.dualpipev import dualpipev
-from dualpipe_jax.generators.gpipe import gpipe
-from dualpipe_jax.generators.one_f_one_b import one_f_one_b
-from dualpipe_jax.generators.zb1p import zb1p
+from dualpipe_jax.generators.names import SCHEDULES
 from dualpipe_jax.schedule import Schedule
 from dualpipe_jax.train.model import ModelConfig
 
 AXES = ("pp", "dp", "ep")
-SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
-    "dualpipe": dualpipe,
-    "dualpipev": dualpipev,
-    "1f1b": one_f_one_b,
-    "zb1p": zb1p,
-    "gpipe": gpipe,
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,17 @@ function below is as if the others had nothing to say.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import numpy as np
+from jax._src import distributed  # jax has no public name for its state
 from jax.experimental import multihost_utils
 
 from dualpipe_jax.train import _rendezvous
+
+PyTree = Any
 
 TIMEOUT_S = 60.0
 _TEXT_BYTES = 256
@@ -101,9 +107,22 @@ def _of_cluster(timeout: float) -> tuple:
     return found
 
 
+def num_processes() -> int:
+    """As `jax.process_count`, which would start the backend with what it has now."""
+    return distributed.global_state.num_processes or 1
+
+
 def is_main() -> bool:
     """Whether this process writes what is written once: process 0 does."""
     return jax.process_index() == 0
+
+
+def on_host(tree: PyTree) -> PyTree:
+    """Whole arrays in this process, wherever their parts are; all take part."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+    return jax.tree.map(gather, tree)
 
 
 def barrier(name: str) -> None:

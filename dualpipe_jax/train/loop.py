@@ -24,7 +24,8 @@ from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from dualpipe_jax.train.progress import TrainProgress
-from dualpipe_jax.train.step import Programs, TrainState, make_programs
+from dualpipe_jax.train.state import TrainState
+from dualpipe_jax.train.step import Programs, make_programs
 
 # What a run writes into its folder, and nothing else there is ever touched.
 ARTEFACTS = (

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import math
-import os
 from collections.abc import Callable
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax._src import distributed
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax.pipeline import (
     PipelineParams,
@@ -24,36 +20,14 @@ from dualpipe_jax.pipeline import (
     pipeline_value_and_grad,
 )
 from dualpipe_jax.schedule import Schedule
-from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+from dualpipe_jax.train.config import TrainConfig
+from dualpipe_jax.train.mesh import BATCH, DATA_AXES, make_mesh
 from dualpipe_jax.train.model import PipelineModel
+from dualpipe_jax.train.optimizer import learning_rate, make_optimizer
+from dualpipe_jax.train.state import TrainState, abstract_state, rest_specs
 
 P = PartitionSpec
 PyTree = Any
-
-# Of the mesh: both split each microbatch.
-DATA_AXES = ("dp", "ep")
-BATCH = P(None, DATA_AXES)
-# Elements; what is smaller is not worth a collective of its own.
-_SMALL = 2**14
-
-
-class TrainState(NamedTuple):
-    """What a step reads and writes, and what a checkpoint holds.
-
-    The fields are typed Any: the same tree also holds shapes or shardings, and
-    optax's types know no pytrees of others.
-
-    Attributes:
-      step: [] int32, optimizer steps done.
-      params: `PipelineParams`; stages lie on the rank that runs them.
-      opt_state: optax's, laid out as the parameters are.
-      buffers: what the model changes beside its parameters.
-    """
-
-    step: Any
-    params: Any
-    opt_state: Any
-    buffers: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +105,8 @@ class Programs:
         tokens = self.abstract_tokens
 
         def call(state: TrainState, *batch: np.ndarray) -> Any:
-            self.check_tokens(batch[-1])
+            for tokens_of in batch:
+                self.check_tokens(tokens_of)
             parts = [
                 jax.make_array_from_callback(
                     tokens.shape,
@@ -143,35 +118,6 @@ class Programs:
             return compiled(state, *parts)
 
         return call
-
-
-def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear warm-up, then cosine decay until `num_steps`."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        # A run that is shorter than its warm-up never reaches the peak.
-        decay_steps=max(num_steps, config.warmup_steps + 1),
-        end_value=config.final_fraction * config.learning_rate,
-    )
-
-
-def make_optimizer(
-    config: OptimizerConfig, num_steps: int
-) -> optax.GradientTransformation:
-    """AdamW after clipping, as `config` says."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            # The update of step 0 would be empty at the warm-up's first value.
-            lambda count: learning_rate(config, num_steps)(count + 1),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=_is_matrix,
-        ),
-    )
 
 
 def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
@@ -316,143 +262,9 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
     )
 
 
-def make_mesh(config: TrainConfig) -> Mesh:
-    """The config's mesh over the first devices, virtual ones on a CPU.
-
-    Raises:
-      ValueError: there are too few devices, or the processes share them unevenly.
-    """
-    needed, processes = config.num_devices, _num_processes()
-    if needed % processes:
-        raise ValueError(
-            f"mesh={dict(config.mesh)} needs {needed} devices, which {processes} "
-            "processes do not share evenly; start another number of processes."
-        )
-    # Does what XLA's --xla_force_host_platform_device_count does. Once jax has its
-    # devices (in a notebook, say) it refuses, and those must do.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", needed // processes)
-    if config.platform and not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", config.platform)
-    if jax.device_count() < needed:
-        raise ValueError(
-            f"mesh={dict(config.mesh)} needs {needed} devices, but jax has "
-            f"{jax.device_count()} ({jax.default_backend()}); use a smaller mesh, or "
-            "set JAX_PLATFORMS=cpu before jax starts to train on virtual CPU devices."
-        )
-    shape = config.mesh_shape
-    return jax.make_mesh(
-        tuple(shape.values()),
-        tuple(shape),
-        axis_types=(AxisType.Auto,) * len(shape),
-        devices=jax.devices()[:needed],
-    )
-
-
-def rest_specs(
-    params: PipelineParams, specs: PipelineParams, mesh: Mesh, shard_at_rest: bool
-) -> PipelineParams:
-    """How each parameter lies between steps.
-
-    Args:
-      params: shapes.
-      specs: `PipelineModel.param_specs`.
-      mesh: with the axes pp, dp and ep.
-      shard_at_rest: see `TrainConfig`.
-
-    Returns:
-      One `PartitionSpec` a parameter, the stage axis included. An axis that does not
-      divide what it should split is left out: checkpoints of other meshes have stages
-      and experts that this one cannot share evenly.
-    """
-
-    def full(prefix: PyTree, tree: PyTree, *leading: str) -> PyTree:
-        return jax.tree.map(
-            lambda spec, part: jax.tree.map(
-                lambda leaf: _fit((*leading, *spec), leaf.shape, mesh, shard_at_rest),
-                part,
-            ),
-            P() if prefix is None else prefix,
-            tree,
-            is_leaf=lambda node: isinstance(node, PartitionSpec),
-        )
-
-    return PipelineParams(
-        full(specs.stages, params.stages, "pp"),
-        full(specs.embed, params.embed),
-        full(specs.head, params.head),
-    )
-
-
-def _fit(spec: tuple, shape: tuple[int, ...], mesh: Mesh, shard_at_rest: bool) -> P:
-    axes: list[tuple[str, ...]] = [() for _ in shape]
-    for at, names in enumerate(spec):
-        names = (names,) if isinstance(names, str) else tuple(names or ())
-        if shape[at] % math.prod(mesh.shape[name] for name in names) == 0:
-            axes[at] = names
-    taken = {name for names in axes for name in names}
-    rest = tuple(
-        name for name in DATA_AXES if name not in taken and mesh.shape[name] > 1
-    )
-    if shard_at_rest and rest and math.prod(shape) >= _SMALL:
-        # The widest free axis: the first one is that of the stages.
-        parts = math.prod(mesh.shape[name] for name in rest)
-        free = [at for at in range(1, len(shape)) if not axes[at]]
-        free = [at for at in free if shape[at] % parts == 0]
-        if free:
-            axes[max(free, key=lambda at: shape[at])] = rest
-    while axes and not axes[-1]:
-        axes.pop()
-    return P(*(names[0] if len(names) == 1 else names or None for names in axes))
-
-
-def abstract_state(
-    state: TrainState,
-    specs: PipelineParams,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-) -> TrainState:
-    """Shapes and shardings: the optimizer's as the parameters', the rest everywhere."""
-    whole = NamedSharding(mesh, P())
-    params = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        specs,
-        is_leaf=lambda node: isinstance(node, PartitionSpec),
-    )
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state.opt_state,
-        params,
-        transform_non_params=lambda _: whole,
-    )
-    buffers = jax.tree.map(lambda _: whole, state.buffers)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding
-        ),
-        state,
-        TrainState(whole, params, opt_state, buffers),
-    )
-
-
 def _is_on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _num_processes() -> int:
-    """As `jax.process_count`, which would start the backend with what it has now."""
-    return distributed.global_state.num_processes or 1
-
-
 def _is_params(node: Any) -> bool:
     return isinstance(node, PipelineParams)
-
-
-def _is_matrix(params: PipelineParams) -> PipelineParams:
-    # A stage's leaves have one more axis, that of the stages.
-    return PipelineParams(
-        stages=jax.tree.map(lambda leaf: leaf.ndim > 2, params.stages),
-        embed=jax.tree.map(lambda leaf: leaf.ndim > 1, params.embed),
-        head=jax.tree.map(lambda leaf: leaf.ndim > 1, params.head),
-    )

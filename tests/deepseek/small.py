@@ -11,7 +11,7 @@ import optax
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
 from dualpipe_jax.params import PipelineAux
 from dualpipe_jax.train import OptimizerConfig, TrainConfig
-from dualpipe_jax.train.step import make_optimizer
+from dualpipe_jax.train.optimizer import make_optimizer
 
 ARCHITECTURE = DeepSeekConfig(
     vocab_size=32,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import deepseek_v3
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig
 from dualpipe_jax.deepseek.config import layer_parameters
 from dualpipe_jax.deepseek.layers import Layer, NextNext
@@ -16,27 +17,7 @@ from dualpipe_jax.flops import flops
 from eplb_jax import ExpertParallel, MoE
 from tests.deepseek.sizes import SMALL, small
 
-# arXiv:2412.19437, section 4.2, and config.json of the published checkpoint.
-DEEPSEEK_V3 = DeepSeekConfig(
-    vocab_size=129_280,
-    dim=7168,
-    num_layers=61,
-    num_dense_layers=3,
-    dense_hidden=18_432,
-    num_heads=128,
-    q_rank=1536,
-    kv_rank=512,
-    nope_dim=128,
-    rope_dim=64,
-    value_dim=128,
-    num_experts=256,
-    expert_hidden=2048,
-    experts_per_token=8,
-    num_groups=8,
-    topk_groups=4,
-    route_scale=2.5,
-    mtp=True,
-)
+DEEPSEEK_V3 = deepseek_v3.architecture()
 
 
 def drawn(seed):

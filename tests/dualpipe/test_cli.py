@@ -9,6 +9,7 @@ import pytest
 
 from dualpipe_jax import cli, show
 from dualpipe_jax.generators.dualpipe import dualpipe
+from dualpipe_jax.generators.names import SCHEDULES
 from dualpipe_jax.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax.lowering import lower
 from dualpipe_jax.schedule import Schedule
@@ -23,11 +24,11 @@ def test_schedule_prints_the_picture(capsys):
     assert capsys.readouterr().out == show.text(dualpipe(4, 8)) + "\n"
 
 
-@pytest.mark.parametrize("kind", sorted(cli.KINDS))
+@pytest.mark.parametrize("kind", sorted(SCHEDULES))
 def test_every_kind_travels_as_csv(kind, capsys, tmp_path):
     assert cli.main(["schedule", kind, *SIZES, "--format", "csv"]) == 0
     text = capsys.readouterr().out
-    schedule = cli.KINDS[kind](4, 8)
+    schedule = SCHEDULES[kind](4, 8)
     assert Schedule.from_csv(text, kind=schedule.kind) == schedule
     # And back: a CSV file is a KIND of its own.
     path = tmp_path / f"{schedule.kind}.csv"

@@ -1,0 +1,49 @@
+"""The mesh of a run, and its axes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from dualpipe_jax.train import distributed
+from dualpipe_jax.train.config import TrainConfig
+
+# Of the mesh: both split each microbatch.
+DATA_AXES = ("dp", "ep")
+BATCH = PartitionSpec(None, DATA_AXES)
+
+
+def make_mesh(config: TrainConfig) -> Mesh:
+    """The config's mesh over the first devices, virtual ones on a CPU.
+
+    Raises:
+      ValueError: there are too few devices, or the processes share them unevenly.
+    """
+    needed, processes = config.num_devices, distributed.num_processes()
+    if needed % processes:
+        raise ValueError(
+            f"mesh={dict(config.mesh)} needs {needed} devices, which {processes} "
+            "processes do not share evenly; start another number of processes."
+        )
+    # Does what XLA's --xla_force_host_platform_device_count does. Once jax has its
+    # devices (in a notebook, say) it refuses, and those must do.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", needed // processes)
+    if config.platform and not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", config.platform)
+    if jax.device_count() < needed:
+        raise ValueError(
+            f"mesh={dict(config.mesh)} needs {needed} devices, but jax has "
+            f"{jax.device_count()} ({jax.default_backend()}); use a smaller mesh, or "
+            "set JAX_PLATFORMS=cpu before jax starts to train on virtual CPU devices."
+        )
+    shape = config.mesh_shape
+    return jax.make_mesh(
+        tuple(shape.values()),
+        tuple(shape),
+        axis_types=(AxisType.Auto,) * len(shape),
+        devices=jax.devices()[:needed],
+    )
