@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA wants to know of a GPU: the fields of its GpuTargetConfigProto.
+    """What XLA wants to know of a GPU (its GpuTargetConfigProto), and what it can do.
 
     Attributes:
       name: what the driver calls it.
@@ -32,6 +32,12 @@ class Gpu:
       memory_bandwidth: bytes per second.
       memory_size: bytes.
       l2_cache_size: bytes.
+      bf16_flops: of dense bfloat16 matrix products, per second; float8 is twice as
+        fast where the GPU has it, TF32 half.
+      nvlink_bandwidth: usable bytes per second of one direction, inside a node.
+      network_bandwidth: the same between nodes, of one GPU's network card.
+      has_fp8: whether its tensor cores multiply float8.
+      fpus_per_core: float32 units of one multiprocessor.
       shared_memory_per_core: bytes of one multiprocessor.
       shared_memory_per_block_optin: bytes that one block may ask for.
     """
@@ -43,6 +49,11 @@ class Gpu:
     memory_bandwidth: int
     memory_size: int
     l2_cache_size: int
+    bf16_flops: float
+    nvlink_bandwidth: float
+    network_bandwidth: float
+    has_fp8: bool = True
+    fpus_per_core: int = 128
     shared_memory_per_core: int = 233472
     shared_memory_per_block_optin: int = 232448
 
@@ -58,7 +69,7 @@ gpu_device_info {{
   shared_memory_per_block_optin: {self.shared_memory_per_block_optin}
   threads_per_core_limit: 2048
   core_count: {self.core_count}
-  fpus_per_core: 128
+  fpus_per_core: {self.fpus_per_core}
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
@@ -77,15 +88,60 @@ device_description_str: "{self.name}"
 """
 
 
+_H100 = Gpu(
+    name="NVIDIA H100 80GB HBM3",
+    compute_capability=(9, 0),
+    core_count=132,
+    clock_rate_ghz=1.98,
+    memory_bandwidth=3_352_320_000_000,
+    memory_size=84_929_347_584,
+    l2_cache_size=52_428_800,
+    bf16_flops=989.4e12,
+    nvlink_bandwidth=450e9,
+    network_bandwidth=50e9,
+)
+
+# NVIDIA's data sheets of the SXM modules, without sparsity; 400 Gb/s of network a GPU,
+# 200 Gb/s for the A100.
 GPUS: dict[str, Gpu] = {
-    "h100": Gpu(
-        name="NVIDIA H100 80GB HBM3",
-        compute_capability=(9, 0),
-        core_count=132,
-        clock_rate_ghz=1.98,
-        memory_bandwidth=3352320000000,
-        memory_size=84929347584,
-        l2_cache_size=52428800,
+    "h100": _H100,
+    # An H100 with half of the NVLinks; 160 GB/s usable (arXiv:2412.19437, section 3.2).
+    "h800": dataclasses.replace(
+        _H100, name="NVIDIA H800 80GB HBM3", nvlink_bandwidth=160e9
+    ),
+    "h200": dataclasses.replace(
+        _H100,
+        name="NVIDIA H200 141GB HBM3e",
+        memory_bandwidth=4_800_000_000_000,
+        memory_size=150_110_011_392,
+    ),
+    "a100": Gpu(
+        name="NVIDIA A100 80GB",
+        compute_capability=(8, 0),
+        core_count=108,
+        clock_rate_ghz=1.41,
+        memory_bandwidth=2_039_000_000_000,
+        memory_size=84_987_740_160,
+        l2_cache_size=41_943_040,
+        bf16_flops=312e12,
+        nvlink_bandwidth=300e9,
+        network_bandwidth=25e9,
+        has_fp8=False,
+        fpus_per_core=64,
+        shared_memory_per_core=167_936,
+        shared_memory_per_block_optin=166_912,
+    ),
+    "b200": Gpu(
+        name="NVIDIA B200",
+        compute_capability=(10, 0),
+        core_count=148,
+        clock_rate_ghz=1.965,
+        memory_bandwidth=8_000_000_000_000,
+        memory_size=191_503_925_248,
+        l2_cache_size=132_120_576,
+        bf16_flops=2250e12,
+        nvlink_bandwidth=900e9,
+        network_bandwidth=50e9,
     ),
 }
 
