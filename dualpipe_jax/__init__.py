@@ -7,6 +7,14 @@ package does not import it; the names that do need it are loaded when first used
 import importlib
 from typing import TYPE_CHECKING
 
+from dualpipe_jax.choose import (
+    MemoryUse,
+    RankedSchedule,
+    Ranking,
+    Remat,
+    StageMemory,
+    rank_schedules,
+)
 from dualpipe_jax.generators.dualpipe import dualpipe
 from dualpipe_jax.generators.dualpipev import dualpipev
 from dualpipe_jax.generators.gpipe import gpipe
@@ -32,10 +40,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Costs",
+    "MemoryUse",
     "Partition",
     "PipelineParams",
     "Program",
+    "RankedSchedule",
+    "Ranking",
+    "Remat",
     "Schedule",
+    "StageMemory",
     "Task",
     "Timeline",
     "dualpipe",
@@ -48,6 +61,7 @@ __all__ = [
     "partition_layers",
     "pipeline_forward",
     "pipeline_value_and_grad",
+    "rank_schedules",
     "simulate",
     "split_vjp",
     "stack_stages",

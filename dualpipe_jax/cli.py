@@ -49,6 +49,10 @@ COMMANDS = {
     "simulate": Command(
         "dualpipe_jax.cli:simulate_command", "makespan, bubbles and activations"
     ),
+    "choose": Command(
+        "dualpipe_jax._choose_cli:add_arguments",
+        "rank the schedules by step time under a memory limit, and say why",
+    ),
 }
 
 

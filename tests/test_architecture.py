@@ -28,6 +28,10 @@ ROOMS = {
     ),
     "topology": ({"topology"}, set()),
     "partition": ({"partition", "_balance"}, {"schedule"}),
+    "choose": (
+        {"choose", "_choose_memory", "_choose_result", "_choose_text"},
+        {"schedule", "generators", "simulator", "show", "lowering"},
+    ),
     "train": (
         {"train"},
         {
@@ -54,13 +58,14 @@ ROOMS = {
         },
     ),
     "cli": (
-        {"cli", "__main__"},
+        {"cli", "__main__", "_choose_cli"},
         {
             "schedule",
             "generators",
             "simulator",
             "show",
             "lowering",
+            "choose",
             "train",
             "deepseek",
         },
@@ -68,7 +73,15 @@ ROOMS = {
 }
 # Inside a function only: objects that show themselves in Jupyter.
 LATE = {("schedule", "show"), ("simulator", "show")}
-JAX_FREE = ("schedule", "generators", "simulator", "show", "lowering", "partition")
+JAX_FREE = (
+    "schedule",
+    "generators",
+    "simulator",
+    "show",
+    "lowering",
+    "partition",
+    "choose",
+)
 
 
 def room_of(module: str) -> str:

@@ -17,10 +17,15 @@ import eplb_jax
 FROZEN = {
     dualpipe_jax: [
         "Costs",
+        "MemoryUse",
         "Partition",
         "PipelineParams",
         "Program",
+        "RankedSchedule",
+        "Ranking",
+        "Remat",
         "Schedule",
+        "StageMemory",
         "Task",
         "Timeline",
         "dualpipe",
@@ -33,6 +38,7 @@ FROZEN = {
         "partition_layers",
         "pipeline_forward",
         "pipeline_value_and_grad",
+        "rank_schedules",
         "simulate",
         "split_vjp",
         "stack_stages",

@@ -1,0 +1,227 @@
+"""What a rank keeps in memory when it runs a lowered schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import re
+from typing import Any
+
+from dualpipe_jax.lowering import Program
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{name}I": 2 ** (10 * i) for i, name in enumerate("KMGT", start=1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageMemory:
+    """Bytes on one device of one of P stages, a P-th of the model.
+
+    Attributes:
+      residuals: of one microbatch: what F keeps until its W.
+      crossing: of one microbatch: what I keeps for its W beside the residuals.
+      parameters: of one stage, as its computation uses them.
+      gradients: of one stage: the accumulators, float32 unless chosen otherwise.
+      at_rest: of one stage's parameters between steps, where those are other arrays
+        than `parameters`: sharded over data-parallel devices, or of another dtype. None
+        where the step takes `parameters` as they are.
+      optimizer: of one stage's optimizer state.
+      message: of one microbatch's activation between two stages.
+      workspace: of what the dearest step (a B, or an overlapped pair) needs besides, on
+        one microbatch.
+      other: of what no schedule changes: embedding, head, the runtime's own.
+
+    Raises:
+      ValueError: a number is negative or not finite.
+
+    Examples:
+      >>> StageMemory(residuals=6, crossing=2, parameters=1, gradients=2).message
+      0.0
+    """
+
+    residuals: float
+    crossing: float
+    parameters: float
+    gradients: float
+    at_rest: float | None = None
+    optimizer: float = 0.0
+    message: float = 0.0
+    workspace: float = 0.0
+    other: float = 0.0
+
+    def __post_init__(self):
+        _check_fields(self, "give bytes.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """A way to keep less from F to the backward, and to compute it again there.
+
+    Bytes and costs are of one microbatch and one of P stages, as everywhere here.
+
+    Attributes:
+      name: what the ranking calls it, such as `"full"` or `"experts"`.
+      residuals: bytes that F keeps until W.
+      crossing: bytes that I keeps for W beside them. Often more than without remat:
+        what I computed again, W needs too.
+      cost: what recomputation adds to a B or I; F unless given, all of the forward.
+      overlapped_cost: what it adds to an overlapped pair; `cost` unless given.
+      workspace: bytes, see `StageMemory`. Unless given, that of the stage without remat
+        and what this one does not keep: recomputed, it is there for a while.
+
+    Raises:
+      ValueError: a number is negative or not finite, or the name is empty or `"none"`.
+
+    Examples:
+      >>> Remat("full", residuals=1, crossing=3).cost is None  # all of F
+      True
+    """
+
+    name: str
+    residuals: float
+    crossing: float
+    cost: float | None = None
+    overlapped_cost: float | None = None
+    workspace: float | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or self.name in ("", "none"):
+            raise ValueError(
+                f"name={self.name!r} must be a word other than 'none', which is what "
+                "keeping everything is called; use 'full', say."
+            )
+        _check_fields(self, "give bytes, or a cost in the unit of costs.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryUse:
+    """Bytes that one device keeps at the peak of a step, by what they are for.
+
+    Attributes:
+      parameters: at rest, and the copies that the step makes of them.
+      gradients: accumulators of every stage that the rank runs.
+      optimizer: state of the rank's own stage.
+      residuals: activation slots.
+      crossing: slots of what waits between an I and its W.
+      messages: slots of activations and cotangents on their way.
+      workspace: what the dearest step needs besides.
+      other: what no schedule changes.
+
+    Examples:
+      >>> MemoryUse(4, 2, 1, 10, 3, 1, 2, 0).total
+      23.0
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    residuals: float
+    crossing: float
+    messages: float
+    workspace: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        return math.fsum(vars(self).values())
+
+
+def memory_of(
+    program: Program, memory: StageMemory, remat: Remat | None, microbatch: float
+) -> MemoryUse:
+    """What a device keeps at the peak; every rank allocates as much.
+
+    Args:
+      program: gives the slots, and the stages that a rank runs.
+      memory: of one of P stages.
+      remat: what is computed again, or None.
+      microbatch: size of a microbatch over that of the one measured.
+    """
+    stage = program.schedule.num_ranks / program.schedule.num_stages
+    held = stage * len(program.chunks[0])
+    copied = 0.0 if _runs_in_place(program, memory) else held
+    own = memory.parameters if memory.at_rest is None else memory.at_rest
+    residuals, crossing, workspace = memory.residuals, memory.crossing, memory.workspace
+    if remat is not None:
+        # Recomputed one stage at a time, so of the size of this schedule's stages.
+        again = stage * max(0.0, memory.residuals - remat.residuals)
+        workspace = workspace + again if remat.workspace is None else remat.workspace
+        residuals, crossing = remat.residuals, remat.crossing
+    slot = stage * microbatch
+    return MemoryUse(
+        parameters=own + copied * memory.parameters,
+        gradients=held * memory.gradients,
+        optimizer=memory.optimizer,
+        residuals=program.num_slots * slot * residuals,
+        crossing=program.num_weight_slots * slot * crossing,
+        # One more: ranks that receive nothing in a permute write there.
+        messages=(program.num_message_slots + 1) * microbatch * memory.message,
+        workspace=microbatch * workspace,
+        other=memory.other,
+    )
+
+
+def _runs_in_place(program: Program, memory: StageMemory) -> bool:
+    """Whether parameters are used where they lie, and not copied to their chunks."""
+    at_home = all(own == (rank,) for rank, own in enumerate(program.chunks))
+    return memory.at_rest is None and at_home
+
+
+def stages_moved(program: Program) -> float:
+    """Stages (of P) that a rank's step brings from other ranks, at most."""
+    schedule = program.schedule
+    owned = schedule.num_stages // schedule.num_ranks
+    moved = max(
+        sum(stage // owned != rank for stage in own)
+        for rank, own in enumerate(program.chunks)
+    )
+    return moved / owned
+
+
+def parse_bytes(text: str) -> float:
+    """Reads a number of bytes, with a unit such as GiB or GB if it is not 1.
+
+    Raises:
+      ValueError: the text is not a number and a known unit.
+
+    Examples:
+      >>> parse_bytes("1.5GiB"), parse_bytes("80 GB"), parse_bytes("64")
+      (1610612736.0, 80000000000.0, 64.0)
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*(\w*?)B?\s*", text, re.I)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or match[1].count(".") > 1:
+        raise ValueError(f"{text!r} is no number of bytes; write 1.5GiB or 800MB, say.")
+    return float(match[1]) * unit
+
+
+def format_bytes(number: float) -> str:
+    """Bytes as people write them.
+
+    Examples:
+      >>> format_bytes(1.5 * 2**30), format_bytes(2**20), format_bytes(12)
+      ('1.5 GiB', '1.0 MiB', '12 B')
+    """
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        size = parse_bytes(f"1{unit}")
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number:g} B"
+
+
+def check_number(name: str, value: Any, remedy: str, positive: bool = False) -> float:
+    """Returns `value` as a float, or says what is wrong with it."""
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+    if not math.isfinite(number) or number < 0 or (positive and not number):
+        bound = "> 0" if positive else ">= 0"
+        raise ValueError(f"{name}={value!r} must be a finite number {bound}; {remedy}")
+    return number
+
+
+def _check_fields(owner: Any, remedy: str) -> None:
+    for field in dataclasses.fields(owner):
+        value = getattr(owner, field.name)
+        if field.name == "name" or (value is None and "None" in str(field.type)):
+            continue
+        object.__setattr__(owner, field.name, check_number(field.name, value, remedy))
