@@ -1,0 +1,180 @@
+"""The report as plain text, as a rich table, and as HTML for Jupyter."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dualpipe_jax.overlap.report import LoopReport, OverlapReport
+
+_LOOPS = ("loop", "runs", "time", "compute", "comm", "hidden", "exposed", "hidden %")
+_COLLECTIVES = (
+    "collective",
+    "phase",
+    "group",
+    "MB",
+    "link",
+    "time",
+    "GEMMs under",
+    "GFLOP under",
+    "time under",
+    "hidden",
+    "exposed",
+)
+
+
+def text(report: OverlapReport) -> str:
+    """All loops, the steady state's collectives, and what was assumed."""
+    if not report.loops:
+        return f"{report.module}: no collectives, so nothing to hide."
+    loop = report.steady_state
+    parts = [
+        summary(report),
+        "",
+        *_aligned([_LOOPS, *map(_loop_row, report.loops)]),
+        "",
+        f"collectives of {_where(loop)}, in the order of their starts:",
+        *_aligned([_COLLECTIVES, *_collective_rows(loop)]),
+        "",
+        "assumed:",
+        *(f"- {each}" for each in report.assumptions),
+    ]
+    return "\n".join(parts)
+
+
+def summary(report: OverlapReport) -> str:
+    """What the steady state comes to, in a line or two."""
+    loop = report.steady_state
+    bare = [each.name for each in loop.without_gemms]
+    said = (
+        f"{report.module}, steady state {loop.name}: {loop.hidden_fraction:.1%} of "
+        f"{_ms(loop.communication_s)} communication hidden, {_ms(loop.exposed_s)} "
+        f"exposed; one run {_ms(loop.makespan_s)}, compute {_ms(loop.compute.seconds)}"
+    )
+    count = len(loop.collectives)
+    if not loop.without_gemms:
+        return f"{said}\nall {count} collectives have GEMMs under them"
+    said += f"\n{len(bare)} of {count} collectives have no GEMM under them: "
+    said += ", ".join(bare[:4])
+    if len(bare) > 4:
+        said += f" and {len(bare) - 4} more"
+    return said
+
+
+def rich_table(report: OverlapReport, name: str | None = None):
+    """Collectives of one computation as a `rich.table.Table`."""
+    try:
+        from rich.table import Table
+    except ImportError as error:
+        raise ImportError(
+            "tables need rich; pip install 'dualpipe-jax[train]', or print the report, "
+            "which does not."
+        ) from error
+    if not report.loops:
+        return Table(title=str(report))
+    loop = report.steady_state if name is None else report.loop(name)
+    table = Table(
+        title=f"{report.module}: {_where(loop)}",
+        caption=f"{loop.hidden_fraction:.1%} of {_ms(loop.communication_s)} hidden",
+    )
+    for number, column in enumerate(_COLLECTIVES):
+        table.add_column(column, justify="left" if number < 2 else "right")
+    for row, each in zip(_collective_rows(loop), loop.collectives, strict=True):
+        bad = each.exposed_s > 0.5 * each.seconds
+        table.add_row(*row, style="red" if bad else None)
+    return table
+
+
+def html(report: OverlapReport) -> str:
+    """Both tables as HTML."""
+    if not report.loops:
+        return f"<p>{escape(str(report))}</p>"
+    loop = report.steady_state
+    parts = [
+        f"<p>{escape(summary(report))}</p>",
+        _html([_LOOPS, *map(_loop_row, report.loops)]),
+    ]
+    parts.append(f"<p>Collectives of {escape(_where(loop))}:</p>")
+    parts.append(_html([_COLLECTIVES, *_collective_rows(loop)]))
+    items = "".join(f"<li>{escape(each)}</li>" for each in report.assumptions)
+    return "\n".join([*parts, f"<p>Assumed:</p><ul>{items}</ul>"])
+
+
+def _where(loop: LoopReport) -> str:
+    """The computation with the loops around it."""
+    inside = " > ".join(
+        f"{frame.computation} x{_trips(frame)}" for frame in loop.path[:-1]
+    )
+    return f"{loop.name} ({loop.kind}{', inside ' + inside if inside else ''})"
+
+
+def _trips(frame) -> str:
+    if frame.source == "guard":
+        return "0-1"
+    return f"{frame.trips:g}" + ("" if frame.source in ("known", "given") else "?")
+
+
+def runs(loop: LoopReport) -> str:
+    """How often it runs, in a few characters."""
+    if loop.runs is not None:
+        return f"{loop.runs:g}"
+    if loop.runs_at_most is not None:
+        return f"<={loop.runs_at_most:g}"
+    return "unknown"
+
+
+def _loop_row(loop: LoopReport) -> tuple[str, ...]:
+    return (
+        f"{loop.name} ({loop.kind})",
+        runs(loop),
+        _ms(loop.makespan_s),
+        _ms(loop.compute.seconds),
+        _ms(loop.communication_s),
+        _ms(loop.hidden_s),
+        _ms(loop.exposed_s),
+        f"{loop.hidden_fraction:.1%}",
+    )
+
+
+def _collective_rows(loop: LoopReport) -> list[tuple[str, ...]]:
+    return [
+        (
+            each.name + ("" if each.asynchronous else " (sync)"),
+            each.phase,
+            str(each.group_size),
+            f"{each.num_bytes / 1e6:.3g}",
+            each.link,
+            _ms(each.seconds),
+            f"{each.under.gemms:g}",
+            f"{each.under.flops / 1e9:.4g}",
+            _ms(each.under.seconds),
+            _ms(each.hidden_s),
+            _ms(each.exposed_s),
+        )
+        for each in loop.collectives
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _html(rows: list[tuple[str, ...]]) -> str:
+    head, *body = rows
+    lines = ["<tr>" + "".join(f"<th>{escape(c)}</th>" for c in head) + "</tr>"]
+    lines += [
+        "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in body
+    ]
+    return "<table>" + "\n".join(lines) + "</table>"

@@ -1,0 +1,453 @@
+"""Which part of a compiled program's communication runs under compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dualpipe_jax.overlap import chrome, hlo, render
+from dualpipe_jax.overlap.links import BETWEEN_LATENCY_S, INSIDE_LATENCY_S, Links
+from dualpipe_jax.overlap.program import GIVEN, GUARD, KNOWN, Frame, Program
+from dualpipe_jax.overlap.timeline import Timeline
+from dualpipe_jax.overlap.work import KERNEL_LATENCY_S, Roofline, Work
+from dualpipe_jax.topology import GPUS, Gpu
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectiveReport:
+    """One collective in one run of its computation.
+
+    Attributes:
+      name: of the instruction (of its start).
+      kind: such as `all-to-all`.
+      phase: such as `dispatch(F)`; the program's own name where that cannot be told.
+      computation: the loop, branch or entry that it stands in.
+      asynchronous: whether other instructions may run meanwhile.
+      group_size: devices that communicate with each other; 2 for a permute.
+      inside_bytes: sent by one device to its own node, by the slowest of all.
+      between_bytes: sent to other nodes.
+      link: `nvlink`, `network` or `local`.
+      seconds: on its link, with nothing in its way.
+      exposed_s: seconds in which compute waited for it.
+      under: the compute between its start and its done.
+      op_name: what the program calls it; empty where XLA has dropped it.
+    """
+
+    name: str
+    kind: str
+    phase: str
+    computation: str
+    asynchronous: bool
+    group_size: int
+    inside_bytes: float
+    between_bytes: float
+    link: str
+    seconds: float
+    exposed_s: float
+    under: Work
+    op_name: str
+
+    @property
+    def hidden_s(self) -> float:
+        return max(0.0, self.seconds - self.exposed_s)
+
+    @property
+    def num_bytes(self) -> float:
+        return self.inside_bytes + self.between_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        names = (
+            "name kind phase asynchronous group_size inside_bytes between_bytes link"
+        )
+        return {
+            **{name: getattr(self, name) for name in names.split()},
+            "bytes": self.num_bytes,
+            "seconds": self.seconds,
+            "hidden_s": self.hidden_s,
+            "exposed_s": self.exposed_s,
+            "under": dataclasses.asdict(self.under),
+            "op_name": self.op_name,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopReport:
+    """A computation with collectives of its own: a loop's body, a branch, or the entry.
+
+    Times are of one run of it. Loops and branches inside count as compute.
+
+    Attributes:
+      name: of the computation.
+      kind: `while`, `guard`, `branch` or `entry`.
+      path: the loops and branches around it, from the outside, itself the last.
+      runs: how often one execution of the module runs it; None if that depends on
+        data, or if a guard or a branch decides.
+      runs_at_most: the same with guards and branches taken; None if that depends on
+        data.
+      makespan_s: of one run.
+      compute: work of one run.
+      collectives: its own, in the order of their starts.
+    """
+
+    name: str
+    kind: str
+    path: tuple[Frame, ...]
+    runs: float | None
+    runs_at_most: float | None
+    makespan_s: float
+    compute: Work
+    collectives: tuple[CollectiveReport, ...]
+
+    @property
+    def communication_s(self) -> float:
+        return math.fsum(each.seconds for each in self.collectives)
+
+    @property
+    def exposed_s(self) -> float:
+        return math.fsum(each.exposed_s for each in self.collectives)
+
+    @property
+    def hidden_s(self) -> float:
+        return math.fsum(each.hidden_s for each in self.collectives)
+
+    @property
+    def hidden_fraction(self) -> float:
+        """Hidden part of the communication time; 1 where there is none."""
+        return self.hidden_s / self.communication_s if self.communication_s else 1.0
+
+    @property
+    def without_gemms(self) -> tuple[CollectiveReport, ...]:
+        """Collectives that have no matrix product between start and done."""
+        return tuple(each for each in self.collectives if not each.under.gemms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "path": [dataclasses.asdict(frame) for frame in self.path],
+            "runs": self.runs,
+            "runs_at_most": self.runs_at_most,
+            "makespan_s": self.makespan_s,
+            "communication_s": self.communication_s,
+            "hidden_s": self.hidden_s,
+            "exposed_s": self.exposed_s,
+            "hidden_fraction": self.hidden_fraction,
+            "without_gemms": [each.name for each in self.without_gemms],
+            "compute": dataclasses.asdict(self.compute),
+            "collectives": [each.to_dict() for each in self.collectives],
+        }
+
+
+class OverlapReport:
+    """What `overlap_report` found.
+
+    Attributes:
+      module: the module's name.
+      gpu: whose figures the times are reckoned with.
+      gpus_per_node: devices of one node.
+      efficiency: part of the GPU's peaks that kernels are taken to reach.
+      loops: computations with collectives, those with the most communication in all
+        their runs first.
+      assumptions: what was guessed, in words.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        gpu: Gpu,
+        gpus_per_node: int,
+        efficiency: float,
+        unknown: set[str],
+    ):
+        self._program = program
+        self.module: str = program.module.name
+        self.gpu, self.gpus_per_node, self.efficiency = gpu, gpus_per_node, efficiency
+        loops = [
+            self._loop(name) for name in program.paths if program.collectives(name)
+        ]
+        self.loops: tuple[LoopReport, ...] = tuple(
+            sorted(loops, key=lambda each: -each.communication_s * _weight(each))
+        )
+        self.assumptions: tuple[str, ...] = _assumptions(self, program, unknown)
+
+    @property
+    def collectives(self) -> tuple[CollectiveReport, ...]:
+        """Those of all loops."""
+        return tuple(each for loop in self.loops for each in loop.collectives)
+
+    @functools.cached_property
+    def steady_state(self) -> LoopReport:
+        """The loop whose own collectives take the most time in one run of its body.
+
+        Guards, branches and the entry are not meant, unless there are no loops.
+
+        Raises:
+          ValueError: the module has no collectives.
+        """
+        if not self.loops:
+            raise ValueError(
+                f"the module {self.module} has no collectives, and so no steady state; "
+                "was it compiled for more than one device?"
+            )
+        whiles = [loop for loop in self.loops if loop.kind == "while"]
+        return max(whiles or self.loops, key=lambda loop: loop.communication_s)
+
+    def loop(self, name: str) -> LoopReport:
+        """The loop, branch or entry of this name, or whose name begins so.
+
+        Raises:
+          ValueError: there is none with collectives, or several begin so.
+        """
+        exact = [loop for loop in self.loops if loop.name == name]
+        found = exact or [loop for loop in self.loops if loop.name.startswith(name)]
+        if len(found) != 1:
+            names = [loop.name for loop in found or self.loops]
+            raise ValueError(
+                f"{name=} is the begin of {len(found)} computations with collectives; "
+                f"name one of {', '.join(names) or 'none'}."
+            )
+        return found[0]
+
+    def timeline(self, name: str | None = None) -> Timeline:
+        """The estimated timeline of one run of a computation: the steady state's."""
+        loop = self.steady_state if name is None else self.loop(name)
+        return self._program.timeline(loop.name)
+
+    def chrome_trace(
+        self, name: str | None = None, path: str | Path | None = None
+    ) -> dict[str, Any]:
+        """One run of a computation as a Chrome trace, for Perfetto.
+
+        Args:
+          name: of the computation; the steady state's by default.
+          path: a file to write it to as well.
+
+        Returns:
+          What `json.dump` writes.
+        """
+        loop = self.steady_state if name is None else self.loop(name)
+        trace = chrome.trace(self._program, loop.name, f"{self.module}: {loop.name}")
+        if path is not None:
+            Path(path).write_text(json.dumps(trace) + "\n", encoding="utf-8")
+        return trace
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as `to_json` writes it."""
+        return {
+            "module": self.module,
+            "gpu": self.gpu.name,
+            "gpus_per_node": self.gpus_per_node,
+            "efficiency": self.efficiency,
+            "assumptions": list(self.assumptions),
+            "steady_state": self.steady_state.name if self.loops else None,
+            "loops": [loop.to_dict() for loop in self.loops],
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """All of it as one JSON object; docs/overlap.md names the fields."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def table(self, name: str | None = None):
+        """Collectives of a computation (the steady state) as a rich table.
+
+        Raises:
+          ImportError: rich is not installed.
+        """
+        return render.rich_table(self, name)
+
+    def __str__(self) -> str:
+        return render.text(self)
+
+    def _repr_html_(self) -> str:
+        return render.html(self)
+
+    def _loop(self, name: str) -> LoopReport:
+        program = self._program
+        done = program.timeline(name)
+        rows = []
+        for start, (found, traffic) in program.collectives(name).items():
+            phase = chrome.phase_of(program, name, start)
+            rows.append(
+                CollectiveReport(
+                    name=start,
+                    kind=found.kind,
+                    phase=phase,
+                    computation=name,
+                    asynchronous=found.asynchronous,
+                    group_size=traffic.group_size,
+                    inside_bytes=traffic.inside_bytes,
+                    between_bytes=traffic.between_bytes,
+                    link=traffic.link,
+                    seconds=traffic.seconds,
+                    exposed_s=done.exposed[start],
+                    under=done.under[start],
+                    op_name=found.op.op_name,
+                )
+            )
+        paths = program.paths[name]
+        last = paths[0][-1] if paths[0] else None
+        kind = "entry" if last is None else last.kind
+        if last is not None and last.kind == "while" and last.source == GUARD:
+            kind = "guard"
+        sources = {frame.source for path in paths for frame in path}
+        times = sum(math.prod(frame.trips for frame in path) for path in paths)
+        certain = sources <= {KNOWN, GIVEN, GUARD}
+        return LoopReport(
+            name=name,
+            kind=kind,
+            path=paths[0],
+            runs=times if certain and GUARD not in sources else None,
+            runs_at_most=times if certain else None,
+            makespan_s=done.makespan,
+            compute=done.compute,
+            collectives=tuple(rows),
+        )
+
+
+def _weight(loop: LoopReport) -> float:
+    return math.prod(frame.trips for frame in loop.path)
+
+
+def overlap_report(
+    compiled: jax.stages.Compiled | str,
+    *,
+    gpu: str | Gpu | None = None,
+    gpus_per_node: int = 8,
+    efficiency: float = 0.7,
+    trip_counts: Mapping[str, float] | float | None = None,
+) -> OverlapReport:
+    r"""Reads a program compiled for GPUs: what of its communication runs under compute.
+
+    Args:
+      compiled: `jax.jit(f).lower(...).compile()` for GPUs, attached or of `gpu_mesh`;
+        or the text of a scheduled module.
+      gpu: whose peaks to reckon with: a key of `dualpipe_jax.topology.GPUS`, or a
+        `Gpu`; by default what the program was compiled for.
+      gpus_per_node: device i is taken to be in node `i // gpus_per_node`.
+      efficiency: part of the peak FLOPs and of the memory's bandwidth that kernels
+        reach.
+      trip_counts: how often loops run whose trips depend on data: a number for all of
+        them, or numbers by the name (or pattern) of the body.
+
+    Returns:
+      The report. Print it, or see `loops`, `steady_state`, `to_json`, `chrome_trace`.
+
+    Raises:
+      ValueError: the program is not for GPUs, not scheduled or no HLO; or `gpu` is not
+        known and cannot be found out.
+
+    Examples:
+      >>> report = overlap_report('''HloModule f, is_scheduled=true, num_partitions=2
+      ... ENTRY %main (p: bf16[1024,1024]) -> bf16[1024,1024] {
+      ...   %p = bf16[1024,1024] parameter(0)
+      ...   %go = (bf16[1024,1024], bf16[1024,1024]) collective-permute-start(%p), \
+      ...     source_target_pairs={{0,1},{1,0}}
+      ...   %y = bf16[1024,1024] dot(%p, %p), lhs_contracting_dims={1}, \
+      ...     rhs_contracting_dims={0}
+      ...   ROOT %x = bf16[1024,1024] collective-permute-done(%go)
+      ... }''', gpu="h100")
+      >>> permute = report.steady_state.collectives[0]
+      >>> permute.num_bytes, permute.link, permute.under.flops == 2 * 1024**3
+      (2097152.0, 'nvlink', True)
+    """
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"{efficiency=} must be above 0 and at most 1.")
+    if gpus_per_node < 1:
+        raise ValueError(f"{gpus_per_node=} must be at least 1.")
+    if isinstance(compiled, str):
+        text, device = compiled, None
+    elif isinstance(compiled, jax.stages.Compiled):
+        text, device = compiled.as_text(), _device_of(compiled)
+        if text is None:
+            raise ValueError("the compiled program has no text; pass its HLO as a str.")
+        if device is not None and device.platform not in ("gpu", "cuda"):
+            raise ValueError(
+                f"the program was compiled for {device.platform!r}, where nothing "
+                "overlaps; compile it for GPUs, which need not be there: see "
+                "dualpipe_jax.gpu_mesh."
+            )
+    else:
+        raise ValueError(
+            f"compiled={type(compiled).__name__} is neither a jax.stages.Compiled nor "
+            "text; call lower(...).compile() first."
+        )
+    chosen = _gpu(gpu, None if device is None else device.device_kind)
+    module = hlo.parse(text)
+    links = Links(module, chosen, gpus_per_node)
+    roofline = Roofline(module, chosen, efficiency)
+    program = Program(module, links, roofline, trip_counts)
+    return OverlapReport(program, chosen, gpus_per_node, efficiency, roofline.unknown)
+
+
+def _device_of(compiled: jax.stages.Compiled) -> Any:
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    for sharding in shardings:
+        for device in getattr(sharding, "device_set", ()):
+            return device
+    return None
+
+
+def _gpu(gpu: str | Gpu | None, kind: str | None) -> Gpu:
+    if isinstance(gpu, Gpu):
+        return gpu
+    if gpu is not None:
+        if gpu not in GPUS:
+            raise ValueError(
+                f"{gpu=} is not known; choose one of {sorted(GPUS)}, or pass a Gpu."
+            )
+        return GPUS[gpu]
+    for key, known in GPUS.items():
+        if kind is not None and (kind == known.name or key.upper() in kind.upper()):
+            return known
+    raise ValueError(
+        f"gpu={gpu}: the device kind {kind!r} tells no GPU; pass gpu= one of "
+        f"{sorted(GPUS)}, or a dualpipe_jax.topology.Gpu with its peaks."
+    )
+
+
+def _assumptions(
+    report: OverlapReport, program: Program, unknown: set[str]
+) -> tuple[str, ...]:
+    gpu = report.gpu
+    said = [
+        f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s of bfloat16 and "
+        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s, of which kernels reach "
+        f"{report.efficiency:.0%}; NVLink {gpu.nvlink_bandwidth / 1e9:.0f} GB/s, "
+        f"network {gpu.network_bandwidth / 1e9:.0f} GB/s",
+        f"latencies: {KERNEL_LATENCY_S * 1e6:g} us a kernel, "
+        f"{INSIDE_LATENCY_S * 1e6:g} us a collective inside a node, "
+        f"{BETWEEN_LATENCY_S * 1e6:g} us between nodes",
+        f"device i is in node i // {report.gpus_per_node}",
+    ]
+    if any(each.kind == "ragged-all-to-all" for each in report.collectives):
+        said.append(
+            "ragged all-to-alls send as much as fits both buffers, to all alike"
+        )
+    guessed: dict[str, dict[str, float]] = {}
+    for paths in program.paths.values():
+        for frame in (path[-1] for path in paths if path):
+            if frame.kind == "while" and frame.source not in (KNOWN, GIVEN):
+                guessed.setdefault(frame.source, {})[frame.computation] = frame.trips
+    words = {
+        GUARD: "run zero or one time: reckoned with once",
+        "blocks": "go through a buffer in blocks, trips unknown: guessed to go through "
+        "it once",
+        "unknown": "have trips that are not known: reckoned with once; trip_counts= "
+        "says more",
+    }
+    for source, loops in guessed.items():
+        names = ", ".join(list(loops)[:3]) + (", ..." if len(loops) > 3 else "")
+        said.append(f"{len(loops)} loops {words[source]} ({names})")
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        said.append(f"custom calls whose FLOPs are not known count none: {names}")
+    return tuple(said)
