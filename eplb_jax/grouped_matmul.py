@@ -12,8 +12,6 @@ Shape suffixes: M rows, G groups, D and F features, B rows of a block.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax.kernels import has_tokamax, on_cuda
 from eplb_jax.varying import vary_alike
 
 Implementation = Literal["auto", "blocks", "tokamax", "xla"]
@@ -74,17 +73,10 @@ def grouped_matmul(
     _check(x, weight, group_sizes, implementation)
     group_sizes = group_sizes.astype(jnp.int32)
     x, weight, group_sizes = vary_alike(x, weight, group_sizes)
-    blocks = functools.partial(_by_blocks, x, weight, group_sizes)
-    if implementation == "blocks":
-        return blocks()
     if implementation == "auto":
-        if not _has_tokamax():
-            return blocks()
-        return lax.platform_dependent(
-            x, weight, group_sizes, cuda=_by_best, default=_by_blocks
-        )
-    by = _by_tokamax if implementation == "tokamax" else _by_xla
-    return by(x, weight, group_sizes)
+        return on_cuda(_by_tokamax, _by_blocks, x, weight, group_sizes)
+    by = {"blocks": _by_blocks, "tokamax": _by_tokamax, "xla": _by_xla}
+    return by[implementation](x, weight, group_sizes)
 
 
 def num_block_rows(group_sizes: jax.Array) -> jax.Array:
@@ -227,20 +219,6 @@ def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.
     return _mask(y.astype(x.dtype), num_rows)
 
 
-def _by_best(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    # Traced on every host, GPUs or not; what tokamax says then depends on its version.
-    try:
-        return _by_tokamax(x, weight, group_sizes)
-    except (NotImplementedError, ValueError) as error:
-        if jax.default_backend() == "gpu":
-            warnings.warn(
-                f"tokamax has no kernel here, so grouped_matmul uses its own loops, "
-                f"which are slower on GPUs: {error}",
-                stacklevel=2,
-            )
-        return _by_blocks(x, weight, group_sizes)
-
-
 def _by_xla(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
     num_rows = group_sizes.sum(dtype=jnp.int32)
     y = lax.ragged_dot(
@@ -254,10 +232,6 @@ def _mask(value_MD: jax.Array, num_rows: jax.Array) -> jax.Array:
     return jnp.where(row_M1 < num_rows, value_MD, jnp.zeros((), value_MD.dtype))
 
 
-def _has_tokamax() -> bool:
-    return importlib.util.find_spec("tokamax") is not None
-
-
 def _check(
     x: jax.Array,
     weight: jax.Array,
@@ -268,7 +242,7 @@ def _check(
         raise ValueError(
             f"{implementation=} must be one of {', '.join(get_args(Implementation))}."
         )
-    if implementation == "tokamax" and not _has_tokamax():
+    if implementation == "tokamax" and not has_tokamax():
         raise ValueError(
             f"{implementation=} is not installed; pip install tokamax, or use 'auto'."
         )

@@ -27,7 +27,12 @@ def run(config, folder, *, resume=False):
 @pytest.mark.slow
 def test_another_mesh_schedule_and_placement(tmp_path):
     config = small.config(
-        schedule="1f1b", num_steps=6, checkpoint_every=3, eval_every=3, sample_tokens=5
+        architecture={"num_layers": 2},
+        schedule="1f1b",
+        num_steps=6,
+        checkpoint_every=3,
+        eval_every=3,
+        sample_tokens=5,
     )
     whole = run(config, tmp_path).metrics
     # As if the nodes had been lost between the two checkpoints.

@@ -11,6 +11,7 @@ from jax import lax
 
 from dualpipe_jax.topology import gpu_mesh
 from eplb_jax import grouped_matmul as module
+from eplb_jax import kernels
 from eplb_jax.grouped_matmul import grouped_matmul, num_block_rows
 
 SIZES = [
@@ -141,7 +142,7 @@ def test_room_that_is_not_used_costs_nothing():
 
 def test_tokamax_is_chosen_when_compiled_for_gpus(monkeypatch):
     calls = []
-    monkeypatch.setattr(module, "_has_tokamax", lambda: True)
+    monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
     monkeypatch.setattr(
         module, "_by_tokamax", lambda x, w, s: calls.append(1) or x @ w[0]
     )
@@ -167,22 +168,22 @@ def test_a_kernel_that_is_missing_is_replaced(backend, monkeypatch):
     def refuse(*args):
         raise ValueError("Unsupported device kind")
 
-    monkeypatch.setattr(module, "_has_tokamax", lambda: True)
+    monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
     monkeypatch.setattr(module, "_by_tokamax", refuse)
-    monkeypatch.setattr(module.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(kernels, "_wants_kernels", lambda: backend == "gpu")
     # Shapes of its own for each: jax remembers what it has traced.
     x, sizes = {"cpu": (normal(0, 3, 8), [2, 1]), "gpu": (normal(0, 5, 8), [1, 4])}[
         backend
     ]
     weight = normal(1, 2, 8, 4)
-    expected = pytest.warns(UserWarning, match="uses its own loops.*Unsupported device")
+    expected = pytest.warns(UserWarning, match="slower code takes.*Unsupported device")
     with expected if backend == "gpu" else contextlib.nullcontext():
         y = jax.jit(grouped_matmul)(x, weight, jnp.array(sizes))
     np.testing.assert_allclose(y, loop(x, weight, sizes), rtol=0, atol=1e-5)
 
 
 def test_bad_arguments(monkeypatch):
-    monkeypatch.setattr(module, "_has_tokamax", lambda: False)
+    monkeypatch.setattr(module, "has_tokamax", lambda: False)
     x, weight, sizes = jnp.ones((4, 2)), jnp.ones((3, 2, 5)), jnp.array([1, 1, 1])
     for args, options, message in [
         ((x, weight, sizes), {"implementation": "best"}, "must be one of auto, blocks"),
