@@ -27,6 +27,7 @@ from dualpipe_jax.simulator import Costs, Timeline, simulate
 from dualpipe_jax.tasks import Task
 
 if TYPE_CHECKING:
+    from dualpipe_jax.overlap import OverlapReport, overlap_report
     from dualpipe_jax.pipeline import (
         PipelineParams,
         pipeline_forward,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Costs",
     "MemoryUse",
+    "OverlapReport",
     "Partition",
     "PipelineParams",
     "Program",
@@ -58,6 +60,7 @@ __all__ = [
     "gpu_mesh",
     "lower",
     "one_f_one_b",
+    "overlap_report",
     "partition_layers",
     "pipeline_forward",
     "pipeline_value_and_grad",
@@ -70,9 +73,11 @@ __all__ = [
 
 # Exported names that need jax, and the modules that define them (PEP 562).
 _NEEDS_JAX = {
+    "OverlapReport": "dualpipe_jax.overlap",
     "PipelineParams": "dualpipe_jax.pipeline",
     "gpu_compiler_options": "dualpipe_jax.topology",
     "gpu_mesh": "dualpipe_jax.topology",
+    "overlap_report": "dualpipe_jax.overlap",
     "pipeline_forward": "dualpipe_jax.pipeline",
     "pipeline_value_and_grad": "dualpipe_jax.pipeline",
     "split_vjp": "dualpipe_jax.split_backward",

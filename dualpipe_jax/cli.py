@@ -43,6 +43,10 @@ COMMANDS = {
         "dualpipe_jax.train.cli:add_arguments",
         "train a language model, as a config says",
     ),
+    "overlap": Command(
+        "dualpipe_jax.overlap.cli:add_arguments",
+        "what of a compiled step's communication runs under compute",
+    ),
     "schedule": Command(
         "dualpipe_jax.cli:schedule_command", "draw a schedule, or export it"
     ),

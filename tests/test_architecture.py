@@ -57,6 +57,8 @@ ROOMS = {
             "train",
         },
     ),
+    # Its command compiles the training job's step.
+    "overlap": ({"overlap"}, {"topology", "train"}),
     "cli": (
         {"cli", "__main__", "_choose_cli"},
         {

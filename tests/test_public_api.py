@@ -18,6 +18,7 @@ FROZEN = {
     dualpipe_jax: [
         "Costs",
         "MemoryUse",
+        "OverlapReport",
         "Partition",
         "PipelineParams",
         "Program",
@@ -35,6 +36,7 @@ FROZEN = {
         "gpu_mesh",
         "lower",
         "one_f_one_b",
+        "overlap_report",
         "partition_layers",
         "pipeline_forward",
         "pipeline_value_and_grad",

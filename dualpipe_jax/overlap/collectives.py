@@ -38,6 +38,9 @@ def find(op: Instruction, where: Computation, module: Module) -> Found | None:
     kind = op.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
+    if kind == "recv":
+        host = op.get("is_host_transfer") == "true"
+        return None if host else Found(kind, op, where, True)
     # XLA marks a pair that has nothing in between, and runs it on the compute stream.
     asynchronous = op.opcode.endswith("-start") and not _is_sync(op)
     return Found(kind, op, where, asynchronous)

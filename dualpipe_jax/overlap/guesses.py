@@ -95,5 +95,6 @@ def _sliced(module: Module, body: Computation) -> Iterator[tuple[int, int]]:
             buffers, blocks_ = leaves(whole), leaves(block)
             if buffers and blocks_ and len(buffers[0].dims) > 1:
                 (rows, *columns), (part, *same) = buffers[0].dims, blocks_[0].dims
-                if columns == same and part < rows:
+                # One row of many is a stack, gone through in an order of its own.
+                if columns == same and 1 < part < rows:
                     yield rows, part

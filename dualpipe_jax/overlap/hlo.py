@@ -111,8 +111,10 @@ class Instruction:
         """Names of the operands, in order."""
         if self.opcode in ("parameter", "constant", "iota"):
             return []
+        if "[" not in self._operands:
+            return [part.strip(" %") for part in self._operands.split(",") if part]
         found = []
-        for part in split_commas(_COMMENT.sub("", self._operands)):
+        for part in split_commas(self._operands):
             # With or without its shape before it.
             match = _OPERAND.search(part)
             if match:

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from dualpipe_jax.overlap.hlo import Computation, Instruction, Module, num_bytes
+from dualpipe_jax.overlap.hlo import Computation, Instruction, Module, leaves, num_bytes
 from dualpipe_jax.topology import Gpu
 
 # Until the first byte arrives: one kernel and the flags of its peers, and a round trip
@@ -27,6 +27,8 @@ KINDS = (
     "all-gather",
     "reduce-scatter",
     "collective-broadcast",
+    # Of a pair that XLA has made of a permute; `send` is its other end.
+    "recv",
 )
 NVLINK, NETWORK, LOCAL = "nvlink", "network", "local"
 
@@ -79,7 +81,11 @@ class Links:
         """
         shapes = where.operand_shapes(op)
         if kind == "collective-permute":
-            return self._permute(op, sum(map(num_bytes, shapes)))
+            pairs = op.get("source_target_pairs")
+            return self._permute(op, pairs, sum(map(num_bytes, shapes)))
+        if kind == "recv":
+            pairs = op.get("frontend_attributes").partition("source_target_pairs=")[2]
+            return self._permute(op, pairs, leaves(op.shape)[0].num_bytes)
         size, in_node = self._group(op)
         if kind == "ragged-all-to-all":
             # Rows arrive in as many as leave, over the group: neither buffer can be
@@ -114,8 +120,7 @@ class Links:
             size,
         )
 
-    def _permute(self, op: Instruction, total: float) -> Traffic:
-        text = op.get("source_target_pairs")
+    def _permute(self, op: Instruction, text: str, total: float) -> Traffic:
         if text not in self._pairs:
             numbers = np.array(re.findall(r"\d+", text), dtype=np.int64)
             if len(numbers) % 2:

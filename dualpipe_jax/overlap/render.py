@@ -24,13 +24,13 @@ _COLLECTIVES = (
 )
 
 
-def text(report: OverlapReport) -> str:
-    """All loops, the steady state's collectives, and what was assumed."""
+def text(report: OverlapReport, name: str | None = None) -> str:
+    """All loops, the collectives of one, and what was assumed."""
     if not report.loops:
         return f"{report.module}: no collectives, so nothing to hide."
-    loop = report.steady_state
+    loop = _loop(report, name)
     parts = [
-        summary(report),
+        summary(report, name),
         "",
         *_aligned([_LOOPS, *map(_loop_row, report.loops)]),
         "",
@@ -43,12 +43,15 @@ def text(report: OverlapReport) -> str:
     return "\n".join(parts)
 
 
-def summary(report: OverlapReport) -> str:
-    """What the steady state comes to, in a line or two."""
-    loop = report.steady_state
+def summary(report: OverlapReport, name: str | None = None) -> str:
+    """What one computation comes to, in two lines."""
+    if not report.loops:
+        return text(report)
+    loop = _loop(report, name)
+    kind = "steady state" if loop is report.steady_state else loop.kind
     bare = [each.name for each in loop.without_gemms]
     said = (
-        f"{report.module}, steady state {loop.name}: {loop.hidden_fraction:.1%} of "
+        f"{report.module}, {kind} {loop.name}: {loop.hidden_fraction:.1%} of "
         f"{_ms(loop.communication_s)} communication hidden, {_ms(loop.exposed_s)} "
         f"exposed; one run {_ms(loop.makespan_s)}, compute {_ms(loop.compute.seconds)}"
     )
@@ -73,7 +76,7 @@ def rich_table(report: OverlapReport, name: str | None = None):
         ) from error
     if not report.loops:
         return Table(title=str(report))
-    loop = report.steady_state if name is None else report.loop(name)
+    loop = _loop(report, name)
     table = Table(
         title=f"{report.module}: {_where(loop)}",
         caption=f"{loop.hidden_fraction:.1%} of {_ms(loop.communication_s)} hidden",
@@ -99,6 +102,10 @@ def html(report: OverlapReport) -> str:
     parts.append(_html([_COLLECTIVES, *_collective_rows(loop)]))
     items = "".join(f"<li>{escape(each)}</li>" for each in report.assumptions)
     return "\n".join([*parts, f"<p>Assumed:</p><ul>{items}</ul>"])
+
+
+def _loop(report: OverlapReport, name: str | None) -> LoopReport:
+    return report.steady_state if name is None else report.loop(name)
 
 
 def _where(loop: LoopReport) -> str:

@@ -264,8 +264,16 @@ class OverlapReport:
         """
         return render.rich_table(self, name)
 
+    def summary(self, name: str | None = None) -> str:
+        """What a computation (the steady state) comes to, in two lines."""
+        return render.summary(self, name)
+
+    def text(self, name: str | None = None) -> str:
+        """All loops, the collectives of one (the steady state), the assumptions."""
+        return render.text(self, name)
+
     def __str__(self) -> str:
-        return render.text(self)
+        return self.text()
 
     def _repr_html_(self) -> str:
         return render.html(self)

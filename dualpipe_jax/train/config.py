@@ -7,11 +7,13 @@ a `ModelConfig`, so that the loop knows no architecture.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 from dualpipe_jax.generators.names import SCHEDULES
 from dualpipe_jax.schedule import Schedule
@@ -149,33 +151,59 @@ class TrainConfig:
 
 
 def load_config(name: str) -> TrainConfig:
-    """Loads the configuration that `config()` of a file returns.
+    """Loads the configuration that a function of a file returns.
 
     Args:
-      name: a path to a Python file, or the name of a module of `configs`.
+      name: a path to a Python file, or the name of a module of `configs`, or of any
+        module; `:function` behind it names the function, `config` by default.
 
     Raises:
-      ValueError: there is no such file, or it defines no `config()`.
+      ValueError: there is no such file or function, or it returns something else.
     """
+    where, sign, function = name.rpartition(":")
+    if not sign:
+        where, function = name, "config"
+    module = _load(where)
+    make = getattr(module, function, None)
+    if not callable(make):
+        raise ValueError(
+            f"{module.__file__} defines no {function}(); it must return a TrainConfig. "
+            "A function of another name is named behind a colon, as in "
+            "profiles:training."
+        )
+    config = make()
+    if not isinstance(config, TrainConfig):
+        raise ValueError(
+            f"{function}() of {module.__file__} returns a {type(config).__name__}; it "
+            "must return a TrainConfig."
+        )
+    return config
+
+
+def _load(name: str) -> ModuleType:
     path = Path(name)
     if path.suffix != ".py":
         path = _configs_folder() / f"{name}.py"
-    if not path.is_file():
-        known = sorted(
-            file.stem for file in _configs_folder().glob("[!_]*.py") if file.is_file()
-        )
-        raise ValueError(
-            f"config {name!r} not found (looked for {path}); give a Python file that "
-            f"defines config(), or one of {', '.join(known)}."
-        )
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, "config", None)
-    if function is None:
-        raise ValueError(f"{path} defines no config(); it must return a TrainConfig.")
-    return function()
+    if path.is_file():
+        spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    if "." in name and not name.endswith(".py"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            # What the module itself cannot find is another matter.
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+    known = sorted(
+        file.stem for file in _configs_folder().glob("[!_]*.py") if file.is_file()
+    )
+    raise ValueError(
+        f"config {name!r} not found (looked for {path}); give a Python file that "
+        f"defines config(), or one of {', '.join(known)}."
+    )
 
 
 def _configs_folder() -> Path:

@@ -30,6 +30,27 @@ def test_a_file_without_config_is_refused(tmp_path):
         config_module.load_config(str(path))
 
 
+def test_a_function_of_another_name(tmp_path):
+    text = Path(__file__).with_name("tiny.py").read_text()
+    path = tmp_path / "several.py"
+    path.write_text(text.replace("def config(", "def smallest("))
+    assert config_module.load_config(f"{path}:smallest").name == "tiny"
+    with pytest.raises(ValueError, match=r"several.py defines no config\(\).*colon"):
+        config_module.load_config(str(path))
+    with pytest.raises(ValueError, match=r"several.py defines no larger\(\)"):
+        config_module.load_config(f"{path}:larger")
+
+
+def test_a_function_of_a_module():
+    by_name = config_module.load_config("profiles:training")
+    assert by_name.name == "profile_training"
+    assert config_module.load_config("configs.profiles:training") == by_name
+    with pytest.raises(ValueError, match=r"prefill\(\) of .* returns a ServeConfig"):
+        config_module.load_config("profiles:prefill")
+    with pytest.raises(ValueError, match=r"'no.such.module' not found"):
+        config_module.load_config("no.such.module:config")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
