@@ -161,7 +161,7 @@ def reasons(ranking: Ranking) -> Iterable[str]:
 
 
 def table(ranking: Ranking) -> list[tuple[str, ...]]:
-    """Rows of text; the first is the heading."""
+    """Rows of text, the heading first; kinds of memory that nobody uses are left out."""
     unit = _unit(ranking)
     size = parse_bytes(f"1{unit}")
     rows: list[tuple[str, ...]] = [(*_HEAD, *_BYTES, "total", "spare")]
@@ -180,7 +180,12 @@ def table(ranking: Ranking) -> list[tuple[str, ...]]:
                 *(f"{part / size:,.1f}" for part in parts),
             )
         )
-    return rows
+    used = [
+        at
+        for at, column in enumerate(zip(*rows, strict=True))
+        if column[0] not in _BYTES or set(column[1:]) != {"0.0"}
+    ]
+    return [tuple(row[at] for at in used) for row in rows]
 
 
 def text(ranking: Ranking) -> str:
