@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -161,7 +162,7 @@ def reasons(ranking: Ranking) -> Iterable[str]:
 
 
 def table(ranking: Ranking) -> list[tuple[str, ...]]:
-    """Rows of text, the heading first; kinds of memory that nobody uses are left out."""
+    """Rows of text, the heading first, without the kinds of memory that none needs."""
     unit = _unit(ranking)
     size = parse_bytes(f"1{unit}")
     rows: list[tuple[str, ...]] = [(*_HEAD, *_BYTES, "total", "spare")]
@@ -201,7 +202,9 @@ def text(ranking: Ranking) -> str:
         for row in rows
     ]
     lines = [line.rstrip() for line in lines] if ranking.candidates else []
-    return "\n".join([*lines, _caption(ranking), "", ranking.reason])
+    for line in (_caption(ranking), *ranking.reason.splitlines()):
+        lines += textwrap.wrap(line, 96, subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def html(ranking: Ranking) -> str:
