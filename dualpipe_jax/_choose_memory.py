@@ -189,9 +189,10 @@ def parse_bytes(text: str) -> float:
       >>> parse_bytes("1.5GiB"), parse_bytes("80 GB"), parse_bytes("64")
       (1610612736.0, 80000000000.0, 64.0)
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*(\w*?)B?\s*", text, re.I)
+    number = r"\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
+    match = re.fullmatch(number + r"\s*([KMGT]?i?)B?\s*", text, re.I | re.A)
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or match[1].count(".") > 1:
+    if match is None or unit is None:
         raise ValueError(f"{text!r} is no number of bytes; write 1.5GiB or 800MB, say.")
     return float(match[1]) * unit
 

@@ -11,7 +11,7 @@ from the slots that it has. No formula stands for either.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dualpipe_jax import _choose_text
@@ -232,9 +232,9 @@ def _simulated(
 
 
 def _sizes(num_microbatches: int | Sequence[int]) -> tuple[int, ...]:
-    several = isinstance(num_microbatches, Sequence | set | range)
-    sizes = num_microbatches if several else (num_microbatches,)
-    if isinstance(num_microbatches, str) or not len(sizes):  # pyright: ignore
+    several = isinstance(num_microbatches, Iterable)
+    sizes = tuple(num_microbatches) if several else (num_microbatches,)
+    if isinstance(num_microbatches, str) or not sizes:
         raise ValueError(
             f"{num_microbatches=} must be a number of microbatches, or several; use "
             "[16, 32], say."
@@ -259,7 +259,7 @@ def _names(schedules: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _variants(remat: Remat | Sequence[Remat]) -> tuple[Remat, ...]:
-    variants = (remat,) if isinstance(remat, Remat) else tuple(remat)
+    variants = tuple(remat) if isinstance(remat, Iterable) else (remat,)
     for variant in variants:
         _check_kind("remat", variant, Remat)
     names = [variant.name for variant in variants]

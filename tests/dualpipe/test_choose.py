@@ -425,6 +425,7 @@ def test_more_choice_never_makes_the_best_slower(costs, memory, limit):
         ({"costs": Costs(F=0)}, r"costs.F=0.0 must be a finite number > 0"),
         ({"memory": 3}, r"memory=3 must be a StageMemory"),
         ({"remat": ["full"]}, r"remat='full' must be a Remat"),
+        ({"remat": 3}, r"remat=3 must be a Remat"),
         ({"remat": [Remat("a", 1, 1)] * 2}, r"remat has \['a'\] twice"),
         ({"schedules": ["1f1b", "zbv"]}, r"names 'zbv', which is unknown; use some"),
         ({"schedules": []}, r"schedules=\[\] names none"),
@@ -467,7 +468,7 @@ def test_bad_fields_are_named_with_the_remedy(make, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "1.5.2", "-3", "1 XB", "1,5", "nan", "4 i"]
+    "text", ["", "GiB", "1.5.2", ".", "٣", "-3", "1 XB", "1,5", "nan", "4 i"]
 )
 def test_bytes_that_are_none(text):
     with pytest.raises(ValueError, match=r"is no number of bytes; write 1\.5GiB"):
