@@ -17,12 +17,12 @@ _COSTS = ("cost", "overlapped_cost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`choose --ranks P --microbatches M[,M...] --costs ... --memory ... [--json]`."""
+    """`choose --ranks P --microbatches M,... --costs ... --memory ... [--json]`."""
     add = parser.add_argument
     add("--ranks", metavar="P", type=int, required=True, help="size of the pipeline")
     add(
         "--microbatches",
-        metavar="M[,M...]",
+        metavar="M,...",
         required=True,
         help="of one training step; costs and bytes hold at the first",
     )
@@ -35,26 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--activations",
-        metavar="residuals=BYTES,crossing=BYTES[,message=...][,workspace=...]",
+        metavar="residuals=1.5GiB,...",
         required=True,
-        help="of one of P stages on one microbatch, on one device; BYTES as in 1.5GiB",
+        help="bytes of one of P stages on one microbatch, on one device: residuals, "
+        "crossing (from I to W); message, workspace (default 0)",
     )
     add(
         "--memory",
-        metavar="limit=BYTES,parameters=BYTES,gradients=BYTES[,at_rest=...]"
-        "[,optimizer=...][,other=...]",
+        metavar="limit=80GiB,...",
         required=True,
-        help="of one of P stages on one device, and what a device may keep",
+        help="what a device may keep, and bytes of one of P stages on one device: "
+        "parameters, gradients; at_rest (if not parameters), optimizer, other (default "
+        "0)",
     )
     add(
         "--remat",
-        metavar="NAME:residuals=BYTES,crossing=BYTES[,cost=F][,overlapped_cost=...]"
-        "[,workspace=BYTES]",
+        metavar="NAME:residuals=0.2GiB,...",
         action="append",
         default=[],
-        help="a way to recompute; may be given several times",
+        help="a way to recompute, any number of times: bytes residuals, crossing; "
+        "workspace; cost (default F), overlapped_cost (of a pair, default cost)",
     )
-    add("--schedules", metavar="NAME[,...]", help=f"of {', '.join(SCHEDULES)}")
+    add("--schedules", metavar="NAME,...", help=f"of {', '.join(SCHEDULES)}")
     add("--measured-at", metavar="M", type=int, help="if not at the first M")
     for name, what in (
         ("task-overhead", "part of each task's cost that never shrinks"),
