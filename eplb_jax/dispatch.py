@@ -2,8 +2,9 @@
 
 `plan_dispatch` turns the slot of every choice into a `Dispatch`: integers that say
 where each row goes. `send` brings the tokens to their slots, grouped by slot, and
-`fetch` the results back, choice by choice; each is the transpose of the other, so
-gradients go the same ways. Nothing is dropped, unless a buffer is made smaller than
+`combine` adds the results up again where the tokens are; `send_choices` and `fetch` do
+the same with one row for each choice. In both pairs each is the transpose of the other,
+so gradients go the same ways. Nothing is dropped, unless a buffer is made smaller than
 what may come; then what does not fit counts as overflow, and its result is zero.
 
 Shape suffixes: T tokens, K choices of a token, N = T * K rows sent, D devices,
@@ -174,6 +175,62 @@ def send(
     return _send(x, plan, axis_name, transport, payload)
 
 
+def combine(
+    rows: jax.Array,
+    plan: Dispatch,
+    num_tokens: int,
+    *,
+    axis_name: str | None = None,
+    transport: Transport = "auto",
+) -> jax.Array:
+    """Brings the results back to the tokens that asked for them, and adds them up.
+
+    Args:
+      rows: [rows, d], grouped by slot like the result of `send`.
+      plan: of `plan_dispatch`.
+      num_tokens: of this device.
+      axis_name: as in `plan_dispatch`.
+      transport: see `exchange`.
+
+    Returns:
+      [tokens, d], the sum over each token's choices, taken in float32; what went
+      nowhere adds nothing.
+
+    Examples:
+      >>> plan = plan_dispatch(jnp.array([[2, 0], [0, -1]]), 3)
+      >>> combine(jnp.array([[5.0], [6.0], [7.0], [8.0]]), plan, 2).ravel().tolist()
+      [12.0, 6.0]
+    """
+    return _combine(rows, plan, num_tokens, axis_name, transport)
+
+
+def send_choices(
+    values: jax.Array,
+    plan: Dispatch,
+    *,
+    axis_name: str | None = None,
+    transport: Transport = "auto",
+) -> jax.Array:
+    """Brings something of each choice, its weight for instance, to the choice's slot.
+
+    Args:
+      values: [tokens * k, d], choice by choice.
+      plan: of `plan_dispatch`.
+      axis_name: as in `plan_dispatch`.
+      transport: see `exchange`.
+
+    Returns:
+      [rows, d], in the order of the result of `send`; empty rows are zero.
+
+    Examples:
+      >>> plan = plan_dispatch(jnp.array([[2, 0], [0, -1]]), 3)
+      >>> values = jnp.array([[5.0], [6.0], [7.0], [8.0]])
+      >>> send_choices(values, plan).ravel().tolist()
+      [6.0, 7.0, 5.0, 0.0]
+    """
+    return _send_choices(values, plan, axis_name, transport)
+
+
 def fetch(
     rows: jax.Array,
     plan: Dispatch,
@@ -181,7 +238,7 @@ def fetch(
     axis_name: str | None = None,
     transport: Transport = "auto",
 ) -> jax.Array:
-    """Brings the results back to the tokens that asked for them.
+    """Brings the results back choice by choice, for who weights them himself.
 
     Args:
       rows: [rows, d], grouped by slot like the result of `send`.
@@ -243,12 +300,69 @@ def _send_backward(
 ) -> Any:
     del payload
     plan, num_tokens = saved
-    ct_N = _from_slots(ct, plan, axis_name, transport)
-    ct_TKF = ct_N.reshape(num_tokens, -1, *ct.shape[1:])
-    return ct_TKF.sum(axis=1, dtype=jnp.float32).astype(ct.dtype), None
+    with jax.named_scope("dispatch"):
+        return _sum_at_tokens(ct, plan, num_tokens, axis_name, transport), None
 
 
 _send.defvjp(_send_forward, _send_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _combine(
+    rows: jax.Array,
+    plan: Dispatch,
+    num_tokens: int,
+    axis_name: str | None,
+    transport: Transport,
+) -> jax.Array:
+    return _sum_at_tokens(rows, plan, num_tokens, axis_name, transport)
+
+
+def _combine_forward(
+    rows: jax.Array,
+    plan: Dispatch,
+    num_tokens: int,
+    axis_name: str | None,
+    transport: Transport,
+) -> Any:
+    return _combine(rows, plan, num_tokens, axis_name, transport), plan
+
+
+def _combine_backward(
+    num_tokens: int,
+    axis_name: str | None,
+    transport: Transport,
+    plan: Dispatch,
+    ct: jax.Array,
+) -> Any:
+    del num_tokens
+    with jax.named_scope("combine"):
+        return _send(ct, plan, axis_name, transport, "plain"), None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _send_choices(
+    values: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+) -> jax.Array:
+    return _to_slots(values[plan.order], plan, axis_name, transport)
+
+
+def _send_choices_forward(
+    values: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+) -> Any:
+    return _send_choices(values, plan, axis_name, transport), plan
+
+
+def _send_choices_backward(
+    axis_name: str | None, transport: Transport, plan: Dispatch, ct: jax.Array
+) -> Any:
+    return _from_slots(ct, plan, axis_name, transport), None
+
+
+_send_choices.defvjp(_send_choices_forward, _send_choices_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -271,6 +385,18 @@ def _fetch_backward(
 
 
 _fetch.defvjp(_fetch_forward, _fetch_backward)
+
+
+def _sum_at_tokens(
+    rows_M: jax.Array,
+    plan: Dispatch,
+    num_tokens: int,
+    axis_name: str | None,
+    transport: Transport,
+) -> jax.Array:
+    row_N = _from_slots(rows_M, plan, axis_name, transport)
+    row_TKF = row_N.reshape(num_tokens, -1, *rows_M.shape[1:])
+    return row_TKF.sum(axis=1, dtype=jnp.float32).astype(rows_M.dtype)
 
 
 def _to_slots(

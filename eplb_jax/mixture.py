@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eplb_jax.dispatch import Payload, fetch, plan_dispatch, send
+from eplb_jax.dispatch import Payload, combine, plan_dispatch, send, send_choices
 from eplb_jax.exchange import Transport
 from eplb_jax.grouped_matmul import Implementation, grouped_matmul
 from eplb_jax.physical import physical_weights
@@ -143,14 +143,20 @@ def mix_experts(
             rows, weight, plan.group_sizes, implementation=implementation
         )
 
-    rows = send(x, plan, payload=p.payload, **way)
-    hidden = jax.nn.silu(multiply(rows, expert_weights.gate))
-    hidden = hidden * multiply(rows, expert_weights.up)
-    choices = fetch(multiply(hidden, expert_weights.down), plan, **way)
     # A router sees padding too, and may have made NaN of it.
     weights = jnp.where(experts >= 0, weights, 0.0)
-    choices_TKD = choices.reshape(*experts.shape, -1).astype(jnp.float32)
-    outputs = (choices_TKD * weights[..., None]).sum(axis=1).astype(x.dtype)
+    with jax.named_scope("dispatch"):
+        rows = send(x, plan, payload=p.payload, **way)
+        weights_M1 = send_choices(weights.reshape(-1, 1), plan, **way)
+    with jax.named_scope("mlp"):
+        hidden = jax.nn.silu(multiply(rows, expert_weights.gate))
+        hidden = hidden * multiply(rows, expert_weights.up)
+        # Here and not where the results are added up: their gradient would need all
+        # results again, which are several times as wide.
+        hidden = (hidden.astype(jnp.float32) * weights_M1).astype(hidden.dtype)
+        results = multiply(hidden, expert_weights.down)
+    with jax.named_scope("combine"):
+        outputs = combine(results, plan, len(x), **way).astype(x.dtype)
     return outputs, plan.slot_counts, plan.overflow
 
 

@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from dualpipe_jax.topology import gpu_mesh
-from eplb_jax.dispatch import fetch, plan_dispatch, send
+from eplb_jax.dispatch import combine, fetch, plan_dispatch, send, send_choices
 from eplb_jax.exchange import Segments, exchange
 
 DEVICES, TOKENS, K, SLOTS, DIM = 8, 6, 2, 24, 4
@@ -72,9 +72,19 @@ def test_against_a_loop(num_rows):
         ) + PER * jax.lax.axis_index("ep")
         factor = (slot[:, None] + 1).astype(rows.dtype)
         back = fetch(rows * factor, plan, axis_name="ep")
-        return rows, back, plan.group_sizes, plan.slot_counts, plan.overflow[None]
+        added = combine(rows * factor, plan, TOKENS, axis_name="ep")
+        return (
+            rows,
+            back,
+            added,
+            plan.group_sizes,
+            plan.slot_counts,
+            plan.overflow[None],
+        )
 
-    rows, back, sizes, counts, overflow = map(np.asarray, on_mesh(run, 2)(x, slots))
+    rows, back, added, sizes, counts, overflow = map(
+        np.asarray, on_mesh(run, 2)(x, slots)
+    )
     room = DEVICES * TOKENS * K if num_rows is None else num_rows
     want, want_sizes, num_arrived = expected_rows(x, slots, room)
     np.testing.assert_array_equal(rows, want)
@@ -91,28 +101,45 @@ def test_against_a_loop(num_rows):
         is_served = back.any(axis=1)
         assert is_served.sum() == num_arrived
         np.testing.assert_array_equal(back[is_served], result[is_served])
+    # float32: the order of K sums.
+    each = back.reshape(-1, K, DIM).sum(axis=1, dtype=np.float64)
+    np.testing.assert_allclose(added, each, rtol=1e-6, atol=1e-5)
 
 
-def test_send_and_fetch_are_each_others_transpose():
+def inner(a, b):
+    return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum()
+
+
+@pytest.mark.parametrize("a_choice", [False, True])
+def test_there_and_back_are_each_others_transpose(a_choice):
     slots = choices(2)
 
     def run(x, y, slots):
         plan = plan_dispatch(slots, SLOTS, num_devices=DEVICES, axis_name="ep")
-        there, back_x = jax.vjp(lambda x: send(x, plan, axis_name="ep"), x)
-        here, back_y = jax.vjp(lambda y: fetch(y, plan, axis_name="ep"), y)
-        (dx,), (dy,) = back_x(y), back_y(jnp.repeat(x, K, axis=0))
-        inner = [(there * y).sum(), (x * dx).sum()]
-        inner += [(here * jnp.repeat(x, K, axis=0)).sum(), (y * dy).sum()]
-        return jnp.stack(inner)[None]
+
+        def there(x):
+            return (send_choices if a_choice else send)(x, plan, axis_name="ep")
+
+        def back(y):
+            if a_choice:
+                return fetch(y, plan, axis_name="ep")
+            return combine(y, plan, TOKENS, axis_name="ep")
+
+        sent, pull_sent = jax.vjp(there, x)
+        returned, pull_returned = jax.vjp(back, y)
+        products = [inner(sent, y), inner(x, pull_sent(y)[0])]
+        products += [inner(returned, x), inner(y, pull_returned(x)[0])]
+        return jnp.stack(products)[None]
 
     rng = np.random.default_rng(3)
-    x = rng.standard_normal((DEVICES * TOKENS, DIM)).astype(np.float32)
+    num_rows = DEVICES * TOKENS * (K if a_choice else 1)
+    x = rng.standard_normal((num_rows, DIM)).astype(np.float32)
     y = rng.standard_normal((DEVICES * DEVICES * TOKENS * K, DIM)).astype(np.float32)
-    inner = np.asarray(on_mesh(run, 3)(x, y, slots)).sum(axis=0)
-    # <send x, y> = <x, send' y> summed over devices; float32 sums of a few hundred.
-    np.testing.assert_allclose(inner[0], inner[1], rtol=1e-4)
-    np.testing.assert_allclose(inner[2], inner[3], rtol=1e-4)
-    np.testing.assert_allclose(inner[0], inner[2], rtol=1e-4)
+    products = np.asarray(on_mesh(run, 3)(x, y, slots)).sum(axis=0)
+    # <send x, y> = <x, send' y> = <x, combine y> over all devices; float32 sums of a
+    # few hundred.
+    np.testing.assert_allclose(products, products[0], rtol=1e-4)
+    assert abs(products[0]) > 0.1
 
 
 @pytest.mark.slow
