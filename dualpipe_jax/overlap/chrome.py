@@ -1,85 +1,12 @@
-"""Phases in DeepSeek's names, and the estimated timeline as a Chrome trace.
-
-A phase is read from `op_name`, the path of `jax.named_scope`s and transformations:
-the innermost scope called `attn`, `dispatch`, `mlp` or `combine` (or a synonym) says
-which; `transpose(...)` makes it B; a scope called `W` makes it W.
-"""
+"""The estimated timeline of a computation as a Chrome trace."""
 
 from __future__ import annotations
 
-import collections
-import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dualpipe_jax.overlap.hlo import Computation, Instruction
-    from dualpipe_jax.overlap.program import Program
-
-SCOPES = {
-    "attn": "attn",
-    "attention": "attn",
-    "mla": "attn",
-    "dispatch": "dispatch",
-    "mlp": "mlp",
-    "moe": "mlp",
-    "ffn": "mlp",
-    "experts": "mlp",
-    "combine": "combine",
-}
-_WEIGHTS = ("W", "wgrad")
-
-
-def phase(op_name: str) -> str | None:
-    """DeepSeek's name of the phase that an operation belongs to; None if untold.
-
-    Examples:
-      >>> phase("jit(step)/while/body/transpose(jvp(mlp))/dot_general")
-      'mlp(B)'
-      >>> phase("jit(step)/while/body/W/transpose(jvp(mlp))/dot_general")
-      'mlp(W)'
-    """
-    words = re.split(r"[/()]+", op_name)
-    known = [SCOPES[word] for word in words if word in SCOPES]
-    if not known:
-        return None
-    if any(word in _WEIGHTS for word in words):
-        return f"{known[-1]}(W)"
-    return f"{known[-1]}({'B' if 'transpose(' in op_name else 'F'})"
-
-
-def phase_of(program: Program, computation: str, start: str) -> str:
-    """The phase of a collective, from its name, or its neighbours' names.
-
-    XLA drops the names of what it wraps in asynchronous calls: then what makes the
-    operands and what takes the result vote.
-    """
-    found, _ = program.collectives(computation)[start]
-    own = phase(found.op.op_name)
-    where = program.module[computation]
-    if own is None and start in where.by_name and "all-to-all" in found.kind:
-        own = _vote(where, where.by_name[start])
-    return own or _short(found.op.op_name) or found.kind
-
-
-def _vote(where: Computation, op: Instruction) -> str | None:
-    names = [*op.operands]
-    for done in where.users.get(op.name, []):
-        names += [user.name for user in where.users.get(done.name, [])]
-    votes: collections.Counter[str] = collections.Counter()
-    for name in names:
-        made = where.source(name) or where.by_name.get(name)
-        while made is not None and not phase(made.op_name) and made.operands[:1]:
-            if made.opcode not in ("get-tuple-element", "copy", "bitcast", "reshape"):
-                break
-            made = where.by_name.get(made.operands[0])
-        named = phase(made.op_name) if made is not None else None
-        if named and named.startswith(("dispatch", "combine")):
-            votes[named] += 1
-    return votes.most_common(1)[0][0] if votes else None
-
-
-def _short(op_name: str) -> str:
-    return op_name.rpartition("/")[2]
+from dualpipe_jax.overlap.phases import last_part, phase, phase_of
+from dualpipe_jax.overlap.program import Program
+from dualpipe_jax.overlap.timeline import Compute
 
 
 def trace(program: Program, computation: str, title: str) -> dict[str, Any]:
@@ -88,7 +15,7 @@ def trace(program: Program, computation: str, title: str) -> dict[str, Any]:
     names = {
         event.name: event
         for event in program.events(computation)
-        if hasattr(event, "work")
+        if isinstance(event, Compute)
     }
     found = program.collectives(computation)
     tracks = {"": ("Compute", 0), "nvlink": ("NVLink", 1), "network": ("Network", 2)}
@@ -119,7 +46,7 @@ def trace(program: Program, computation: str, title: str) -> dict[str, Any]:
             }
         else:
             work, op_name = names[span.name].work, names[span.name].op_name
-            label = phase(op_name) or _short(op_name) or span.name
+            label = phase(op_name) or last_part(op_name) or span.name
             kind = "gemm" if work.gemms else "kernel"
             args |= {"flops": work.flops, "bytes": work.num_bytes, "op_name": op_name}
         events.append(

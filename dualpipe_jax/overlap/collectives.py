@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from dualpipe_jax.overlap.hlo import Computation, Instruction, Module
+from dualpipe_jax.overlap.hlo import Computation, Module
+from dualpipe_jax.overlap.instructions import Instruction
 from dualpipe_jax.overlap.links import KINDS
 
 

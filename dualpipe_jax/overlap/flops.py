@@ -6,7 +6,9 @@ import dataclasses
 import math
 import re
 
-from dualpipe_jax.overlap.hlo import Array, Computation, Instruction, leaves
+from dualpipe_jax.overlap.hlo import Computation
+from dualpipe_jax.overlap.instructions import Instruction
+from dualpipe_jax.overlap.shapes import Array, leaves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from dualpipe_jax.overlap.hlo import Computation, Instruction, Module, leaves
+from dualpipe_jax.overlap.hlo import Computation, Module
+from dualpipe_jax.overlap.instructions import Instruction
+from dualpipe_jax.overlap.shapes import leaves
 
 
 def is_guard(module: Module, op: Instruction) -> bool:

@@ -11,7 +11,9 @@ import re
 
 import numpy as np
 
-from dualpipe_jax.overlap.hlo import Computation, Instruction, Module, leaves, num_bytes
+from dualpipe_jax.overlap.hlo import Computation, Module
+from dualpipe_jax.overlap.instructions import Instruction
+from dualpipe_jax.overlap.shapes import leaves, num_bytes
 from dualpipe_jax.topology import Gpu
 
 # Until the first byte arrives: one kernel and the flags of its peers, and a round trip

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from dualpipe_jax.overlap import collectives, guesses, timeline
 from dualpipe_jax.overlap.collectives import Found
-from dualpipe_jax.overlap.hlo import Computation, Instruction, Module
+from dualpipe_jax.overlap.hlo import Computation, Module
+from dualpipe_jax.overlap.instructions import Instruction
 from dualpipe_jax.overlap.links import Links, Traffic
 from dualpipe_jax.overlap.timeline import Compute, Done, Event, Start, Timeline
 from dualpipe_jax.overlap.work import Roofline, Work

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -13,138 +12,13 @@ from typing import Any
 import jax
 
 from dualpipe_jax.overlap import chrome, hlo, render
-from dualpipe_jax.overlap.links import BETWEEN_LATENCY_S, INSIDE_LATENCY_S, Links
-from dualpipe_jax.overlap.program import GIVEN, GUARD, KNOWN, Frame, Program
+from dualpipe_jax.overlap.assumptions import assumptions
+from dualpipe_jax.overlap.links import Links
+from dualpipe_jax.overlap.program import Program
+from dualpipe_jax.overlap.records import CollectiveReport, LoopReport, read_loop
 from dualpipe_jax.overlap.timeline import Timeline
-from dualpipe_jax.overlap.work import KERNEL_LATENCY_S, Roofline, Work
+from dualpipe_jax.overlap.work import Roofline
 from dualpipe_jax.topology import GPUS, Gpu
-
-
-@dataclasses.dataclass(frozen=True)
-class CollectiveReport:
-    """One collective in one run of its computation.
-
-    Attributes:
-      name: of the instruction (of its start).
-      kind: such as `all-to-all`.
-      phase: such as `dispatch(F)`; the program's own name where that cannot be told.
-      computation: the loop, branch or entry that it stands in.
-      asynchronous: whether other instructions may run meanwhile.
-      group_size: devices that communicate with each other; 2 for a permute.
-      inside_bytes: sent by one device to its own node, by the slowest of all.
-      between_bytes: sent to other nodes.
-      link: `nvlink`, `network` or `local`.
-      seconds: on its link, with nothing in its way.
-      exposed_s: seconds in which compute waited for it.
-      under: the compute between its start and its done.
-      op_name: what the program calls it; empty where XLA has dropped it.
-    """
-
-    name: str
-    kind: str
-    phase: str
-    computation: str
-    asynchronous: bool
-    group_size: int
-    inside_bytes: float
-    between_bytes: float
-    link: str
-    seconds: float
-    exposed_s: float
-    under: Work
-    op_name: str
-
-    @property
-    def hidden_s(self) -> float:
-        return max(0.0, self.seconds - self.exposed_s)
-
-    @property
-    def num_bytes(self) -> float:
-        return self.inside_bytes + self.between_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        names = (
-            "name kind phase asynchronous group_size inside_bytes between_bytes link"
-        )
-        return {
-            **{name: getattr(self, name) for name in names.split()},
-            "bytes": self.num_bytes,
-            "seconds": self.seconds,
-            "hidden_s": self.hidden_s,
-            "exposed_s": self.exposed_s,
-            "under": dataclasses.asdict(self.under),
-            "op_name": self.op_name,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopReport:
-    """A computation with collectives of its own: a loop's body, a branch, or the entry.
-
-    Times are of one run of it. Loops and branches inside count as compute.
-
-    Attributes:
-      name: of the computation.
-      kind: `while`, `guard`, `branch` or `entry`.
-      path: the loops and branches around it, from the outside, itself the last.
-      runs: how often one execution of the module runs it; None if that depends on
-        data, or if a guard or a branch decides.
-      runs_at_most: the same with guards and branches taken; None if that depends on
-        data.
-      makespan_s: of one run.
-      compute: work of one run.
-      collectives: its own, in the order of their starts.
-    """
-
-    name: str
-    kind: str
-    path: tuple[Frame, ...]
-    runs: float | None
-    runs_at_most: float | None
-    makespan_s: float
-    compute: Work
-    collectives: tuple[CollectiveReport, ...]
-
-    @property
-    def communication_s(self) -> float:
-        return math.fsum(each.seconds for each in self.collectives)
-
-    @property
-    def exposed_s(self) -> float:
-        return math.fsum(each.exposed_s for each in self.collectives)
-
-    @property
-    def hidden_s(self) -> float:
-        return math.fsum(each.hidden_s for each in self.collectives)
-
-    @property
-    def hidden_fraction(self) -> float:
-        """Hidden part of the communication time; 1 where there is none."""
-        return self.hidden_s / self.communication_s if self.communication_s else 1.0
-
-    @property
-    def without_gemms(self) -> tuple[CollectiveReport, ...]:
-        """Collectives that have no matrix product between start and done."""
-        return tuple(each for each in self.collectives if not each.under.gemms)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "path": [dataclasses.asdict(frame) for frame in self.path],
-            "runs": self.runs,
-            "runs_at_most": self.runs_at_most,
-            "makespan_s": self.makespan_s,
-            "communication_s": self.communication_s,
-            "hidden_s": self.hidden_s,
-            "exposed_s": self.exposed_s,
-            "hidden_fraction": self.hidden_fraction,
-            "without_gemms": [each.name for each in self.without_gemms],
-            "compute": dataclasses.asdict(self.compute),
-            "collectives": [each.to_dict() for each in self.collectives],
-        }
 
 
 class OverlapReport:
@@ -172,12 +46,21 @@ class OverlapReport:
         self.module: str = program.module.name
         self.gpu, self.gpus_per_node, self.efficiency = gpu, gpus_per_node, efficiency
         loops = [
-            self._loop(name) for name in program.paths if program.collectives(name)
+            read_loop(program, name)
+            for name in program.paths
+            if program.collectives(name)
         ]
         self.loops: tuple[LoopReport, ...] = tuple(
             sorted(loops, key=lambda each: -each.communication_s * _weight(each))
         )
-        self.assumptions: tuple[str, ...] = _assumptions(self, program, unknown)
+        self.assumptions: tuple[str, ...] = assumptions(
+            program,
+            gpu,
+            gpus_per_node,
+            efficiency,
+            {each.kind for each in self.collectives},
+            unknown,
+        )
 
     @property
     def collectives(self) -> tuple[CollectiveReport, ...]:
@@ -278,48 +161,6 @@ class OverlapReport:
     def _repr_html_(self) -> str:
         return render.html(self)
 
-    def _loop(self, name: str) -> LoopReport:
-        program = self._program
-        done = program.timeline(name)
-        rows = []
-        for start, (found, traffic) in program.collectives(name).items():
-            phase = chrome.phase_of(program, name, start)
-            rows.append(
-                CollectiveReport(
-                    name=start,
-                    kind=found.kind,
-                    phase=phase,
-                    computation=name,
-                    asynchronous=found.asynchronous,
-                    group_size=traffic.group_size,
-                    inside_bytes=traffic.inside_bytes,
-                    between_bytes=traffic.between_bytes,
-                    link=traffic.link,
-                    seconds=traffic.seconds,
-                    exposed_s=done.exposed[start],
-                    under=done.under[start],
-                    op_name=found.op.op_name,
-                )
-            )
-        paths = program.paths[name]
-        last = paths[0][-1] if paths[0] else None
-        kind = "entry" if last is None else last.kind
-        if last is not None and last.kind == "while" and last.source == GUARD:
-            kind = "guard"
-        sources = {frame.source for path in paths for frame in path}
-        times = sum(math.prod(frame.trips for frame in path) for path in paths)
-        certain = sources <= {KNOWN, GIVEN, GUARD}
-        return LoopReport(
-            name=name,
-            kind=kind,
-            path=paths[0],
-            runs=times if certain and GUARD not in sources else None,
-            runs_at_most=times if certain else None,
-            makespan_s=done.makespan,
-            compute=done.compute,
-            collectives=tuple(rows),
-        )
-
 
 def _weight(loop: LoopReport) -> float:
     return math.prod(frame.trips for frame in loop.path)
@@ -371,6 +212,9 @@ def overlap_report(
         raise ValueError(f"{efficiency=} must be above 0 and at most 1.")
     if gpus_per_node < 1:
         raise ValueError(f"{gpus_per_node=} must be at least 1.")
+    given = trip_counts.values() if isinstance(trip_counts, Mapping) else [trip_counts]
+    if any(trips is not None and trips < 0 for trips in given):
+        raise ValueError(f"{trip_counts=} must not be negative.")
     if isinstance(compiled, str):
         text, device = compiled, None
     elif isinstance(compiled, jax.stages.Compiled):
@@ -420,42 +264,3 @@ def _gpu(gpu: str | Gpu | None, kind: str | None) -> Gpu:
         f"gpu={gpu}: the device kind {kind!r} tells no GPU; pass gpu= one of "
         f"{sorted(GPUS)}, or a dualpipe_jax.topology.Gpu with its peaks."
     )
-
-
-def _assumptions(
-    report: OverlapReport, program: Program, unknown: set[str]
-) -> tuple[str, ...]:
-    gpu = report.gpu
-    said = [
-        f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s of bfloat16 and "
-        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s, of which kernels reach "
-        f"{report.efficiency:.0%}; NVLink {gpu.nvlink_bandwidth / 1e9:.0f} GB/s, "
-        f"network {gpu.network_bandwidth / 1e9:.0f} GB/s",
-        f"latencies: {KERNEL_LATENCY_S * 1e6:g} us a kernel, "
-        f"{INSIDE_LATENCY_S * 1e6:g} us a collective inside a node, "
-        f"{BETWEEN_LATENCY_S * 1e6:g} us between nodes",
-        f"device i is in node i // {report.gpus_per_node}",
-    ]
-    if any(each.kind == "ragged-all-to-all" for each in report.collectives):
-        said.append(
-            "ragged all-to-alls send as much as fits both buffers, to all alike"
-        )
-    guessed: dict[str, dict[str, float]] = {}
-    for paths in program.paths.values():
-        for frame in (path[-1] for path in paths if path):
-            if frame.kind == "while" and frame.source not in (KNOWN, GIVEN):
-                guessed.setdefault(frame.source, {})[frame.computation] = frame.trips
-    words = {
-        GUARD: "run zero or one time: reckoned with once",
-        "blocks": "go through a buffer in blocks, trips unknown: guessed to go through "
-        "it once",
-        "unknown": "have trips that are not known: reckoned with once; trip_counts= "
-        "says more",
-    }
-    for source, loops in guessed.items():
-        names = ", ".join(list(loops)[:3]) + (", ..." if len(loops) > 3 else "")
-        said.append(f"{len(loops)} loops {words[source]} ({names})")
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        said.append(f"custom calls whose FLOPs are not known count none: {names}")
-    return tuple(said)

@@ -6,7 +6,9 @@ import dataclasses
 
 from dualpipe_jax.overlap import flops
 from dualpipe_jax.overlap.flops import Flops
-from dualpipe_jax.overlap.hlo import Computation, Instruction, Module, num_bytes
+from dualpipe_jax.overlap.hlo import Computation, Module
+from dualpipe_jax.overlap.instructions import Instruction
+from dualpipe_jax.overlap.shapes import num_bytes
 from dualpipe_jax.topology import Gpu
 
 # From one kernel's end to the next one's first work, in a stream that is never empty.
