@@ -47,6 +47,8 @@ class ExpertParallel:
         `plan_dispatch`.
       transport: see `exchange`.
       payload: see `send`.
+      remat: keep the rows that came to the experts, and compute what is inside these
+        again in the backward pass.
     """
 
     axis_name: str | None = None
@@ -56,6 +58,7 @@ class ExpertParallel:
     num_rows: int | None = None
     transport: Transport = "auto"
     payload: Payload = "plain"
+    remat: bool = False
 
 
 ONE_DEVICE = ExpertParallel()
@@ -148,13 +151,18 @@ def mix_experts(
     with jax.named_scope("dispatch"):
         rows = send(x, plan, payload=p.payload, **way)
         weights_M1 = send_choices(weights.reshape(-1, 1), plan, **way)
-    with jax.named_scope("mlp"):
-        hidden = jax.nn.silu(multiply(rows, expert_weights.gate))
-        hidden = hidden * multiply(rows, expert_weights.up)
+
+    def run(rows: jax.Array, weights_M1: jax.Array, e: ExpertWeights) -> jax.Array:
+        hidden = jax.nn.silu(multiply(rows, e.gate)) * multiply(rows, e.up)
         # Here and not where the results are added up: their gradient would need all
         # results again, which are several times as wide.
         hidden = (hidden.astype(jnp.float32) * weights_M1).astype(hidden.dtype)
-        results = multiply(hidden, expert_weights.down)
+        return multiply(hidden, e.down)
+
+    with jax.named_scope("mlp"):
+        if p.remat:
+            run = jax.checkpoint(run)
+        results = run(rows, weights_M1, expert_weights)
     with jax.named_scope("combine"):
         outputs = combine(results, plan, len(x), **way).astype(x.dtype)
     return outputs, plan.slot_counts, plan.overflow

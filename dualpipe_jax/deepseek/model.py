@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal, get_args
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -14,6 +15,9 @@ from dualpipe_jax.deepseek.stages import DeepSeekPipeline
 from dualpipe_jax.partition import Partition, partition_layers
 from dualpipe_jax.schedule import Schedule
 from eplb_jax import ExpertParallel
+from eplb_jax.dispatch import Payload
+
+Remat = Literal["attention", "experts"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,11 @@ class DeepSeek:
       buffer_factor: rows of a device's buffer for the tokens of its experts over the
         mean; None: room for all that can come. What finds no room counts as zero, and
         is reported as `overflow`.
+      remat: what the backward pass computes again instead of keeping it: `"attention"`
+        keeps the residual stream and nothing else of an attention, `"experts"` the
+        tokens that came to the experts and nothing of what is inside them.
+      payload: `"fp8"` sends tokens to their experts in float8, and keeps them so; see
+        `eplb_jax.dispatch.send`.
       layer_costs: of each layer, in any unit; None: `DeepSeekConfig.forward_flops`.
       head_cost: of what stands behind the layers, in the same unit.
       rank_speeds: of the pipeline's ranks, in any unit; None: all alike.
@@ -45,6 +54,8 @@ class DeepSeek:
     mtp_weight: float = 0.3
     z_loss: float = 0.0
     buffer_factor: float | None = None
+    remat: tuple[Remat, ...] = ()
+    payload: Payload = "plain"
     layer_costs: tuple[float, ...] | None = None
     head_cost: float | None = None
     rank_speeds: tuple[float, ...] | None = None
@@ -52,6 +63,11 @@ class DeepSeek:
     def __post_init__(self):
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"{self.compute_dtype=} must be 'float32' or 'bfloat16'.")
+        if unknown := set(self.remat) - set(get_args(Remat)):
+            raise ValueError(
+                f"remat={self.remat}: {sorted(unknown)[0]!r} is unknown; choose from "
+                f"{', '.join(get_args(Remat))}."
+            )
         if (self.layer_costs is None) != (self.head_cost is None):
             raise ValueError(
                 "layer_costs and head_cost share a unit; give both or neither."
@@ -107,6 +123,8 @@ class DeepSeek:
             num_devices=devices,
             num_nodes=self.eplb.num_nodes if self.eplb else 1,
             num_rows=num_rows,
+            payload=self.payload,
+            remat="experts" in self.remat,
         )
         return DeepSeekPipeline(
             model=self,

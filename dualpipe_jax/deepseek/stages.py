@@ -5,6 +5,7 @@ Shape suffixes: see `dualpipe_jax.deepseek.config`; G stages.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from dualpipe_jax.deepseek.trees import (
 from dualpipe_jax.params import PipelineParams
 from dualpipe_jax.train.model import PipelineModel
 from eplb_jax import ExpertParallel
+from eplb_jax.kernels import cross_compiling
 from eplb_jax.moe import MoEStats
 
 if TYPE_CHECKING:
@@ -170,7 +172,13 @@ class DeepSeekPipeline(PipelineModel):
     def bound_specs(self) -> PipelineParams:  # pyright: ignore
         specs = self.param_specs
         stages = {"slots": specs.stages, "kind": P(), "balancing": P()}
-        head = {"params": specs.head, "balancing": P()}
+        # The output matrix is whole for all microbatches of a step: gathering it for
+        # each of them, as what is small beside a stage is, would take longer than the
+        # product with it.
+        params = {
+            name: P() if name == "kernel" else s for name, s in specs.head.items()
+        }
+        head = {"params": params, "balancing": P()}
         return PipelineParams(stages, specs.embed, head)
 
     def bind(self, params: PipelineParams, buffers: Buffers) -> PipelineParams:
@@ -188,16 +196,23 @@ class DeepSeekPipeline(PipelineModel):
     # What the pipeline runs.
 
     def embed(self, params: jax.Array, tokens: jax.Array) -> jax.Array:
-        return self._gather(params, axis=1)[tokens]
+        return self._look_up(params, tokens)
 
     def stage(self, params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
         """One stage; beside the activations the statistics of its MoE slots."""
         aux = {}
-        for slot in range(self.layout.num_slots):
-            x, stats = self._run_slot(slot, params, x)
-            if stats is not None:
-                aux[str(slot)] = stats
+        with self._kernels():
+            for slot in range(self.layout.num_slots):
+                x, stats = self._run_slot(slot, params, x)
+                if stats is not None:
+                    aux[str(slot)] = stats
         return x, aux
+
+    def _kernels(self):
+        """GPUs that are only compiled for have the same kernels as real ones."""
+        if isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform != "cpu":
+            return cross_compiling()
+        return contextlib.nullcontext()
 
     def _run_slot(self, slot: int, params: PyTree, x: jax.Array) -> Any:
         kinds, kind = self.layout.kinds(slot), params["kind"][slot]
@@ -214,7 +229,7 @@ class DeepSeekPipeline(PipelineModel):
             return self._mix(self._merge(slot, tree, balancing), x, balancing)
 
         def run(x: Any):
-            x = self._merge(slot, tree, balancing).attend(x)
+            x = self._attend(self._merge(slot, tree, balancing), x)
             if kinds - {NONE} == {DENSE}:
                 return dense(x)
             if kinds - {NONE} == {MOE}:
@@ -224,6 +239,11 @@ class DeepSeekPipeline(PipelineModel):
         if NONE not in kinds:
             return run(x)
         return lax.cond(kind != NONE, run, lambda x: (x, nothing), x)
+
+    def _attend(self, layer: Layer, x: jax.Array) -> jax.Array:
+        remat = "attention" in self.model.remat
+        with jax.named_scope("attn"):
+            return (jax.checkpoint(layer.attend) if remat else layer.attend)(x)
 
     def _merge(self, slot: int, tree: PyTree, balancing: Balancing | None) -> Layer:
         state = [tree] if balancing is None else [tree, bias_state(balancing.bias)]
@@ -252,8 +272,6 @@ class DeepSeekPipeline(PipelineModel):
     def loss(self, params: PyTree, x: jax.Array, targets: jax.Array):
         """The loss that is trained on, and its terms."""
         embed, head = params if self.tied else (None, params)
-        if embed is not None:
-            embed = self._gather(embed, axis=1)
         kernel = self._output_matrix(embed, head)
         loss, z_loss = cross_entropy(self._norm(head, x), kernel, targets)
         aux = {"loss": loss, "z_loss": z_loss}
@@ -267,20 +285,20 @@ class DeepSeekPipeline(PipelineModel):
 
     def evaluate(self, embed, head, x, targets) -> jax.Array:
         """The mean loss of the next tokens alone."""
-        embed = self._gather(embed, axis=1)
         kernel = self._output_matrix(embed, head)
         return cross_entropy(self._norm(head, x), kernel, targets)[0]
 
     def logits(self, embed: jax.Array, head: PyTree, x: jax.Array) -> jax.Array:
         """[batch, sequence, vocabulary] float32."""
-        kernel = self._output_matrix(self._gather(embed, axis=1), head)
+        kernel = self._output_matrix(embed, head)
         return logits_of(self._norm(head, x), kernel)
 
     def _mtp_loss(self, embed, head, kernel, x, targets):
         balancing: Balancing = head["balancing"]
         bias = {"layer": bias_state(balancing.bias)}
         module = nnx.merge(self._graphs["mtp"], head["params"]["mtp"], bias)
-        hidden, stats = module(x, embed[targets], balancing.tables)
+        with self._kernels():
+            hidden, stats = module(x, self._look_up(embed, targets), balancing.tables)
         # The token after the next one is the next position's target; the last position
         # of a sequence has none.
         mtp, _ = cross_entropy(hidden[:, :-1], kernel, targets[:, 1:])
@@ -293,8 +311,21 @@ class DeepSeekPipeline(PipelineModel):
     def _output_matrix(self, embed: jax.Array | None, head: PyTree) -> jax.Array:
         if self.arch.tied:
             assert embed is not None
-            return embed.T
-        return self._gather(head["params"]["kernel"], axis=0)
+            return self._gather(embed, axis=1).T
+        return head["params"]["kernel"]
+
+    def _look_up(self, embed: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Embeddings [batch, sequence, dim]; every device has some of the columns.
+
+        The tokens go to the columns and not the columns to the tokens: a microbatch's
+        embeddings are fewer bytes than the matrix.
+        """
+        if self.mesh.shape["ep"] == 1:
+            return embed[tokens]
+        everyones = lax.all_gather(tokens, "ep")
+        columns = embed[everyones]
+        whole = lax.all_to_all(columns, "ep", split_axis=0, concat_axis=3, tiled=True)
+        return whole[0]
 
     def _gather(self, leaf: jax.Array, axis: int) -> jax.Array:
         """A whole matrix, from the parts that the devices of `ep` hold at rest."""

@@ -17,6 +17,15 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def shapes(jaxpr):
+    """Of all values, in loops too."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.shape for v in eqn.outvars)
+        for param in eqn.params.values():
+            if hasattr(inner := getattr(param, "jaxpr", param), "eqns"):
+                yield from shapes(inner)
+
+
 def in_numpy(hidden, kernel, targets):
     """Cross-entropy and squared log-normaliser, token by token."""
     losses, squares = [], []
@@ -38,6 +47,30 @@ def test_cross_entropy_and_z(dtype, scale):
     assert [term.dtype for term in got] == [jnp.float32] * 2
     # Products of either dtype are exact in float32; their sums are rounded.
     np.testing.assert_allclose(got, in_numpy(hidden, kernel, targets), rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_logits", [1, 22, 54, 55])
+def test_a_few_logits_at_a_time_are_the_same(max_logits):
+    hidden, kernel = normal(0, 2, 5, 6), normal(1, 6, 11)
+    targets = np.random.default_rng(2).integers(11, size=(2, 5), dtype=np.int32)
+
+    def total(hidden, kernel, **options):
+        loss, z_loss = cross_entropy(hidden, kernel, targets, **options)
+        return loss + 0.1 * z_loss
+
+    grad = jax.value_and_grad(total, argnums=(0, 1))
+    whole = jax.jit(grad)(hidden, kernel)
+    limited = jax.jit(functools.partial(grad, max_logits=max_logits))
+    for got, want in zip(
+        *map(jax.tree.leaves, (limited(hidden, kernel), whole)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # order of sums
+    sizes = {
+        int(np.prod(shape))
+        for shape in shapes(jax.make_jaxpr(limited)(hidden, kernel).jaxpr)
+        if shape[-1:] == (11,) and shape != kernel.shape
+    }
+    assert sizes and max(sizes) <= max(max_logits, 11)
 
 
 def test_add_loss_adds_a_gradient_and_no_value():
