@@ -40,6 +40,10 @@ def assumptions(
     ]
     if "ragged-all-to-all" in kinds:
         said.append("ragged all-to-alls send what fits both buffers, to all alike")
+    said.append(
+        "a loop's body takes as long in every trip; caches are not known, nor are "
+        "links that others use; kernels of causal attention skip the other half"
+    )
     guessed: dict[str, dict[str, float]] = {}
     for paths in program.paths.values():
         for frame in (path[-1] for path in paths if path):

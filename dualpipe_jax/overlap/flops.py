@@ -54,10 +54,17 @@ def of(op: Instruction, where: Computation, has_fp8: bool) -> Flops | None:
     elif op.opcode == "convolution":
         count, algorithm = _convolution(op, arrays[1], result), ""
     else:
-        count, algorithm = _custom(op, arrays, result), ""
+        count, algorithm = _custom(op, arrays, results), ""
     if count is None:
         return None
     return Flops(count, count * _slowness(arrays[:2], algorithm, has_fp8))
+
+
+def name(op: Instruction) -> str:
+    """What a custom call calls, with the kernel's name if it has one."""
+    target = op.get("custom_call_target").strip('"') or op.opcode
+    kernel = re.search(r'\bname = "([^"]*)"', op.get("backend_config"))
+    return f"{target} ({kernel[1]})" if kernel else target
 
 
 def _along(array: Array, dims: tuple[int, ...]) -> int:
@@ -89,7 +96,10 @@ def _convolution(op: Instruction, kernel: Array, result: Array) -> float | None:
     return 2.0 * result.size * kernel.size / kernel.dims[labels[1].index("o")]
 
 
-def _custom(op: Instruction, arrays: list[Array], result: Array) -> float | None:
+def _custom(
+    op: Instruction, arrays: list[Array], results: tuple[Array, ...]
+) -> float | None:
+    result = results[0]
     target = op.get("custom_call_target").strip('"')
     if target.startswith("__cublas$"):
         numbers = _find(op.backend_config, "dot_dimension_numbers") or {}
@@ -103,7 +113,11 @@ def _custom(op: Instruction, arrays: list[Array], result: Array) -> float | None
         if "BackwardFilter" in target:  # x and dy make dw
             return _convolution(op, result, arrays[1])
         return _convolution(op, arrays[1], result)
-    return _grouped(result, arrays) if _is_kernel(target) else 0.0
+    if not _is_kernel(target):
+        return 0.0
+    if re.search("attention|flash|mha", op.op_name, re.I):
+        return _attention_kernel(arrays, results)
+    return _grouped(result, arrays)
 
 
 def _is_kernel(target: str) -> bool:
@@ -154,6 +168,27 @@ def _attention(op: Instruction, target: str, query: Array) -> float | None:
     products = 5 if "Backward" in target else 2
     masked = 0.5 if "CAUSAL" in str(config.get("mask_type", "")) else 1.0
     return products * 2.0 * math.prod(scores) * head_dim * masked
+
+
+def _attention_kernel(arrays: list[Array], results: tuple[Array, ...]) -> float | None:
+    """A kernel of attention by its shapes: queries, keys and values come first.
+
+    Two products forward; five backward, which makes the scores again. Of sequence and
+    heads, the sequence is the longer one; as many keys as queries are taken to be
+    causal, which halves the work.
+    """
+    if len(arrays) < 3 or len({len(array.dims) for array in arrays[:3]}) > 1:
+        return None
+    q, k, v = (array.dims for array in arrays[:3])
+    if len(q) < 3 or q[-1] != k[-1] or k[:-1] != v[:-1]:
+        return None
+    at = -3 if q[-3] >= q[-2] else -2
+    scores = math.prod(q[:-1]) * k[at] * (0.5 if q[at] == k[at] else 1.0)
+    if [array.dims for array in results[:3]] == [q, k, v]:
+        return 2.0 * scores * (3 * q[-1] + 2 * v[-1])
+    if results[0].dims[:-1] == q[:-1] and results[0].dims[-1] == v[-1]:
+        return 2.0 * scores * (q[-1] + v[-1])
+    return None
 
 
 def _find(config: object, key: str):

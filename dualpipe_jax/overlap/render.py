@@ -48,7 +48,8 @@ def summary(report: OverlapReport, name: str | None = None) -> str:
     if not report.loops:
         return text(report)
     loop = _loop(report, name)
-    kind = "steady state" if loop is report.steady_state else loop.kind
+    steady = loop.kind == "while" and loop is report.steady_state
+    kind = "steady state" if steady else loop.kind
     bare = [each.name for each in loop.without_gemms]
     said = (
         f"{report.module}, {kind} {loop.name}: {loop.hidden_fraction:.1%} of "

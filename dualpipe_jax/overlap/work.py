@@ -105,7 +105,7 @@ class Roofline:
     def _products(self, op: Instruction, where: Computation) -> Flops:
         found = flops.of(op, where, self._gpu.has_fp8)
         if found is None:
-            self.unknown.add(op.get("custom_call_target").strip('"') or op.opcode)
+            self.unknown.add(flops.name(op))
         return found or Flops()
 
     def _fusion(self, name: str) -> tuple[Flops, float]:

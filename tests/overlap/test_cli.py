@@ -1,6 +1,7 @@
 """The overlap command."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,13 @@ def test_no_such_config(capsys):
 
 def test_trips_are_patterns_with_numbers():
     assert parse_trips(["a.*=3", "b=c=1.5"]) == {"a.*": 3.0, "b=c": 1.5}
+
+
+@pytest.mark.slow
+def test_a_config_is_compiled_for_gpus(capsys):
+    config = str(Path(__file__).parent.parent / "train" / "tiny.py")
+    assert cli.main(["overlap", config, "--json", "--gpu", "a100"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert (read["module"], read["gpu"]) == ("jit_train_step", "NVIDIA A100 80GB")
+    kinds = {each["kind"] for loop in read["loops"] for each in loop["collectives"]}
+    assert "collective-permute" in kinds

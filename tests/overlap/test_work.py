@@ -207,6 +207,24 @@ def test_views_and_tuples_are_free():
             '["2","4","128","128"]}}}',
             2 * 2 * (2 * 4 * 128 * 128) * 64 / 2,
         ),
+        (  # flash attention of 16 heads, 192 wide, of values 128 wide; causal
+            {"q": "bf16[256,16,192]", "v": "bf16[256,16,128]"},
+            "(bf16[256,16,128], f32[16,256]) custom-call(%q, %q, %v), "
+            'custom_call_target="__gpu$xla.gpu.triton", '
+            'metadata={op_name="f/flash_attention/pallas_call"}',
+            2 * (256 * 256 * 16) * (192 + 128) / 2,
+        ),
+        (  # its gradient, with twice as many keys, in batches: not causal
+            {
+                "q": "bf16[2,64,4,192]",
+                "k": "bf16[2,128,4,192]",
+                "v": "bf16[2,128,4,64]",
+            },
+            "(bf16[2,64,4,192], bf16[2,128,4,192], bf16[2,128,4,64]) "
+            'custom-call(%q, %k, %v), custom_call_target="__gpu$xla.gpu.triton", '
+            'metadata={op_name="f/flash_attention_vjp/pallas_call"}',
+            2 * 2 * (64 * 128 * 4) * (3 * 192 + 2 * 64),
+        ),
         (
             {"a": "f32[512]", "b": "f32[512]"},
             'f32[512] custom-call(%a, %b), custom_call_target="cub_sort"',
@@ -222,10 +240,11 @@ def test_calls_of_libraries(shapes, call, flops):
 
 def test_a_kernel_that_is_not_understood_is_named():
     lines = constants(a="bf16[8,8]") + (
-        '\n  %c = bf16[8,3] custom-call(%a, %a), custom_call_target="triton_mine"'
+        '\n  %c = bf16[8,3] custom-call(%a, %a), custom_call_target="triton", '
+        'backend_config={grid_x = 1 : i32, ir = "\\0D, calls=\\22", name = "mine"}'
     )
     work, report = under(lines)
     assert (work.flops, work.kernels) == (0, 1)
-    assert "custom calls whose FLOPs are not known count none: triton_mine" in (
+    assert "custom calls whose FLOPs are not known count none: triton (mine)" in (
         report.assumptions
     )
