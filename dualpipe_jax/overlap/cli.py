@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         report.chrome_trace(args.loop, args.trace)
     if args.json:
         print(report.to_json())
-    elif sys.stdout.isatty() and report.loops:
+    elif sys.stdout.isatty() and importlib.util.find_spec("rich"):
         from rich.console import Console
 
         console = Console()

@@ -38,7 +38,8 @@ def of(op: Instruction, where: Computation, has_fp8: bool) -> Flops | None:
     Returns:
       None where a custom call may multiply, and its shapes do not tell.
     """
-    if op.opcode not in ("dot", "convolution", "custom-call", "ragged-dot"):
+    opcode = op.opcode.removesuffix("-start")
+    if opcode not in ("dot", "convolution", "custom-call", "ragged-dot"):
         return Flops()
     operands = [leaves(shape) for shape in where.operand_shapes(op)]
     arrays = [found[0] for found in operands if found]
@@ -46,12 +47,12 @@ def of(op: Instruction, where: Computation, has_fp8: bool) -> Flops | None:
     if not results or len(arrays) < 2:
         return Flops()
     result = results[0]
-    if op.opcode == "dot":
+    if opcode == "dot":
         count = 2 * result.size * _along(arrays[0], op.dims("lhs_contracting_dims"))
         algorithm = op.get("algorithm")
-    elif op.opcode == "ragged-dot":
+    elif opcode == "ragged-dot":
         count, algorithm = _grouped(result, arrays), ""
-    elif op.opcode == "convolution":
+    elif opcode == "convolution":
         count, algorithm = _convolution(op, arrays[1], result), ""
     else:
         count, algorithm = _custom(op, arrays, results), ""

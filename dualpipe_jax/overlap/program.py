@@ -109,10 +109,11 @@ class Program:
                 events.append(Start(op.name, traffic.seconds, traffic.link))
                 if not collective.asynchronous:
                     events.append(Done(op.name))
-            elif origin in started:
-                started[op.name] = started[origin]
-                if op.opcode.endswith("-done"):
-                    events.append(Done(started[origin]))
+            elif origin is not None:  # of what is no collective: free
+                if origin in started:
+                    started[op.name] = started[origin]
+                    if op.opcode.endswith("-done"):
+                        events.append(Done(started[origin]))
             elif op.opcode == "call":
                 for name in op.called("to_apply"):
                     self._read(self.module[name], found, events)
@@ -142,7 +143,7 @@ class Program:
         """How often a `while` runs its body."""
         known = op.backend_config.get("known_trip_count", {}).get("n")
         if known is not None:
-            return Trips(float(known), KNOWN)
+            return Trips(int(known), KNOWN)
         body = op.called("body")[0]
         given = self._given
         if isinstance(given, Mapping):
@@ -154,11 +155,11 @@ class Program:
             given = next(matching, None)
         is_guard = guesses.is_guard(self.module, op)
         if given is not None and not (is_guard and given is self._given):
-            return Trips(float(given), GIVEN)
+            return Trips(given, GIVEN)
         if is_guard:
-            return Trips(1.0, GUARD)
+            return Trips(1, GUARD)
         blocks = self._blocks.get(body)
-        return Trips(1.0, UNKNOWN) if blocks is None else Trips(blocks, BLOCKS)
+        return Trips(1, UNKNOWN) if blocks is None else Trips(blocks, BLOCKS)
 
     @functools.cached_property
     def _blocks(self) -> dict[str, float]:
@@ -179,7 +180,7 @@ class Program:
                 body = op.called("body")[0]
                 frames = [Frame("while", body, trips.count, trips.source)]
             elif op.opcode == "conditional":
-                frames = [Frame("branch", each, 1.0, GUARD) for each in branches(op)]
+                frames = [Frame("branch", each, 1, GUARD) for each in branches(op)]
             elif op.opcode == "call":
                 for each in op.called("to_apply"):
                     self._walk(each, path, found)

@@ -56,13 +56,12 @@ def summary(report: OverlapReport, name: str | None = None) -> str:
         f"{_ms(loop.communication_s)} communication hidden, {_ms(loop.exposed_s)} "
         f"exposed; one run {_ms(loop.makespan_s)}, compute {_ms(loop.compute.seconds)}"
     )
-    count = len(loop.collectives)
-    if not loop.without_gemms:
-        return f"{said}\nall {count} collectives have GEMMs under them"
-    said += f"\n{len(bare)} of {count} collectives have no GEMM under them: "
-    said += ", ".join(bare[:4])
-    if len(bare) > 4:
-        said += f" and {len(bare) - 4} more"
+    said += (
+        f"\ncollectives with no GEMM under them: {len(bare)} of {len(loop.collectives)}"
+    )
+    if bare:
+        more = f" and {len(bare) - 4} more" if len(bare) > 4 else ""
+        said += f" ({', '.join(bare[:4])}{more})"
     return said
 
 

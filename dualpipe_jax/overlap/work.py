@@ -26,8 +26,7 @@ FREE = frozenset(
             "after-all",
         ),
         *("opt-barrier", "domain", "add-dependency", "partition-id", "replica-id"),
-        *("copy-done", "async-update", "async-done"),
-        *("send", "send-done", "recv", "recv-done"),
+        *("send", "recv"),
     }
 )
 
@@ -89,9 +88,10 @@ class Roofline:
 
     def kernel(self, op: Instruction, where: Computation) -> Work:
         """An instruction that runs as one kernel, or as none."""
-        if op.opcode in FREE:
+        opcode = op.opcode.removesuffix("-start")
+        if opcode in FREE:
             return Work()
-        if op.opcode == "fusion":
+        if opcode == "fusion":
             products, moved = self._fusion(op.called("calls")[0])
         else:
             products, moved = self._products(op, where), _moved(op, where)
@@ -140,7 +140,7 @@ def _moved(op: Instruction, where: Computation) -> float:
         return 2.0 * shapes[1]
     if op.opcode == "scatter":
         return 3.0 * shapes[-1] + sum(shapes[len(shapes) // 2 : -1])
-    if op.opcode == "copy-start":
+    if op.opcode == "copy-start":  # its result names both buffers
         return 2.0 * shapes[0]
     return float(sum(shapes) + result)
 

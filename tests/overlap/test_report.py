@@ -200,6 +200,21 @@ def test_generic_asynchronous_calls():
     assert found.exposed_s == pytest.approx(ALL_TO_ALL - COPY)
 
 
+def test_compute_that_runs_asynchronously_is_compute():
+    """It counts where it starts; its done is free."""
+    fused = BRANCH.format(name="fused", m=modules.M, lines=gemm("g"))
+    lines = f"""{permute_start("p")}
+  %f = (({modules.M}), {modules.M}) fusion-start(%x), kind=kCustom, calls=%fused
+  %fd = {modules.M} fusion-done(%f)
+  %c = ({modules.M}, {modules.M}, u32[]) copy-start(%x)
+  %cd = {modules.M} copy-done(%c)
+{permute_done("p")}"""
+    (permute,) = report_of(lines, fused).collectives
+    assert (permute.under.kernels, permute.under.flops) == (2, 2e9)
+    # The fusion reads a matrix twice that is one parameter, and writes one.
+    assert permute.under.num_bytes == 4e6 + 4e6
+
+
 def test_what_xla_marks_as_synchronous_hides_nothing():
     sync = (
         'source_target_pairs={{0,8}}, backend_config={"collective_backend_config":'
@@ -291,7 +306,7 @@ def test_text_table_and_html_name_every_collective():
     assert table.row_count == 3
     for shown in (str(report), report._repr_html_()):
         assert all(each.name in shown for each in report.collectives)
-        assert "1 of 3 collectives have no GEMM under them: q" in shown
+        assert "collectives with no GEMM under them: 1 of 3 (q)" in shown
     assert "assumed:" in str(report)
 
 
