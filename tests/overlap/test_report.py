@@ -145,6 +145,16 @@ def test_a_guard_that_is_cleared_by_a_copy_is_one_too():
         assert report.collectives[0].under.kernels == kernels
 
 
+@pytest.mark.parametrize("flag", ["%flag", "%true", "%more"])
+def test_a_loop_that_does_not_clear_its_flag_is_no_guard(flag):
+    lines = f"""  %true = pred[] constant(true)
+  %more = pred[] compare(%i, %i), direction=LT
+{permute_start("p")}
+{permute_done("p")}"""
+    (found,) = report_of(run_loop("body"), loop("body", lines, flag=flag)).loops
+    assert (found.kind, found.runs_at_most) == ("while", None)
+
+
 BRANCH = """%{name} (y: {m}) -> {m} {{
   %x = {m} parameter(0)
 {lines}
