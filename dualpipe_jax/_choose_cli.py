@@ -11,7 +11,7 @@ from dualpipe_jax.choose import Remat, StageMemory, rank_schedules
 from dualpipe_jax.cli import parse_costs
 from dualpipe_jax.generators.names import SCHEDULES
 
-_ACTIVATIONS = ("residuals", "crossing", "message", "workspace")
+_ACTIVATIONS = ("residuals", "crossing", "message", "workspace", "pair_workspace")
 _HELD = ("limit", "parameters", "gradients", "at_rest", "optimizer", "other")
 _COSTS = ("cost", "overlapped_cost")
 
@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="residuals=1.5GiB,...",
         required=True,
         help="bytes of one of P stages on one microbatch, on one device: residuals, "
-        "crossing (from I to W); message, workspace (default 0)",
+        "crossing (from I to W); message, workspace (default 0), pair_workspace "
+        "(default workspace)",
     )
     add(
         "--memory",

@@ -28,8 +28,10 @@ class StageMemory:
         where the step takes `parameters` as they are.
       optimizer: of one stage's optimizer state.
       message: of one microbatch's activation between two stages.
-      workspace: of what the dearest step (a B, or an overlapped pair) needs besides, on
-        one microbatch.
+      workspace: of what the dearest task needs besides: weight gradients before they
+        are added up, recomputed values, products. Larger microbatches need more of it;
+        smaller ones are not taken to need less.
+      pair_workspace: the same of an overlapped pair; `workspace` unless given.
       other: of what no schedule changes: embedding, head, the runtime's own.
 
     Raises:
@@ -48,6 +50,7 @@ class StageMemory:
     optimizer: float = 0.0
     message: float = 0.0
     workspace: float = 0.0
+    pair_workspace: float | None = None
     other: float = 0.0
 
     def __post_init__(self):
@@ -67,8 +70,8 @@ class Remat:
         what I computed again, W needs too.
       cost: what recomputation adds to a B or I; F unless given, all of the forward.
       overlapped_cost: what it adds to an overlapped pair; `cost` unless given.
-      workspace: bytes, see `StageMemory`. Unless given, that of the stage without remat
-        and what this one does not keep: recomputed, it is there for a while.
+      workspace: bytes, see `StageMemory`; of a pair, too. Unless given, that without
+        remat, or what is recomputed if that is more.
 
     Raises:
       ValueError: a number is negative or not finite, or the name is empty or `"none"`.
@@ -143,10 +146,13 @@ def memory_of(
     copied = 0.0 if _runs_in_place(program, memory) else held
     own = memory.parameters if memory.at_rest is None else memory.at_rest
     residuals, crossing, workspace = memory.residuals, memory.crossing, memory.workspace
+    if memory.pair_workspace is not None and any(len(k) == 2 for k in program.kinds):
+        workspace = memory.pair_workspace
     if remat is not None:
-        # Recomputed one stage at a time, so of the size of this schedule's stages.
-        again = stage * max(0.0, memory.residuals - remat.residuals)
-        workspace = workspace + again if remat.workspace is None else remat.workspace
+        # What is recomputed dies as weight gradients are born: not their sum.
+        again = stage * (memory.residuals - remat.residuals)
+        workspace = max(workspace, again)
+        workspace = workspace if remat.workspace is None else remat.workspace
         residuals, crossing = remat.residuals, remat.crossing
     slot = stage * microbatch
     return MemoryUse(
@@ -157,7 +163,7 @@ def memory_of(
         crossing=program.num_weight_slots * slot * crossing,
         # One more: ranks that receive nothing in a permute write there.
         messages=(program.num_message_slots + 1) * microbatch * memory.message,
-        workspace=microbatch * workspace,
+        workspace=max(1.0, microbatch) * workspace,
         other=memory.other,
     )
 

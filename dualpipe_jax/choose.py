@@ -62,7 +62,7 @@ def rank_schedules(
       residuals and the parameters; messages stay as they are.
     - A training step has the same tokens whatever M is: with twice as many microbatches
       each is half as large, and with it costs, residuals and messages. The part
-      `task_overhead` of every cost does not shrink.
+      `task_overhead` of every cost does not shrink, and neither does the workspace.
     - A schedule with overlapped pairs pays `costs.FB` for them, another one F and B.
     - Recomputation adds its cost to every B, I and pair.
     - What is at rest is held once. Accumulators are held for every stage that a rank

@@ -113,6 +113,7 @@ def test_memory_by_hand(name):
         optimizer=7,
         message=100,
         workspace=3,
+        pair_workspace=4,
         other=11,
     )
     ranked = only(rank_schedules(4, 8, DEEPSEEK, memory, limit=1, schedules=[name]))
@@ -124,7 +125,7 @@ def test_memory_by_hand(name):
         "residuals": 10 * residuals,
         "crossing": 1000 * crossing,
         "messages": 100 * messages,
-        "workspace": 3,
+        "workspace": 4 if name.startswith("dualpipe") else 3,
         "other": 11,
     }
     assert vars(ranked.memory) == expected
@@ -146,7 +147,13 @@ def test_more_microbatches_are_smaller_ones():
     memory = StageMemory(8, 4, 1, 2, message=2, workspace=6)
     ranking = rank_schedules(4, [8, 16], Costs(), memory, limit=1, schedules="zb1p")
     small, large = sorted(ranking.candidates, key=lambda c: -c.num_microbatches)
-    halves = ("residuals", "crossing", "messages", "workspace")
+    assert large.memory.workspace == 6
+    back = rank_schedules(
+        4, 8, Costs(), memory, limit=1, schedules="zb1p", measured_at=16
+    )
+    assert only(back).memory.workspace == 12
+    # The workspace may be weight gradients, which are as large as ever.
+    halves = ("residuals", "crossing", "messages")
     for name, bytes_of in vars(large.memory).items():
         share = 0.5 if name in halves else 1
         assert vars(small.memory)[name] == share * bytes_of, name
@@ -172,6 +179,17 @@ def test_recomputation_costs_time_and_spares_memory():
     }
     # Five slots and two in the queue; what is recomputed comes back for one stage.
     assert kept == {"none": (40, 2, 0), "full": (10, 8, 6), "some": (25, 4, 9)}
+    busy = StageMemory(8, 1, 0, 0, workspace=1, pair_workspace=7)
+    ranking = rank_schedules(4, 8, costs, busy, limit=1, remat=full)
+    works = {(c.schedule, c.remat): c.memory.workspace for c in ranking.candidates}
+    assert works["1f1b", "none"] == 1 and works["1f1b", "full"] == 6
+    assert works["dualpipe", "full"] == 7
+    # Nor does the recomputation of half a stage bring back more than its own.
+    slim = StageMemory(8, 1, 0, 0)
+    ranking = rank_schedules(
+        4, 8, costs, slim, limit=1, remat=full, schedules="dualpipev"
+    )
+    assert {c.memory.workspace for c in ranking.candidates} == {0, 3}
 
 
 # Who wins.
@@ -561,7 +579,7 @@ def test_all_options_reach_the_ranking(capsys):
         "task_overhead": "2",
         "update_time": "30",
         "exchange_time": "4",
-        "activations": "residuals=2,crossing=1,workspace=5",
+        "activations": "residuals=2,crossing=1,workspace=5,pair_workspace=8",
         "memory": "limit=90,parameters=1,gradients=2,at_rest=3,optimizer=4,other=6",
         "remat": "r:residuals=1,crossing=1,cost=9,overlapped_cost=8,workspace=7",
     }
@@ -570,7 +588,9 @@ def test_all_options_reach_the_ranking(capsys):
         8,
         [32, 64],
         DEEPSEEK,
-        StageMemory(2, 1, 1, 2, at_rest=3, optimizer=4, workspace=5, other=6),
+        StageMemory(
+            2, 1, 1, 2, at_rest=3, optimizer=4, workspace=5, pair_workspace=8, other=6
+        ),
         limit=90,
         remat=Remat("r", 1, 1, cost=9, overlapped_cost=8, workspace=7),
         schedules=["1f1b", "zb1p"],
