@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -50,18 +51,18 @@ def summary(report: OverlapReport, name: str | None = None) -> str:
     loop = _loop(report, name)
     steady = loop.kind == "while" and loop is report.steady_state
     kind = "steady state" if steady else loop.kind
-    bare = [each.name for each in loop.without_gemms]
     said = (
         f"{report.module}, {kind} {loop.name}: {loop.hidden_fraction:.1%} of "
         f"{_ms(loop.communication_s)} communication hidden, {_ms(loop.exposed_s)} "
         f"exposed; one run {_ms(loop.makespan_s)}, compute {_ms(loop.compute.seconds)}"
     )
+    bare = loop.without_gemms
     said += (
         f"\ncollectives with no GEMM under them: {len(bare)} of {len(loop.collectives)}"
     )
+    kinds = collections.Counter(each.kind for each in bare)
     if bare:
-        more = f" and {len(bare) - 4} more" if len(bare) > 4 else ""
-        said += f" ({', '.join(bare[:4])}{more})"
+        said += f" ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())})"
     return said
 
 

@@ -316,7 +316,7 @@ def test_text_table_and_html_name_every_collective():
     assert table.row_count == 3
     for shown in (str(report), report._repr_html_()):
         assert all(each.name in shown for each in report.collectives)
-        assert "collectives with no GEMM under them: 1 of 3 (q)" in shown
+        assert "with no GEMM under them: 1 of 3 (1 collective-permute)" in shown
     assert "assumed:" in str(report)
 
 
