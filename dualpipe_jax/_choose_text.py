@@ -71,7 +71,8 @@ def _why_slower(each: RankedSchedule, best: RankedSchedule) -> str:
             return "just as fast as the best, in the same memory"
         return f"just as fast as the best, but needs {format_bytes(each.memory.total)}"
     ratio = each.time / best.time
-    text = f"takes {100 * (ratio - 1):.1f} % longer than the best"
+    more = 100 * (ratio - 1)
+    text = f"takes {more:{'.1f' if more >= 0.1 else '.2g'}} % longer than the best"
     if ratio > 1.5:
         text = f"takes {ratio:.2f} times as long as the best"
     causes = []

@@ -3,6 +3,9 @@
 import json
 import math
 import random
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -547,6 +550,13 @@ def test_the_command_prints_the_ranking(capsys):
     assert max(map(len, lines)) <= 120
     words = " ".join(out.split())  # reasons are wrapped, and otherwise as they are
     assert " ".join(ranking_of_options().reason.split()) in words
+
+
+def test_the_command_of_the_document_prints_its_table(capsys):
+    text = (Path(__file__).parents[2] / "docs/choosing.md").read_text()
+    (command,) = re.findall(r"^\$ python -m dualpipe_jax (choose .*)", text, re.M)
+    assert cli.main(shlex.split(command)) == 0
+    assert capsys.readouterr().out in text
 
 
 def test_json_is_the_ranking(capsys):
