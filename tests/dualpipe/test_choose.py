@@ -322,6 +322,13 @@ def test_nothing_fits_and_what_lacks_least():
     assert "best: none" in repr(ranking)
 
 
+def test_what_needs_all_of_the_limit_fits():
+    memory = StageMemory(residuals=2, crossing=1, parameters=2, gradients=4)
+    exact = rank_schedules(8, 32, DEEPSEEK, memory, limit=22)
+    assert exact.best.schedule == "1f1b" and exact.best.spare == 0
+    assert rank_schedules(8, 32, DEEPSEEK, memory, limit=22 - 1e-9).best is None
+
+
 def test_what_is_no_schedule_is_left_out_with_the_reason():
     ranking = rank_schedules(8, [12, 17, 32], DEEPSEEK, NOTHING, limit=1)
     left_out = {(name, size) for name, size, _ in ranking.left_out}
