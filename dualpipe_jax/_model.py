@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax import _checks
+from dualpipe_jax import _checks, compat
 from dualpipe_jax._exchange import Exchange
 from dualpipe_jax._executor import State, run
 from dualpipe_jax._work import Functions, forward_work, training_work
@@ -122,7 +122,13 @@ class Model:
         if key is not None and self.data_axes:
             key = jax.random.fold_in(key, lax.axis_index(self.data_axes))
         functions = Functions(
-            self.stage_fn, self.embed_fn, self.loss_fn, self.tied, self.program, key
+            self.stage_fn,
+            self.embed_fn,
+            self.loss_fn,
+            self.tied,
+            self.program,
+            key,
+            compat.platform_of(self.mesh),
         )
         work, buffers = make_work(functions, params, chunks[0], inputs, targets)
         state = State(

@@ -22,7 +22,9 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """What the user passed, and the key of this step (None without randomness)."""
+    """What the user passed, the key of this step (None without randomness), and where
+    it runs (None: unknown).
+    """
 
     stage_fn: Callable[..., PyTree]
     embed_fn: Callable[..., PyTree] | None
@@ -30,6 +32,7 @@ class Functions:
     tied: bool
     program: Program
     key: jax.Array | None
+    platform: str | None = None
 
     def key_of(self, stage: Any, microbatch: jax.Array) -> jax.Array | None:
         return None if self.key is None else microbatch_key(self.key, stage, microbatch)
@@ -95,7 +98,9 @@ def training_work(
     x, stage, stage_aux = _trace_stage(functions, params, chunk, inputs)
     index = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(functions.key_of, index, index)
-    plan = SplitBackward.trace(stage, chunk, x, key, has_aux=True)
+    plan = SplitBackward.trace(
+        stage, chunk, x, key, has_aux=True, platform=functions.platform
+    )
     loss_aux = _checks.check_loss(
         jax.eval_shape(
             functions.loss_fn,  # pyright: ignore[reportArgumentType]

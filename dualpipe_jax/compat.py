@@ -24,11 +24,14 @@ _CALL_BODIES = {
     "remat": "jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
+    # The forward rule of a custom_vjp whose residuals remat may not need.
+    "remat_opt": "fwd_jaxpr",
 }
 _CUSTOM_BODIES = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
 }
 
 
@@ -87,6 +90,28 @@ def expansion(eqn: Any) -> Any | None:
     return jax.make_jaxpr(expand)(*(struct(a.aval) for a in eqn.invars))
 
 
+def platform_of(mesh: Any) -> str | None:
+    """Returns where a mesh's programs run, as lowering rules name it; None: unknown."""
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return None
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+def branch_for(eqn: Any, platform: str | None) -> Any | None:
+    """Returns the branch of a `lax.platform_dependent` for a platform, else None."""
+    platforms = eqn.params.get("branches_platforms")
+    if platform is None or not platforms:
+        return None
+    return next(
+        branch
+        for branch, names in zip(eqn.params["branches"], platforms, strict=True)
+        if names is None or platform in names
+    )
+
+
 def call_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
     """Returns the shardings that a jit asks of its operands and results, or None."""
     found = []
@@ -105,7 +130,7 @@ def within_scope(eqn: Any, outer: Any) -> Any:
 
 
 def custom_body(eqn: Any) -> Any | None:
-    """Returns the body of a call with a custom derivative, else None."""
+    """Returns the body of a call with a custom derivative or vmap, else None."""
     name = _CUSTOM_BODIES.get(eqn.primitive.name)
     return None if name is None else eqn.params[name]
 

@@ -68,6 +68,7 @@ class SplitBackward:
         *inputs: PyTree,
         has_aux: bool = False,
         early_reductions: bool = True,
+        platform: str | None = None,
     ) -> SplitBackward:
         """Traces ``fn`` and cuts its backward pass.
 
@@ -83,6 +84,9 @@ class SplitBackward:
           early_reductions: whether a weight gradient that is a mere sum (of a norm's
             scale, say) may be summed in I where that spares keeping an activation for
             W. Matrix products never move.
+          platform: where the programs will run, such as `"cpu"` or `"cuda"`, if that is
+            known. Of a `lax.platform_dependent` only the branch for it is then traced
+            on; else both halves keep what any branch needs.
 
         Returns:
           The plan.
@@ -90,7 +94,9 @@ class SplitBackward:
         Raises:
           ValueError: if an argument or a result of ``fn`` is not an array.
         """
-        programs, consts = trace_programs(fn, params, inputs, has_aux, early_reductions)
+        programs, consts = trace_programs(
+            fn, params, inputs, has_aux, early_reductions, platform
+        )
         avals = programs.in_avals[programs.num_params :]
         inputs_tree = programs.in_tree.children()[1]
         out_structs = map(compat.struct, programs.out_avals)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +21,12 @@ def has_tokamax() -> bool:
 
 
 def on_cuda(
-    kernel: Callable[..., Any], otherwise: Callable[..., Any], *args: Any
+    kernel: Callable[..., Any],
+    otherwise: Callable[..., Any],
+    *args: Any,
+    keep: bool = False,
 ) -> Any:
     """Calls one function when lowered for CUDA with tokamax there, else the other.
-
-    Its derivative is that of the function which is called, and keeps nothing but
-    `args`: what the backward pass needs beside them, it computes again.
 
     Args:
       kernel: what calls tokamax; it raises NotImplementedError or ValueError where
@@ -33,6 +34,8 @@ def on_cuda(
         with GPUs warns).
       otherwise: the same function of `args` without kernels.
       *args: arrays; those of integers have no derivative.
+      keep: for the backward pass, keep what the kernel wants kept, beside `args`; else
+        what it needs beside them is computed again, as `otherwise` always does.
 
     Returns:
       What the chosen function returns.
@@ -43,60 +46,105 @@ def on_cuda(
     """
     if not has_tokamax():
         return otherwise(*args)
-    return _on_cuda(kernel, otherwise, args)
+    choice = _Choice(kernel, otherwise, keep, _is_cross_compiling())
+    return _on_cuda(choice, args)
+
+
+@dataclasses.dataclass(eq=False)
+class _Choice:
+    """What a call has to say to its backward pass; see `on_cuda`.
+
+    Attributes:
+      pullback: the structure of the kernel's pullback, set when the forward pass is
+        traced, which is before the backward pass is.
+    """
+
+    kernel: Callable[..., Any]
+    otherwise: Callable[..., Any]
+    keep: bool
+    is_cross_compiling: bool
+    pullback: Any = None
+
+    def make(self, kernel: Callable[..., Any], otherwise: Callable[..., Any], *args):
+        def attempt(*args: Any) -> Any:
+            # Traced on every host, GPUs or not; what tokamax says then depends on its
+            # version. A backward pass is traced where `cross_compiling` may have ended.
+            cross = self.is_cross_compiling
+            try:
+                with cross_compiling() if cross else contextlib.nullcontext():
+                    return kernel(*args)
+            except (NotImplementedError, ValueError) as error:
+                if cross or jax.default_backend() == "gpu":
+                    warnings.warn(
+                        "tokamax has no kernel here, so slower code takes its place on "
+                        f"GPUs: {error}",
+                        stacklevel=2,
+                    )
+                return otherwise(*args)
+
+        return lax.platform_dependent(*args, cuda=attempt, default=otherwise)
 
 
 # AD would go through the choice, and keep what either side keeps.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _on_cuda(kernel: Callable, otherwise: Callable, args: tuple[Any, ...]) -> Any:
-    return _choose(kernel, otherwise, args)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _on_cuda(choice: _Choice, args: tuple[Any, ...]) -> Any:
+    return choice.make(choice.kernel, choice.otherwise, *args)
 
 
-def _forward(kernel: Callable, otherwise: Callable, args: tuple[Any, ...]) -> Any:
-    return _choose(kernel, otherwise, args), args
+def _forward(choice: _Choice, args: tuple[Any, ...]) -> Any:
+    if not choice.keep:
+        return _on_cuda(choice, args), (args, ())
+
+    def by_kernel(*args: Any) -> Any:
+        result, pullback = _pullback_of(choice.kernel, args)
+        kept, choice.pullback = jax.tree.flatten(pullback)
+        return result, kept
+
+    def without(*args: Any) -> Any:
+        # Nothing is kept, in the shapes of what would be.
+        with cross_compiling():
+            kept = jax.eval_shape(by_kernel, *args)[1]
+        return choice.otherwise(*args), [jnp.zeros(k.shape, k.dtype) for k in kept]
+
+    result, kept = choice.make(by_kernel, without, *args)
+    return result, (args, kept)
 
 
-def _backward(kernel: Callable, otherwise: Callable, args: tuple, ct: Any) -> Any:
-    def pullback(function: Callable[..., Any]) -> Callable[..., Any]:
-        def pull(*operands: Any) -> Any:
-            *args, ct = operands
-            is_float = [jnp.issubdtype(arg.dtype, jnp.inexact) for arg in args]
-            fixed = [None if f else arg for f, arg in zip(is_float, args, strict=True)]
+def _backward(choice: _Choice, saved: Any, ct: Any) -> Any:
+    args, kept = saved
 
-            def of_floats(*floats: Any) -> Any:
-                rest = iter(floats)
-                return function(*(next(rest) if a is None else a for a in fixed))
-
-            floats = [arg for f, arg in zip(is_float, args, strict=True) if f]
-            return jax.vjp(of_floats, *floats)[1](ct)
+    def again(function: Callable[..., Any]) -> Callable[..., Any]:
+        def pull(args: tuple, kept: list, ct: Any) -> Any:
+            del kept
+            return _pullback_of(function, args)[1](ct)
 
         return pull
 
-    cts = iter(_choose(pullback(kernel), pullback(otherwise), (*args, ct)))
+    def pull_kept(args: tuple, kept: list, ct: Any) -> Any:
+        del args
+        return jax.tree.unflatten(choice.pullback, kept)(ct)
+
+    by_kernel = pull_kept if choice.keep else again(choice.kernel)
+    cts = iter(choice.make(by_kernel, again(choice.otherwise), args, kept, ct))
     # None stands for the zeros of integers.
-    is_float = (jnp.issubdtype(arg.dtype, jnp.inexact) for arg in args)
-    return (tuple(next(cts) if f else None for f in is_float),)
+    return (tuple(next(cts) if _is_float(arg) else None for arg in args),)
 
 
 _on_cuda.defvjp(_forward, _backward)
 
 
-def _choose(kernel: Callable, otherwise: Callable, args: tuple[Any, ...]) -> Any:
-    def attempt(*args: Any) -> Any:
-        # Traced on every host, GPUs or not; what tokamax says then depends on its
-        # version.
-        try:
-            return kernel(*args)
-        except (NotImplementedError, ValueError) as error:
-            if _wants_kernels():
-                warnings.warn(
-                    "tokamax has no kernel here, so slower code takes its place on "
-                    f"GPUs: {error}",
-                    stacklevel=2,
-                )
-            return otherwise(*args)
+def _pullback_of(function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """As `jax.vjp`, for the arguments that are not integers."""
 
-    return lax.platform_dependent(*args, cuda=attempt, default=otherwise)
+    def of_floats(*floats: Any) -> Any:
+        rest = iter(floats)
+        return function(*(next(rest) if _is_float(arg) else arg for arg in args))
+
+    return jax.vjp(of_floats, *(arg for arg in args if _is_float(arg)))
+
+
+def _is_float(arg: Any) -> bool:
+    return jnp.issubdtype(arg.dtype, jnp.inexact)
 
 
 @contextlib.contextmanager
@@ -116,9 +164,9 @@ def cross_compiling():
         yield
 
 
-def _wants_kernels() -> bool:
-    if jax.default_backend() == "gpu":
-        return True
+def _is_cross_compiling() -> bool:
+    if importlib.util.find_spec("tokamax") is None:
+        return False
     import tokamax  # pyright: ignore[reportMissingImports]
 
     return bool(tokamax.config.cross_compile.value)

@@ -25,7 +25,9 @@ from dualpipe_jax._split.jaxprs import (
 )
 
 
-def flatten(closed: Any, *, inline_custom: bool) -> tuple[Any, tuple[Any, ...]]:
+def flatten(
+    closed: Any, *, inline_custom: bool, platform: str | None = None
+) -> tuple[Any, tuple[Any, ...]]:
     """Inlines calls, and merges equal cheap equations, at every depth.
 
     ``jit`` and remat disappear; a remat of a backward pass leaves an
@@ -36,12 +38,14 @@ def flatten(closed: Any, *, inline_custom: bool) -> tuple[Any, tuple[Any, ...]]:
       closed: a closed jaxpr.
       inline_custom: also inline calls with custom derivatives: right in a backward
         pass, which is not differentiated again.
+      platform: where it will run, such as `"cuda"`, if that is known: of what
+        `lax.platform_dependent` offers, the branch for it is inlined.
 
     Returns:
       A jaxpr without constants whose first inputs are the constants, and their values.
     """
     jaxpr, consts = compat.open_jaxpr(closed)
-    builder = Builder(inline_custom=inline_custom)
+    builder = Builder(inline_custom=inline_custom, platform=platform)
     invars = [*jaxpr.constvars, *jaxpr.invars]
     outs = builder.inline(jaxpr, invars, rename=False)
     return compat.new_jaxpr(invars, outs, builder.eqns, jaxpr), consts
@@ -53,12 +57,14 @@ class Builder:
 
     Attributes:
       inline_custom: whether calls with custom derivatives are inlined too.
+      platform: see `flatten`.
       within: an equation whose name scope (for profiles) encloses the new ones.
       eqns: the list.
       seen: cheap equations in the list, by what they compute.
     """
 
     inline_custom: bool = False
+    platform: str | None = None
     within: Any = None
     eqns: list[Any] = dataclasses.field(default_factory=list)
     seen: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
@@ -84,9 +90,14 @@ class Builder:
                 eqn = compat.within_scope(eqn, within)
             operands = [read(a) for a in eqn.invars]
             body = compat.call_body(eqn) or compat.expansion(eqn)
-            if body is None and self.inline_custom:
+            # What is bound to a platform is the executor's, and not vmapped either.
+            is_vmap = eqn.primitive.name == "custom_vmap_call"
+            if body is None and (self.inline_custom or (is_vmap and self.platform)):
                 body = compat.custom_body(eqn)
-            if body is not None:
+            chosen = compat.branch_for(eqn, self.platform)
+            if chosen is not None:
+                results = self.inline_closed(chosen, operands[1:], within=eqn)
+            elif body is not None:
                 results = self._call(eqn, body, operands)
             else:
                 results = self._emit(eqn, operands, rename)
@@ -160,7 +171,7 @@ class Builder:
     def _flatten_bodies(self, eqn: Any) -> Any:
         def flat(body):
             jaxpr, _ = compat.open_jaxpr(body)
-            builder = Builder(inline_custom=self.inline_custom)
+            builder = Builder(self.inline_custom, self.platform)
             outs = builder.inline_closed(body, jaxpr.invars)
             return compat.new_jaxpr(jaxpr.invars, outs, builder.eqns, jaxpr)
 

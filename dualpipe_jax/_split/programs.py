@@ -123,7 +123,7 @@ class Programs:
         return jax.tree.unflatten(self.in_tree.children()[0], full)
 
 
-def trace_programs(fn, params, inputs, has_aux, early_reductions):
+def trace_programs(fn, params, inputs, has_aux, early_reductions, platform=None):
     """Returns (programs, constants)."""
     in_avals = _avals((params, inputs))
     in_tree = jax.tree.structure((params, inputs))
@@ -147,7 +147,9 @@ def trace_programs(fn, params, inputs, has_aux, early_reductions):
         leaves = jax.tree.leaves((input_cts, param_cts))
         return [ct for ct in leaves if ct.dtype != dtypes.float0]
 
-    f, f_consts = flatten(trace(forward, in_avals), inline_custom=False)
+    f, f_consts = flatten(
+        trace(forward, in_avals), inline_custom=False, platform=platform
+    )
     num_kept = sum(
         record[k].num_leaves for k in ("out", "aux") if record[k] is not None
     )
@@ -156,7 +158,9 @@ def trace_programs(fn, params, inputs, has_aux, early_reductions):
     num_saved = len(saved_avals)
     ct_avals = [aval for aval in out_avals if _has_cotangent(aval)]
     b, b_consts = flatten(
-        trace(backward, [*saved_avals, *ct_avals]), inline_custom=True
+        trace(backward, [*saved_avals, *ct_avals]),
+        inline_custom=True,
+        platform=platform,
     )
     joint, late = join(f, b, len(f_consts), len(b_consts), num_kept)
     consts = (*f_consts, *b_consts)

@@ -65,7 +65,7 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array
       >>> attend(x, x, jnp.arange(3.0).reshape(1, 3, 1, 1) * x).round(1)[0, :, 0, 0]
       Array([0. , 0.5, 1. ], dtype=float32)
     """
-    return on_cuda(_by_kernel, _by_xla, q_BTHK, k_BTHK, v_BTHV)
+    return on_cuda(_by_kernel, _by_xla, q_BTHK, k_BTHK, v_BTHV, keep=True)
 
 
 def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -160,7 +160,25 @@ def test_operations_that_jax_expands_only_when_it_lowers():
         return shuffled(layer(w, x)[rows(x)])
 
     got = jax.jit(functools.partial(halves, fn))(W, X, ct=X)
-    jax.tree.map(assert_close, got, vjp(fn, W, X, ct=X))
+    assert_close(got, vjp(fn, W, X, ct=X))
+
+
+@pytest.mark.parametrize("platform", [None, "cpu", "cuda"])
+def test_a_branch_for_another_platform_costs_nothing_where_that_is_known(platform):
+    def elsewhere(x):
+        return jnp.sin(x * jnp.cumsum(x, axis=0))  # a product would do for `cpu`
+
+    def fn(w, x):
+        x = lax.platform_dependent(x, cuda=elsewhere, default=jnp.tanh)
+        return layer(w, x)
+
+    plan = SplitBackward.trace(fn, W, X, platform=platform)
+    rows = sum(r.size for r in plan.residuals) // X.size
+    assert rows == {"cpu": 2, "cuda": 3, None: 4}[platform]
+    if platform != "cuda":
+        y, residuals = plan.forward(W, X)
+        dw, (dx,) = plan.backward(W, residuals, X)
+        assert_close((y, (dw, dx)), vjp(fn, W, X, ct=X))
 
 
 def test_under_vmap_with_a_named_axis():
