@@ -79,6 +79,8 @@ class Work(NamedTuple):
     backward: Callable[..., tuple] = _never  # params, residuals, dy -> grads, dx
     backward_input: Callable[..., tuple] = _never  # the same -> dx, crossing
     backward_weights: Callable[..., PyTree] = _never  # .., crossing -> grads
+    # Both argument tuples -> results of `forward`, results of `backward`.
+    pair: Callable[..., tuple] = _never
     embed_backward: Callable[..., PyTree] | None = None  # dx, microbatch -> grads
 
 
@@ -235,20 +237,28 @@ class _Runner:
         grads = list(state.stage_grads)
         aux = list(state.stage_aux)
         writes = []
+        forward = backward = None
         if "F" in ops:
             chunk = ops["F"]
-            y, new_aux, saved = self.work.forward(
-                self.chunks[chunk], reads["x"], self.stages[chunk], row.f_microbatch
+            forward = (
+                self.chunks[chunk],
+                reads["x"],
+                self.stages[chunk],
+                row.f_microbatch,
             )
+        if "B" in ops:
+            backward = (self.chunks[ops["B"]], reads["residuals"], reads["dy"])
+        forward, backward = self._run_both(forward, backward)
+        if forward is not None:
+            chunk = ops["F"]
+            y, new_aux, saved = forward
             aux[chunk] = self.add_aux(aux[chunk], new_aux, row.f_microbatch)
             writes.append((row.f_out, y))
             if not self.forward_only:
                 residuals = _write(residuals, row.f_slot, saved)
-        if "B" in ops:
+        if backward is not None:
             chunk = ops["B"]
-            new, dx = self.work.backward(
-                self.chunks[chunk], reads["residuals"], reads["dy"]
-            )
+            new, dx = backward
             writes.append((row.b_out, dx))
             grads[chunk] = _accumulate(grads[chunk], new)
         if "I" in ops:
@@ -272,6 +282,16 @@ class _Runner:
             stage_grads=tuple(grads),
             stage_aux=tuple(aux),
         )
+
+    def _run_both(self, forward: tuple | None, backward: tuple | None) -> tuple:
+        """Runs F, B, both or neither, from their arguments to their results."""
+        if forward is not None and backward is not None:
+            return self.work.pair(forward, backward)
+        if forward is not None:
+            return self.work.forward(*forward), None
+        if backward is not None:
+            return None, self.work.backward(*backward)
+        return None, None
 
     def _embed(self, row: Row, state: State) -> State:
         return state._replace(

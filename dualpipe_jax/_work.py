@@ -123,6 +123,14 @@ def training_work(
         cotangents, crossing = plan.backward_input(p, residuals, dy)
         return cotangents[0], crossing
 
+    def pair(forward_args, backward_args):
+        p, x, number, microbatch = forward_args
+        key = functions.key_of(number, microbatch)
+        ((y, aux), residuals), (grads, cotangents) = plan.forward_and_backward(
+            (p, x, key), backward_args
+        )
+        return (y, aux, residuals), (grads, cotangents[0])
+
     def finish(y, microbatch):
         loss, *rest = functions.loss(params, y, _microbatch(targets, microbatch))
         return loss.astype(jnp.float32), *rest
@@ -138,6 +146,7 @@ def training_work(
         forward=forward,
         finish=finish,
         backward=backward,
+        pair=pair,
         backward_input=backward_input,
         backward_weights=plan.backward_weights,
         embed_backward=embed_backward if jax.tree.leaves(params.embed) else None,

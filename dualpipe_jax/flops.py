@@ -55,10 +55,12 @@ def jaxpr_flops(jaxpr: Any, *, while_trips: int = 1) -> int:
       36
     """
     jaxpr, _ = compat.open_jaxpr(jaxpr)
-    return sum(_equation_flops(eqn, while_trips) for eqn in jaxpr.eqns)
+    return sum(equation_flops(eqn, while_trips=while_trips) for eqn in jaxpr.eqns)
 
 
-def _equation_flops(eqn: Any, while_trips: int) -> int:
+def equation_flops(eqn: Any, *, while_trips: int = 1) -> int:
+    """Returns the same for one equation of a jaxpr."""
+
     def inner(jaxpr):
         return jaxpr_flops(jaxpr, while_trips=while_trips)
 

@@ -86,7 +86,8 @@ class SplitBackward:
             W. Matrix products never move.
           platform: where the programs will run, such as `"cpu"` or `"cuda"`, if that is
             known. Of a `lax.platform_dependent` only the branch for it is then traced
-            on; else both halves keep what any branch needs.
+            on; else both halves keep what any branch needs. The programs are then not
+            to be differentiated or vmapped again.
 
         Returns:
           The plan.
@@ -134,6 +135,26 @@ class SplitBackward:
         """B. Returns (cotangents of ``params``, one cotangent per input)."""
         operands = self.programs.operands(self.consts, params, residuals)
         return self.programs.backward(operands, output_cts)
+
+    def forward_and_backward(
+        self,
+        forward: tuple[PyTree, ...],
+        backward: tuple[PyTree, Sequence[Any], PyTree],
+    ) -> tuple[tuple[PyTree, tuple], tuple[PyTree, tuple[PyTree, ...]]]:
+        """F of one microbatch and B of another, in an order in which each hides the
+        communication of the other: see `dualpipe_jax._split.interleave`.
+
+        Args:
+          forward: (params, *inputs), the arguments of `forward`.
+          backward: (params, residuals, output_cts), the arguments of `backward`.
+
+        Returns:
+          What the two return.
+        """
+        params, *inputs = forward
+        return self.programs.forward_and_backward(
+            self.consts, (params, tuple(inputs)), backward
+        )
 
 
 def split_vjp(

@@ -209,6 +209,9 @@ def gpu_compiler_options() -> dict[str, bool | int]:
     Returns:
       - xla_gpu_enable_latency_hiding_scheduler: orders instructions so that
         collectives run under compute.
+      - xla_gpu_experimental_parallel_collective_overlap_limit 4: small collectives
+        (counts of tokens, weights of choices) fly beside a large one; with XLA's
+        default of one at a time, the large one waits for them.
       - xla_gpu_autotune_level 0: there is no GPU to time kernels on.
 
     Examples:
@@ -217,5 +220,6 @@ def gpu_compiler_options() -> dict[str, bool | int]:
     """
     return {
         "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
         "xla_gpu_autotune_level": 0,
     }

@@ -90,9 +90,7 @@ class Builder:
                 eqn = compat.within_scope(eqn, within)
             operands = [read(a) for a in eqn.invars]
             body = compat.call_body(eqn) or compat.expansion(eqn)
-            # What is bound to a platform is the executor's, and not vmapped either.
-            is_vmap = eqn.primitive.name == "custom_vmap_call"
-            if body is None and (self.inline_custom or (is_vmap and self.platform)):
+            if body is None and self.inline_custom:
                 body = compat.custom_body(eqn)
             chosen = compat.branch_for(eqn, self.platform)
             if chosen is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from dualpipe_jax import compat
 from dualpipe_jax._split.cut import Policy, Status
 from dualpipe_jax._split.flatten import flatten, join
 from dualpipe_jax._split.fuse import fuse
+from dualpipe_jax._split.interleave import interleave
 from dualpipe_jax._split.jaxprs import prune, trace
 from dualpipe_jax._split.loops import sink, split
 
@@ -52,17 +54,44 @@ class Programs:
         return self.read_by_w[stop - len(self.residual_avals) : stop]
 
     def forward(self, consts, params, inputs):
+        return self._outputs(
+            compat.evaluate(self.f, *self._inputs(consts, params, inputs))
+        )
+
+    def _inputs(self, consts, params, inputs):
         params_tree, inputs_tree = self.in_tree.children()
         param_avals = self.in_avals[: self.num_params]
         input_avals = self.in_avals[self.num_params :]
         flat = _flat(params, params_tree, param_avals, "params")
         flat += _flat(inputs, inputs_tree, input_avals, "inputs")
-        outs = iter(compat.evaluate(self.f, *consts, *flat))
+        return [*consts, *flat]
+
+    def _outputs(self, outs):
+        outs = iter(outs)
         outputs = jax.tree.unflatten(self.out_tree, _take(outs, self.out_tree))
         if self.aux_tree is not None:
             aux = jax.tree.unflatten(self.aux_tree, _take(outs, self.aux_tree))
             outputs = outputs, aux
         return outputs, tuple(map(_to_storage, outs))
+
+    @functools.cached_property
+    def pair(self) -> Any:
+        """F and B in turns, see `interleave`; None where there is nothing to order."""
+        num_cts = sum(map(_has_cotangent, self.in_avals[self.num_params :]))
+        return interleave(self.f, self.b, num_cts)
+
+    def forward_and_backward(self, consts, forward, backward):
+        """(params, inputs) of one microbatch, (params, residuals, cts) of another."""
+        if self.pair is None:
+            params, residuals, cts = backward
+            operands = self.operands(consts, params, residuals)
+            return self.forward(consts, *forward), self.backward(operands, cts)
+        params, residuals, cts = backward
+        operands = self.operands(consts, params, residuals)
+        args = [*self._inputs(consts, *forward), *operands, *self._cotangents(cts)]
+        outs = compat.evaluate(self.pair, *args)
+        num = len(self.f.outvars)
+        return self._outputs(outs[:num]), self._all_cts(outs[num:])
 
     def operands(self, consts, params, residuals):
         params_tree = self.in_tree.children()[0]
@@ -83,7 +112,9 @@ class Programs:
 
     def backward(self, operands, output_cts):
         cts = self._cotangents(output_cts)
-        outs = compat.evaluate(self.b, *operands, *cts)
+        return self._all_cts(compat.evaluate(self.b, *operands, *cts))
+
+    def _all_cts(self, outs):
         num = sum(map(_has_cotangent, self.in_avals[self.num_params :]))
         return self._param_cts(outs[num:]), self._input_cts(outs[:num])
 
@@ -148,7 +179,10 @@ def trace_programs(fn, params, inputs, has_aux, early_reductions, platform=None)
         return [ct for ct in leaves if ct.dtype != dtypes.float0]
 
     f, f_consts = flatten(
-        trace(forward, in_avals), inline_custom=False, platform=platform
+        trace(forward, in_avals),
+        # Who says where it runs has no more transformations in mind.
+        inline_custom=platform is not None,
+        platform=platform,
     )
     num_kept = sum(
         record[k].num_leaves for k in ("out", "aux") if record[k] is not None

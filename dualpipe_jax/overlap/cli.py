@@ -7,8 +7,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from dualpipe_jax.overlap.compiling import compile_overlapped
 from dualpipe_jax.overlap.report import OverlapReport, overlap_report
-from dualpipe_jax.topology import GPUS, gpu_compiler_options, gpu_mesh
+from dualpipe_jax.topology import GPUS, gpu_mesh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,12 @@ def _report(args: argparse.Namespace) -> OverlapReport:
         programs = make_programs(config, mesh)
         tokens = programs.abstract_tokens
         lowered = programs.train_step.lower(programs.abstract_state, tokens, tokens)
-        compiled = lowered.compile(gpu_compiler_options())
+        compiled = compile_overlapped(
+            lowered,
+            gpu=args.gpu,
+            gpus_per_node=args.gpus_per_node,
+            efficiency=args.efficiency,
+        )
     return overlap_report(
         compiled,
         gpu=args.gpu,

@@ -16,7 +16,7 @@ from dualpipe_jax.overlap.assumptions import assumptions
 from dualpipe_jax.overlap.links import Links
 from dualpipe_jax.overlap.program import Program
 from dualpipe_jax.overlap.records import CollectiveReport, LoopReport, read_loop
-from dualpipe_jax.overlap.timeline import Timeline
+from dualpipe_jax.overlap.timeline import Compute, Done, Timeline
 from dualpipe_jax.overlap.work import Roofline
 from dualpipe_jax.topology import GPUS, Gpu
 
@@ -99,6 +99,20 @@ class OverlapReport:
                 f"name one of {', '.join(names) or 'none'}."
             )
         return found[0]
+
+    def costs(self) -> dict[str, float]:
+        """Seconds of each kernel and collective, by the name of its instruction.
+
+        Loops and branches count as a whole, beside what is in them.
+        """
+        return {
+            event.name: event.work.seconds
+            if isinstance(event, Compute)
+            else event.seconds
+            for name in self._program.paths
+            for event in self._program.events(name)
+            if not isinstance(event, Done)
+        }
 
     def timeline(self, name: str | None = None) -> Timeline:
         """The estimated timeline of one run of a computation: the steady state's."""

@@ -1,0 +1,286 @@
+"""A forward and a backward pass side by side, each computing while the other sends.
+
+DeepSeek's order inside an overlapped pair (arXiv:2412.19437, section 3.2.1, figure 4):
+attention and experts of one direction run against dispatch and combine of the other.
+XLA's scheduler knows no such plan: it goes through both passes as they come, and leaves
+the ends of most exchanges exposed. Here the order is decided on the jaxprs. Both are
+cut at their large exchanges and their pieces take turns; what is free to move (weight
+gradients, what is computed again) fills up turns with less compute than communication.
+An `optimization_barrier` between two turns holds the order, and inside a turn nothing
+is left but to overlap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core as jex_core
+
+from dualpipe_jax import compat
+from dualpipe_jax._split.flatten import Builder
+from dualpipe_jax._split.jaxprs import (
+    Kind,
+    barrier_equation,
+    is_barrier,
+    is_var,
+    kind,
+    live_vars,
+    nbytes,
+    real_effects,
+)
+from dualpipe_jax.flops import equation_flops
+
+# What exchanges rows between devices, with nothing of its own to compute.
+_EXCHANGES = frozenset({"all_to_all", "ragged_all_to_all"})
+
+# Costs are in bytes of memory traffic, of an H100: 989 TFLOP/s of bfloat16, 3.35 TB/s,
+# of which kernels reach 70 %, and 50 GB/s of network. Only their ratios matter, which
+# hardly differ between GPUs.
+_FLOPS_A_BYTE = 300
+_NETWORK = 47
+# Of the largest exchange: what is worth a turn of its own.
+_LARGE = 1 / 8
+# Of a turn's communication: what is worth being filled up, or filled with.
+_WORTH = 1 / 50
+
+
+def interleave(forward: Any, backward: Any, num_needed: int) -> Any | None:
+    """Puts two passes into one program, in turns.
+
+    Args:
+      forward: flat jaxpr.
+      backward: flat jaxpr; it may share variables with `forward`, but means others.
+      num_needed: the first outputs of `backward`, those that the previous stage waits
+        for; the others are weight gradients.
+
+    Returns:
+      A jaxpr from the inputs of both to the outputs of both, in this order; None where
+      there is no order to decide: neither pass exchanges rows between devices, or one
+      prints.
+    """
+    forward, backward = _on_its_own(forward), _on_its_own(backward)
+    if any(real_effects(eqn) for eqn in (*forward.eqns, *backward.eqns)):
+        return None
+    passes = _Pass.of_forward(forward), _Pass.of_backward(backward, num_needed)
+    if not any(each.sends for each in passes):
+        return None
+    turns = _turns(*passes)
+    eqns, outs = _in_order(turns, [*forward.outvars, *backward.outvars])
+    invars = [*forward.invars, *backward.invars]
+    return compat.new_jaxpr(invars, outs, eqns, forward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One pass, cut at its large exchanges.
+
+    Attributes:
+      eqns: all of it.
+      sends: the large exchanges, in their order.
+      pieces: one more than there are sends; a piece runs between two of them.
+      free: what no input cotangent needs.
+    """
+
+    eqns: list[Any]
+    sends: list[Any]
+    pieces: list[list[Any]]
+    free: list[Any]
+
+    @classmethod
+    def of_forward(cls, jaxpr: Any) -> _Pass:
+        """Each equation as early as its operands are there."""
+        sends = _large_exchanges(jaxpr)
+        number = {id(eqn): i for i, eqn in enumerate(sends)}
+        pieces: list[list[Any]] = [[] for _ in range(len(sends) + 1)]
+        there: dict[Any, int] = {}
+        for eqn in jaxpr.eqns:
+            level = max((there.get(a, 0) for a in eqn.invars if is_var(a)), default=0)
+            if id(eqn) in number:
+                level = number[id(eqn)] + 1
+            else:
+                pieces[level].append(eqn)
+            there.update((v, level) for v in eqn.outvars)
+        return cls(jaxpr.eqns, sends, pieces, [])
+
+    @classmethod
+    def of_backward(cls, jaxpr: Any, num_needed: int) -> _Pass:
+        """Each equation as late as its users allow: less is kept for less long."""
+        sends = _large_exchanges(jaxpr)
+        number = {id(eqn): i for i, eqn in enumerate(sends)}
+        is_needed = [i < num_needed for i in range(len(jaxpr.outvars))]
+        needed = live_vars(jaxpr, is_needed, roots=sends, whole=True)
+        pieces: list[list[Any]] = [[] for _ in range(len(sends) + 1)]
+        free: list[Any] = []
+        until: dict[Any, int] = {}
+        for eqn in reversed(jaxpr.eqns):
+            if id(eqn) in number:
+                level = number[id(eqn)]
+            elif not any(v in needed for v in eqn.outvars):
+                free.append(eqn)
+                continue
+            else:
+                level = min(until.get(v, len(sends)) for v in eqn.outvars)
+                pieces[level].append(eqn)
+            for v in filter(is_var, eqn.invars):
+                until[v] = min(until.get(v, len(sends)), level)
+        return cls(jaxpr.eqns, sends, [piece[::-1] for piece in pieces], free[::-1])
+
+
+@dataclasses.dataclass
+class _Turn:
+    """Communication of one pass, and the equations that run beside it."""
+
+    send: Any | None
+    eqns: list[Any]
+
+    def all(self) -> list[Any]:
+        return self.eqns if self.send is None else [self.send, *self.eqns]
+
+
+def _turns(forward: _Pass, backward: _Pass) -> list[_Turn]:
+    """Forward piece k beside exchange k of the backward pass, and backward piece k + 1
+    beside exchange k of the forward pass; then what is left.
+    """
+    turns = [_Turn(None, list(backward.pieces[0]))]
+    for k in range(max(len(forward.pieces), len(backward.pieces))):
+        turns.append(_Turn(_nth(backward.sends, k), _nth(forward.pieces, k) or []))
+        turns.append(_Turn(_nth(forward.sends, k), _nth(backward.pieces, k + 1) or []))
+    turns = [turn for turn in turns if turn.all()]
+    return [*turns, _Turn(None, _fill(turns, backward))]
+
+
+def _fill(turns: list[_Turn], backward: _Pass) -> list[Any]:
+    """Moves equations of the backward pass forward, to turns with too little to do.
+
+    First those that are free, then those that a later turn would run. Returns the free
+    ones that are left.
+    """
+    cost = {id(eqn): _cost(eqn) for turn in turns for eqn in turn.eqns}
+    cost |= {id(eqn): _cost(eqn) for eqn in backward.free}
+    order = {id(eqn): i for i, eqn in enumerate(backward.eqns)}
+    makers = {v: eqn for eqn in backward.eqns for v in eqn.outvars}
+    at = {id(eqn): t for t, turn in enumerate(turns) for eqn in turn.all()}
+    free = {id(eqn): eqn for eqn in backward.free}
+    for t, turn in enumerate(turns):
+        if turn.send is None:
+            continue
+        time = _NETWORK * _sent(turn.send)
+        gap = time - sum(cost[id(eqn)] for eqn in turn.eqns)
+        later = [eqn for other in turns[t + 1 :] for eqn in other.eqns]
+        for eqn in [*free.values(), *(e for e in later if id(e) in order)]:
+            if gap <= _WORTH * time:
+                break
+            if at.get(id(eqn), len(turns)) <= t or cost[id(eqn)] < _WORTH * time:
+                continue
+            moved = _with_operands(eqn, makers, at, t)
+            if moved is None or sum(cost[i] for i in moved) > 1.5 * gap:
+                continue
+            for other in turns[t + 1 :]:
+                other.eqns = [e for e in other.eqns if id(e) not in moved]
+            turn.eqns += sorted(moved.values(), key=lambda e: order[id(e)])
+            gap -= sum(cost[i] for i in moved)
+            at.update((i, t) for i in moved)
+            free = {i: e for i, e in free.items() if i not in moved}
+    return list(free.values())
+
+
+def _with_operands(
+    eqn: Any, makers: dict[Any, Any], at: dict[int, int], turn: int
+) -> dict[int, Any] | None:
+    """`eqn` and all that it waits for and that does not run by `turn`; None if an
+    exchange is among that, or is on its way in that turn.
+    """
+    found: dict[int, Any] = {}
+    pending = [eqn]
+    while pending:
+        each = pending.pop()
+        when = at.get(id(each), sys.maxsize)
+        is_exchange = each.primitive.name in _EXCHANGES
+        if is_exchange and when >= turn:
+            return None
+        if id(each) in found or when <= turn:
+            continue
+        found[id(each)] = each
+        pending += [makers[v] for v in each.invars if is_var(v) and v in makers]
+    return found
+
+
+def _in_order(turns: Sequence[_Turn], outs: Sequence[Any]) -> tuple[list, list]:
+    """The equations of all turns, with a barrier between one and the next; results."""
+    eqns: list[Any] = []
+    now: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return now.get(atom, atom) if is_var(atom) else atom
+
+    last_use = {v: len(turns) for v in outs if is_var(v)}
+    for t, turn in reversed(list(enumerate(turns))):
+        for eqn in turn.all():
+            for v in filter(is_var, eqn.invars):
+                last_use.setdefault(v, t)
+    done: list[Any] = []
+    for t, turn in enumerate(turns):
+        made = {v for eqn in turn.all() for v in eqn.outvars}
+        # What the turn before has made and what this one reads is there before
+        # anything of this turn begins.
+        reads = [v for eqn in turn.all() for v in eqn.invars if is_var(v)]
+        tied = [v for v in dict.fromkeys([*done, *reads]) if v not in made]
+        if done and tied:
+            fresh = [jex_core.Var(v.aval) for v in tied]
+            eqns.append(barrier_equation([read(v) for v in tied], fresh))
+            now.update(zip(tied, fresh, strict=True))
+        for eqn in turn.all():
+            eqns.append(eqn.replace(invars=[read(a) for a in eqn.invars]))
+        done = [v for v in made if last_use.get(v, -1) > t]
+    return eqns, [read(a) for a in outs]
+
+
+def _large_exchanges(jaxpr: Any) -> list[Any]:
+    found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in _EXCHANGES]
+    largest = max(map(_sent, found), default=0)
+    return [eqn for eqn in found if _sent(eqn) >= _LARGE * largest]
+
+
+def _sent(eqn: Any) -> int:
+    """Bytes of an exchange: one of its two buffers may be larger than what travels."""
+    return min(nbytes(eqn.invars[0].aval), nbytes(eqn.outvars[0].aval))
+
+
+def _cost(eqn: Any) -> float:
+    """Time, as bytes of memory traffic; what is no product is fused mostly."""
+    written = sum(nbytes(v.aval) for v in eqn.outvars)
+    if eqn.primitive.name == "pallas_call":
+        # Its loops have trip counts that nobody knows before they run. The product of
+        # [m, k] and [k, n] takes 2 m k n, twice the root of its three arrays' sizes; a
+        # few groups, or a causal mask, halve it.
+        arrays = [a.aval for a in (*eqn.invars, *eqn.outvars)]
+        sizes = sorted(math.prod(getattr(a, "shape", ())) for a in arrays)[-3:]
+        return max(math.sqrt(math.prod(sizes)) / _FLOPS_A_BYTE, written)
+    if kind(eqn) == Kind.FIXED:  # gathers, scatters and sorts read, too
+        return 2 * written
+    return max(equation_flops(eqn) / _FLOPS_A_BYTE, written / 4)
+
+
+def _on_its_own(jaxpr: Any) -> Any:
+    """The same with variables of its own, and with nothing hidden in calls."""
+    builder = Builder(inline_custom=True)
+    invars = [jex_core.Var(v.aval) for v in jaxpr.invars]
+    outs = builder.inline(jaxpr, invars)
+    eqns = []
+    for eqn in builder.eqns:
+        if is_barrier(eqn):
+            # A remat's barrier makes it wait for the cotangent; here turns decide when
+            # it runs. What is left of the barrier keeps XLA from merging the two.
+            pairs = zip(eqn.invars, eqn.outvars, strict=True)
+            eqns += [barrier_equation([a], [v]) for a, v in pairs]
+        else:
+            eqns.append(eqn)
+    return compat.new_jaxpr(invars, outs, eqns, jaxpr)
+
+
+def _nth(items: Sequence[Any], n: int) -> Any | None:
+    return items[n] if n < len(items) else None

@@ -1,0 +1,146 @@
+"""F and B in turns: as one after the other, each beside the exchange of the other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from dualpipe_jax.split_backward import SplitBackward
+
+DEVICES, LAYERS, TOKENS, WIDTH = 4, 3, 16, 8
+
+
+def on_devices(function, num_arrays):
+    mesh = jax.make_mesh((DEVICES,), ("ep",), axis_types=(AxisType.Auto,))
+    return jax.jit(
+        jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(P("ep"),) * num_arrays,
+            out_specs=P("ep"),
+            check_vma=False,
+        )
+    )
+
+
+def exchange(x):
+    return lax.all_to_all(x, "ep", split_axis=0, concat_axis=0, tiled=True)
+
+
+def stage(layers, x, *, remat=False):
+    """As a mixture of experts: something, there, something else, and back."""
+
+    def attend(layer, x):
+        return x + jnp.tanh(x @ layer["a"]) @ layer["b"]
+
+    for layer in layers:
+        x = (jax.checkpoint(attend) if remat else attend)(layer, x)
+        x = x + exchange(jax.nn.silu(exchange(x) @ layer["c"]) @ layer["d"])
+    return x
+
+
+def operands(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        values = rng.standard_normal(shape) / np.sqrt(WIDTH)
+        return jnp.asarray(values, jnp.float32)
+
+    layers = [
+        {name: normal(DEVICES * WIDTH, WIDTH) for name in "abcd"} for _ in range(LAYERS)
+    ]
+    return layers, *(normal(DEVICES * TOKENS, WIDTH) for _ in range(3))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_in_turns_as_one_after_the_other(remat):
+    def run(layers, x, other, dy):
+        def fn(layers, x):
+            return stage(layers, x, remat=remat)
+
+        plan = SplitBackward.trace(fn, layers, x, platform="cpu")
+        _, residuals = plan.forward(layers, other)
+        forward, backward = plan.forward_and_backward(
+            (layers, x), (layers, residuals, dy)
+        )
+        assert plan.programs.pair is not None
+        one, pullback = jax.vjp(fn, layers, x)
+        expected = plan.forward(layers, x), plan.backward(layers, residuals, dy)
+        _, pullback = jax.vjp(fn, layers, other)
+        grads, dx = pullback(dy)
+        return (
+            (forward, backward),
+            expected,
+            (forward[0], backward),
+            (one, (grads, (dx,))),
+        )
+
+    got, expected, values, by_jax = on_devices(run, 4)(*operands())
+    # float32: XLA may fuse a piece differently from the whole.
+    for a, b in ((got, expected), (values, by_jax)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a, b
+        )
+
+
+def turns_of(jaxpr):
+    """The equations between the barriers that hold many values."""
+    turns = [[]]
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "optimization_barrier" and len(eqn.invars) > 1:
+            turns.append([])
+        else:
+            turns[-1].append(eqn)
+    return turns
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_every_exchange_has_products_of_the_other_pass_beside_it(remat):
+    plans = []
+
+    def run(layers, x):
+        def fn(layers, x):
+            return stage(layers, x, remat=remat)
+
+        plans.append(SplitBackward.trace(fn, layers, x, platform="cpu"))
+        return x
+
+    jax.eval_shape(on_devices(run, 2), *operands()[:2])
+    programs = plans[0].programs
+    turns = turns_of(programs.pair)
+    sending = [
+        turn for turn in turns if any(e.primitive.name == "all_to_all" for e in turn)
+    ]
+    # Two exchanges a layer and pass, one a turn.
+    assert len(sending) == 4 * LAYERS
+    for turn in sending:
+        (send,) = (e for e in turn if e.primitive.name == "all_to_all")
+        beside = [e for e in turn if e is not send]
+        assert any(e.primitive.name == "dot_general" for e in beside)
+        # Nothing beside it waits for it, and it for nothing: they may overlap whole.
+        assert not any(v in e.invars for e in beside for v in send.outvars)
+        assert not any(v in e.outvars for e in beside for v in send.invars)
+
+    def products(jaxpr):
+        return sum(e.primitive.name == "dot_general" for e in jaxpr.eqns)
+
+    assert products(programs.pair) == products(programs.f) + products(programs.b)
+    # Weight gradients are left for the messages to the neighbours.
+    assert any(e.primitive.name == "dot_general" for e in turns[-1])
+
+
+def test_without_an_exchange_there_is_no_order_to_decide():
+    def layer(w, x):
+        return jnp.tanh(x @ w)
+
+    w, x = jnp.ones((4, 4)), jnp.ones((2, 4))
+    plan = SplitBackward.trace(layer, w, x)
+    assert plan.programs.pair is None
+    y, residuals = plan.forward(w, x)
+    forward, backward = plan.forward_and_backward((w, x), (w, residuals, y))
+    jax.tree.map(np.testing.assert_array_equal, forward, (y, residuals))
+    expected = plan.backward(w, residuals, y)
+    jax.tree.map(np.testing.assert_array_equal, backward, expected)
