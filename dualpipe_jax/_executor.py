@@ -213,6 +213,11 @@ class _Runner:
                 for pairs in self.program.permutes[first]
             ]
             state = self._exchange(row, state, permutes)
+            # Weight gradients belong to their own tick: its permutes run under them.
+            messages, grads = lax.optimization_barrier(
+                (state.messages, state.stage_grads)
+            )
+            state = state._replace(messages=messages, stage_grads=grads)
         return state
 
     def _step(self, kind: Kind, row: Row, state: State) -> State:
