@@ -27,7 +27,11 @@ from dualpipe_jax.simulator import Costs, Timeline, simulate
 from dualpipe_jax.tasks import Task
 
 if TYPE_CHECKING:
-    from dualpipe_jax.overlap import OverlapReport, overlap_report
+    from dualpipe_jax.overlap import (
+        OverlapReport,
+        compile_overlapped,
+        overlap_report,
+    )
     from dualpipe_jax.pipeline import (
         PipelineParams,
         pipeline_forward,
@@ -53,6 +57,7 @@ __all__ = [
     "StageMemory",
     "Task",
     "Timeline",
+    "compile_overlapped",
     "dualpipe",
     "dualpipev",
     "gpipe",
@@ -75,6 +80,7 @@ __all__ = [
 _NEEDS_JAX = {
     "OverlapReport": "dualpipe_jax.overlap",
     "PipelineParams": "dualpipe_jax.pipeline",
+    "compile_overlapped": "dualpipe_jax.overlap",
     "gpu_compiler_options": "dualpipe_jax.topology",
     "gpu_mesh": "dualpipe_jax.topology",
     "overlap_report": "dualpipe_jax.overlap",

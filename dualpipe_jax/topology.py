@@ -204,7 +204,7 @@ def _devices(gpu: Gpu, topology: str) -> list[Any]:
 
 
 def gpu_compiler_options() -> dict[str, bool | int]:
-    """Options for `lowered.compile(compiler_options=...)` on a compile-only mesh.
+    """Options for `lowered.compile(compiler_options=...)` for GPUs.
 
     Returns:
       - xla_gpu_enable_latency_hiding_scheduler: orders instructions so that
@@ -212,14 +212,16 @@ def gpu_compiler_options() -> dict[str, bool | int]:
       - xla_gpu_experimental_parallel_collective_overlap_limit 4: small collectives
         (counts of tokens, weights of choices) fly beside a large one; with XLA's
         default of one at a time, the large one waits for them.
-      - xla_gpu_autotune_level 0: there is no GPU to time kernels on.
+      - xla_gpu_autotune_level 0, in a process without a GPU to time kernels on.
 
     Examples:
       >>> gpu_compiler_options()["xla_gpu_enable_latency_hiding_scheduler"]
       True
     """
-    return {
+    options: dict[str, bool | int] = {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
-        "xla_gpu_autotune_level": 0,
     }
+    if jax.default_backend() != "gpu":
+        options["xla_gpu_autotune_level"] = 0
+    return options

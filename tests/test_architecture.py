@@ -37,6 +37,8 @@ ROOMS = {
         {
             "schedule",
             "generators",
+            "overlap",
+            "topology",
             "simulator",
             "show",
             "lowering",
@@ -58,7 +60,7 @@ ROOMS = {
         },
     ),
     # Its command compiles the training job's step.
-    "overlap": ({"overlap"}, {"topology", "train"}),
+    "overlap": ({"overlap"}, {"topology"}),
     "cli": (
         {"cli", "__main__", "_choose_cli"},
         {
@@ -74,7 +76,8 @@ ROOMS = {
     ),
 }
 # Inside a function only: objects that show themselves in Jupyter.
-LATE = {("schedule", "show"), ("simulator", "show")}
+# The command compiles a config's step.
+LATE = {("schedule", "show"), ("simulator", "show"), ("overlap", "train")}
 JAX_FREE = (
     "schedule",
     "generators",

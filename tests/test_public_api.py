@@ -29,6 +29,7 @@ FROZEN = {
         "StageMemory",
         "Task",
         "Timeline",
+        "compile_overlapped",
         "dualpipe",
         "dualpipev",
         "gpipe",

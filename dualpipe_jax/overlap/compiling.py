@@ -43,6 +43,16 @@ def compile_overlapped(
 
     Raises:
       ValueError: `gpu` is unknown, or the program is not for GPUs.
+
+    Examples:
+      >>> import jax
+      >>> from dualpipe_jax import gpu_mesh
+      >>> mesh = gpu_mesh("h100", {"ep": 2})
+      >>> halves = jax.NamedSharding(mesh, jax.P("ep"))
+      >>> x = jax.ShapeDtypeStruct((4, 8), "float32", sharding=halves)
+      >>> compiled = compile_overlapped(jax.jit(lambda x: x.sum(axis=0)).lower(x))
+      >>> "all-reduce" in compiled.as_text()
+      True
     """
     options = {**gpu_compiler_options(), **(compiler_options or {})}
     first = lowered.compile(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -14,12 +15,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dualpipe_jax.overlap import compile_overlapped
 from dualpipe_jax.pipeline import (
     PipelineParams,
     pipeline_forward,
     pipeline_value_and_grad,
 )
 from dualpipe_jax.schedule import Schedule
+from dualpipe_jax.topology import gpu_compiler_options
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.mesh import BATCH, DATA_AXES, make_mesh
 from dualpipe_jax.train.model import PipelineModel
@@ -84,15 +87,16 @@ class Programs:
         # optimizing the code for it takes much: as much as a train step's.
         quick = {"xla_backend_optimization_level": 0} if _is_on_cpu(self.mesh) else {}
         lowered = [
-            (self.train_step.lower(*args), {}),
-            (self.held_out_loss.lower(*args), {}),
-            (self.init.lower(), quick),
+            jitted.lower(*args) for jitted in (self.train_step, self.held_out_loss)
         ]
         # XLA's passes run in one thread each; three programs use more.
         with futures.ThreadPoolExecutor() as pool:
-            train_step, held_out_loss, init = pool.map(
-                lambda program: program[0].compile(program[1]), lowered
-            )
+            running = [
+                pool.submit(_compile_step, lowered[0], self.mesh),
+                pool.submit(lowered[1].compile),
+                pool.submit(self.init.lower().compile, quick),
+            ]
+            train_step, held_out_loss, init = (each.result() for each in running)
         return dataclasses.replace(
             self,
             train_step=self._taking_whole_batches(train_step),
@@ -264,6 +268,17 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
 
 def _is_on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
+
+
+def _compile_step(lowered: Any, mesh: Mesh) -> Any:
+    if _is_on_cpu(mesh):
+        return lowered.compile()
+    try:
+        return compile_overlapped(lowered)
+    except ValueError as error:
+        # Of a GPU that nobody knows the figures of, or of another vendor.
+        warnings.warn(f"compiled with XLA's own costs: {error}", stacklevel=2)
+        return lowered.compile(gpu_compiler_options())
 
 
 def _is_params(node: Any) -> bool:
