@@ -94,6 +94,29 @@ class Schedule:
         """Whether the schedule holds nothing but F tasks."""
         return all(task.op == "F" for _, _, step in self for task in step)
 
+    def with_whole_backwards(self) -> Schedule:
+        """The same order with every I followed at once by its W, as one B.
+
+        Nothing then waits for its W: the memory for that is saved (with DualPipe, of
+        PP / 2 microbatches), and the bubbles that W would fill are back.
+
+        Examples:
+          >>> schedule = Schedule.from_csv("0F0,0I0,0W0", kind="mine")
+          >>> print(schedule.with_whole_backwards().to_csv())
+          0F0,0B0
+        """
+        steps = (
+            tuple(
+                tuple(
+                    task._replace(op="B") if task.op == "I" else task for task in step
+                )
+                for step in own
+                if step[0].op != "W"
+            )
+            for own in self.steps
+        )
+        return dataclasses.replace(self, steps=tuple(steps))
+
     def rank_of(self, stage: int, microbatch: int) -> int:
         """The rank that holds `stage` for `microbatch`."""
         return self._owners[stage, microbatch]

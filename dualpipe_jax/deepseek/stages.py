@@ -220,6 +220,8 @@ class DeepSeekPipeline(PipelineModel):
         balancing: Balancing | None = params["balancing"].get(str(slot))
         nothing = None if balancing is None else self._no_stats()
 
+        # What is gathered must not be kept until W: it is more than all activations.
+        @jax.checkpoint
         def dense(x: jax.Array):
             # Gathered here, so that stages with experts in this slot gather nothing.
             whole = tree | {"dense": self._gather_dense(tree["dense"])}

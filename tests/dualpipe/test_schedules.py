@@ -13,6 +13,7 @@ from dualpipe_jax.generators.dualpipev import dualpipev
 from dualpipe_jax.generators.gpipe import gpipe
 from dualpipe_jax.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax.generators.zb1p import zb1p
+from dualpipe_jax.lowering import lower
 from dualpipe_jax.schedule import OPS, Schedule, Task, predecessors, result_of
 
 # [rank][step][task] = [op, direction, index within direction], recorded by running
@@ -251,3 +252,26 @@ def test_bad_tables():
     with pytest.raises(ValueError, match=r"op must be one of \('F', 'B', 'I', 'W'\)"):
         Schedule("mine", 1, 1, 1, (((Task("X", 0, 0),),),))
     assert OPS == ("F", "B", "I", "W")
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_whole_backwards_are_the_same_work_with_nothing_waiting(make, num_ranks):
+    schedule = make(num_ranks, 4 * num_ranks)
+    whole = schedule.with_whole_backwards()
+
+    def tasks(schedule):
+        return [task for _, _, step in schedule for task in step]
+
+    assert {task.op for task in tasks(whole)} == {"F", "B"}
+    for op in ("F", "B"):
+        ours = sorted(task[1:] for task in tasks(whole) if task.op == op)
+        replaced = ("B", "I") if op == "B" else ("F",)
+        theirs = sorted(task[1:] for task in tasks(schedule) if task.op in replaced)
+        assert ours == theirs
+    for before, after in zip(schedule.steps, whole.steps, strict=True):
+        # Pairs stay pairs, and what is no W stays in its place.
+        assert [len(step) for step in before if step[0].op != "W"] == list(
+            map(len, after)
+        )
+    assert lower(whole).num_weight_slots == 0
