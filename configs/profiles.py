@@ -15,11 +15,13 @@ def training() -> TrainConfig:
     """One forward and one backward chunk of four MoE layers: EP64, 4K sequence.
 
     Four ranks (ours) are the fewest whose steady state has two ranks that are neither
-    the first nor the last; a microbatch is one sequence a device.
+    the first nor the last; a microbatch is one sequence a device. As in the report,
+    tokens travel to their experts in float8, and attention is computed again.
 
-    Command: compiled for GPUs that need not be there, see docs/training.md.
+    Command: `python -m dualpipe_jax overlap profiles:training --gpu h800`, where
+    tokamax is installed; compiles for GPUs that need not be there.
     Runtime, result: DeepSeek's trace spans 129 ms and hides 96.3 % of the
-    communication; ours has not been measured.
+    communication. Ours has not run; benchmarks/results/ says what XLA makes of it.
     """
     num_ranks, layers_a_chunk, num_devices = 4, 4, 64
     sizes = dataclasses.replace(
@@ -34,6 +36,8 @@ def training() -> TrainConfig:
             architecture=sizes,
             compute_dtype="bfloat16",
             buffer_factor=1.25,
+            remat=("attention",),
+            payload="fp8",
             # Four layers a stage, whatever the head behind the last one costs.
             layer_costs=(1.0,) * sizes.num_layers,
             head_cost=0.0,

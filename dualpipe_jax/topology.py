@@ -212,6 +212,9 @@ def gpu_compiler_options() -> dict[str, bool | int]:
       - xla_gpu_experimental_parallel_collective_overlap_limit 4: small collectives
         (counts of tokens, weights of choices) fly beside a large one; with XLA's
         default of one at a time, the large one waits for them.
+      - xla_gpu_memory_limit_slop_factor 118: XLA's scheduler overlaps nothing in a
+        module that takes more than 80 % x 95 % of the memory. This makes it 94 %, for
+        a job that has the GPU for itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
       - xla_gpu_autotune_level 0, in a process without a GPU to time kernels on.
 
     Examples:
@@ -221,6 +224,7 @@ def gpu_compiler_options() -> dict[str, bool | int]:
     options: dict[str, bool | int] = {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+        "xla_gpu_memory_limit_slop_factor": 118,
     }
     if jax.default_backend() != "gpu":
         options["xla_gpu_autotune_level"] = 0
