@@ -190,6 +190,10 @@ def test_no_other_size_may_be_zero():
 @pytest.mark.parametrize(
     "changes, message",
     [
+        (
+            {"remat": ("attention", "mlp")},
+            "'mlp' is unknown; choose from attention, ex",
+        ),
         ({"compute_dtype": "float16"}, "compute_dtype='float16' must be 'float32' or"),
         ({"head_cost": 1.0}, "layer_costs and head_cost share a unit; give both"),
         ({"layer_costs": (1.0,) * 3}, "layer_costs and head_cost share a unit"),

@@ -85,10 +85,10 @@ def test_schedules_train_as_one_device_does(schedule, num_layers):
                 "tied": True,
                 "q_rank": None,
             },
-            "model": {"eplb": None},
+            "model": {"eplb": None, "remat": ("attention", "experts")},
         },
     ],
-    ids=["dp, MTP, sharded at rest", "one rank, tied, MTP, no EPLB"],
+    ids=["dp, MTP, sharded at rest", "one rank, tied, MTP, no EPLB, remat"],
 )
 def test_what_a_config_may_add(changes):
     config = small.config(schedule="1f1b", **changes)
