@@ -105,10 +105,13 @@ def branch_for(eqn: Any, platform: str | None) -> Any | None:
     platforms = eqn.params.get("branches_platforms")
     if platform is None or not platforms:
         return None
-    return next(
-        branch
-        for branch, names in zip(eqn.params["branches"], platforms, strict=True)
-        if names is None or platform in names
+    for branch, names in zip(eqn.params["branches"], platforms, strict=True):
+        if names is None or platform in names:
+            return branch
+    known = ", ".join(name for names in platforms for name in names)
+    raise ValueError(
+        f"a lax.platform_dependent of the function has branches for {known} and none "
+        f"for {platform!r}; give it that one, or a default."
     )
 
 

@@ -84,17 +84,20 @@ class SplitBackward:
           early_reductions: whether a weight gradient that is a mere sum (of a norm's
             scale, say) may be summed in I where that spares keeping an activation for
             W. Matrix products never move.
-          platform: where the programs will run, such as `"cpu"` or `"cuda"`, if that is
-            known. Of a `lax.platform_dependent` only the branch for it is then traced
-            on; else both halves keep what any branch needs. The programs are then not
-            to be differentiated or vmapped again.
+          platform: where the programs will run, `"cpu"`, `"cuda"` or `"rocm"`, if that
+            is known. Of a `lax.platform_dependent` only the branch for it then goes on;
+            else both halves keep what any branch needs. The programs are then not to be
+            differentiated or vmapped again.
 
         Returns:
           The plan.
 
         Raises:
-          ValueError: if an argument or a result of ``fn`` is not an array.
+          ValueError: if an argument or a result of ``fn`` is not an array, or
+            ``platform`` is `"gpu"`, which is two of them.
         """
+        if platform == "gpu":
+            raise ValueError(f"{platform=} is ambiguous; say 'cuda' or 'rocm'.")
         programs, consts = trace_programs(
             fn, params, inputs, has_aux, early_reductions, platform
         )
@@ -143,6 +146,8 @@ class SplitBackward:
     ) -> tuple[tuple[PyTree, tuple], tuple[PyTree, tuple[PyTree, ...]]]:
         """F of one microbatch and B of another, in an order in which each hides the
         communication of the other: see `dualpipe_jax._split.interleave`.
+
+        It is not to be differentiated or vmapped again.
 
         Args:
           forward: (params, *inputs), the arguments of `forward`.

@@ -203,8 +203,11 @@ def _devices(gpu: Gpu, topology: str) -> list[Any]:
     return description.devices
 
 
-def gpu_compiler_options() -> dict[str, bool | int]:
+def gpu_compiler_options(*, compile_only: bool = True) -> dict[str, bool | int]:
     """Options for `lowered.compile(compiler_options=...)` for GPUs.
+
+    Args:
+      compile_only: for the devices of `gpu_mesh`; False: for GPUs that are there.
 
     Returns:
       - xla_gpu_enable_latency_hiding_scheduler: orders instructions so that
@@ -215,7 +218,7 @@ def gpu_compiler_options() -> dict[str, bool | int]:
       - xla_gpu_memory_limit_slop_factor 118: XLA's scheduler overlaps nothing in a
         module that takes more than 80 % x 95 % of the memory. This makes it 94 %, for
         a job that has the GPU for itself: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
-      - xla_gpu_autotune_level 0, in a process without a GPU to time kernels on.
+      - xla_gpu_autotune_level 0 with `compile_only`: no GPU is there to time kernels.
 
     Examples:
       >>> gpu_compiler_options()["xla_gpu_enable_latency_hiding_scheduler"]
@@ -226,6 +229,6 @@ def gpu_compiler_options() -> dict[str, bool | int]:
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
         "xla_gpu_memory_limit_slop_factor": 118,
     }
-    if jax.default_backend() != "gpu":
+    if compile_only:
         options["xla_gpu_autotune_level"] = 0
     return options

@@ -55,6 +55,7 @@ class _Choice:
     """What a call has to say to its backward pass; see `on_cuda`.
 
     Attributes:
+      keep: see there; set to False where there is no kernel.
       pullback: the structure of the kernel's pullback, set when the forward pass is
         traced, which is before the backward pass is.
     """
@@ -92,19 +93,24 @@ def _on_cuda(choice: _Choice, args: tuple[Any, ...]) -> Any:
 
 
 def _forward(choice: _Choice, args: tuple[Any, ...]) -> Any:
-    if not choice.keep:
-        return _on_cuda(choice, args), (args, ())
-
     def by_kernel(*args: Any) -> Any:
         result, pullback = _pullback_of(choice.kernel, args)
         kept, choice.pullback = jax.tree.flatten(pullback)
         return result, kept
 
+    shapes = []
+    if choice.keep:
+        try:
+            with cross_compiling():
+                shapes = jax.eval_shape(by_kernel, *args)[1]
+        except (NotImplementedError, ValueError):
+            choice.keep = False  # there is no kernel to keep something for
+    if not choice.keep:
+        return _on_cuda(choice, args), (args, ())
+
     def without(*args: Any) -> Any:
         # Nothing is kept, in the shapes of what would be.
-        with cross_compiling():
-            kept = jax.eval_shape(by_kernel, *args)[1]
-        return choice.otherwise(*args), [jnp.zeros(k.shape, k.dtype) for k in kept]
+        return choice.otherwise(*args), [jnp.zeros(k.shape, k.dtype) for k in shapes]
 
     result, kept = choice.make(by_kernel, without, *args)
     return result, (args, kept)

@@ -59,8 +59,8 @@ def interleave(forward: Any, backward: Any, num_needed: int) -> Any | None:
 
     Returns:
       A jaxpr from the inputs of both to the outputs of both, in this order; None where
-      there is no order to decide: neither pass exchanges rows between devices, or one
-      prints.
+      there is no order to decide: neither pass exchanges rows between devices outside
+      of its loops and branches, or one prints.
     """
     forward, backward = _on_its_own(forward), _on_its_own(backward)
     if any(real_effects(eqn) for eqn in (*forward.eqns, *backward.eqns)):
@@ -149,8 +149,8 @@ def _turns(forward: _Pass, backward: _Pass) -> list[_Turn]:
     for k in range(max(len(forward.pieces), len(backward.pieces))):
         turns.append(_Turn(_nth(backward.sends, k), _nth(forward.pieces, k) or []))
         turns.append(_Turn(_nth(forward.sends, k), _nth(backward.pieces, k + 1) or []))
-    turns = [turn for turn in turns if turn.all()]
-    return [*turns, _Turn(None, _fill(turns, backward))]
+    rest = _Turn(None, _fill(turns, backward))
+    return [turn for turn in (*turns, rest) if turn.all()]
 
 
 def _fill(turns: list[_Turn], backward: _Pass) -> list[Any]:
@@ -224,7 +224,8 @@ def _in_order(turns: Sequence[_Turn], outs: Sequence[Any]) -> tuple[list, list]:
                 last_use.setdefault(v, t)
     done: list[Any] = []
     for t, turn in enumerate(turns):
-        made = {v for eqn in turn.all() for v in eqn.outvars}
+        # In their order: all processes of a run must compile the same program.
+        made = dict.fromkeys(v for eqn in turn.all() for v in eqn.outvars)
         # What the turn before has made and what this one reads is there before
         # anything of this turn begins.
         reads = [v for eqn in turn.all() for v in eqn.invars if is_var(v)]

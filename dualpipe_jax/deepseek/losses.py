@@ -61,23 +61,29 @@ def cross_entropy(
     Returns:
       Two [] float32.
     """
-    num_tokens, vocabulary = targets.size, kernel.shape[1]
-    parts = next(
-        parts
-        for parts in range(1, num_tokens + 1)
-        if num_tokens % parts == 0
-        and (num_tokens // parts * vocabulary <= max_logits or parts == num_tokens)
-    )
+    num_tokens, dim = targets.size, hidden.shape[-1]
 
-    def terms(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = logits_of(part[0], kernel)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, part[1])
+    def sums(hidden: jax.Array, targets: jax.Array, weights: jax.Array):
+        logits = logits_of(hidden, kernel)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
-        return losses.mean(), jnp.square(normaliser).mean()
+        return (losses * weights).sum(), (jnp.square(normaliser) * weights).sum()
 
+    parts = min(num_tokens, -(-num_tokens * kernel.shape[1] // max_logits))
+    weights = jnp.ones(targets.shape, jnp.float32)
     if parts == 1:
-        return terms((hidden, targets))
-    hidden = hidden.reshape(parts, 1, num_tokens // parts, hidden.shape[-1])
-    targets = targets.reshape(parts, 1, num_tokens // parts)
-    losses, squares = jax.lax.map(jax.checkpoint(terms), (hidden, targets))
-    return losses.mean(), squares.mean()
+        loss, square = sums(hidden, targets, weights)
+        return loss / num_tokens, square / num_tokens
+    size = -(-num_tokens // parts)
+
+    def cut(x: jax.Array, *tail: int) -> jax.Array:
+        """In parts, the last one filled up with tokens of no weight."""
+        flat = x.reshape(num_tokens, *tail)
+        room = [(0, parts * size - num_tokens), *((0, 0) for _ in tail)]
+        return jnp.pad(flat, room).reshape(parts, 1, size, *tail)
+
+    losses, squares = jax.lax.map(
+        lambda part: jax.checkpoint(sums)(*part),
+        (cut(hidden, dim), cut(targets), cut(weights)),
+    )
+    return losses.sum() / num_tokens, squares.sum() / num_tokens

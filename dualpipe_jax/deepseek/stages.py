@@ -51,8 +51,9 @@ class DeepSeekPipeline(PipelineModel):
     Parameters: `stages` is a list of slots, each a dict of the parts of a layer with
     leaves [stages, ...]; `embed` is [vocabulary, D]; `head` is a dict with the last
     norm, the output matrix unless it is tied, and the multi-token prediction module.
-    The embedding, the output matrix and dense networks are divided over `ep` where they
-    rest, and gathered where they are used.
+    Embedding, output matrix and dense networks are divided over `ep` where they rest.
+    Tokens travel to the embedding's columns; the output matrix is gathered once a step,
+    a dense network each time that it runs.
 
     Attributes:
       model: what to build.

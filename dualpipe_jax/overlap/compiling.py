@@ -8,11 +8,13 @@ of `overlap_report`, so that nobody has to run anything first.
 
 from __future__ import annotations
 
-import os
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dualpipe_jax.overlap.report import OverlapReport, overlap_report
 from dualpipe_jax.topology import Gpu, gpu_compiler_options
@@ -54,20 +56,29 @@ def compile_overlapped(
       >>> "all-reduce" in compiled.as_text()
       True
     """
-    options = {**gpu_compiler_options(), **(compiler_options or {})}
+    compile_only = jax.default_backend() != "gpu"
+    defaults = gpu_compiler_options(compile_only=compile_only)
+    options = {**defaults, **(compiler_options or {})}
     first = lowered.compile(options)
     report = overlap_report(
         first, gpu=gpu, gpus_per_node=gpus_per_node, efficiency=efficiency
     )
     if not report.collectives:
         return first
-    handle, name = tempfile.mkstemp(suffix=".pbtxt")
-    os.close(handle)
-    try:
-        Path(name).write_text(scheduling_profile(report), encoding="utf-8")
-        return lowered.compile({**options, _PROFILE: name})
-    finally:
-        Path(name).unlink()
+    return lowered.compile({**options, _PROFILE: _written(scheduling_profile(report))})
+
+
+def _written(profile: str) -> str:
+    """A file with this text, whose name says what is in it.
+
+    jax's compilation cache looks at options, so at the name; and several processes may
+    share a host. The file is left for them.
+    """
+    digest = hashlib.sha256(profile.encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"dualpipe_jax_{digest}.pbtxt"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(profile)
+    return str(Path(file.name).replace(path))
 
 
 def scheduling_profile(report: OverlapReport) -> str:

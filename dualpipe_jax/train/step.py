@@ -85,7 +85,9 @@ class Programs:
         args = (self.abstract_state, tokens, tokens)
         # Drawing random bits takes little time however they are compiled, but
         # optimizing the code for it takes much: as much as a train step's.
-        quick = {"xla_backend_optimization_level": 0} if _is_on_cpu(self.mesh) else {}
+        on_cpu = _is_on_cpu(self.mesh)
+        quick = {"xla_backend_optimization_level": 0} if on_cpu else {}
+        options = {} if on_cpu else _options_for_gpus()
         lowered = [
             jitted.lower(*args) for jitted in (self.train_step, self.held_out_loss)
         ]
@@ -93,8 +95,8 @@ class Programs:
         with futures.ThreadPoolExecutor() as pool:
             running = [
                 pool.submit(_compile_step, lowered[0], self.mesh),
-                pool.submit(lowered[1].compile),
-                pool.submit(self.init.lower().compile, quick),
+                pool.submit(lowered[1].compile, options),
+                pool.submit(self.init.lower().compile, {**options, **quick}),
             ]
             train_step, held_out_loss, init = (each.result() for each in running)
         return dataclasses.replace(
@@ -270,6 +272,10 @@ def _is_on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
+def _options_for_gpus() -> dict[str, Any]:
+    return dict(gpu_compiler_options(compile_only=jax.default_backend() != "gpu"))
+
+
 def _compile_step(lowered: Any, mesh: Mesh) -> Any:
     if _is_on_cpu(mesh):
         return lowered.compile()
@@ -278,7 +284,7 @@ def _compile_step(lowered: Any, mesh: Mesh) -> Any:
     except ValueError as error:
         # Of a GPU that nobody knows the figures of, or of another vendor.
         warnings.warn(f"compiled with XLA's own costs: {error}", stacklevel=2)
-        return lowered.compile(gpu_compiler_options())
+        return lowered.compile(_options_for_gpus())
 
 
 def _is_params(node: Any) -> bool:

@@ -8,6 +8,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from dualpipe_jax._split.interleave import interleave
 from dualpipe_jax.split_backward import SplitBackward
 
 DEVICES, LAYERS, TOKENS, WIDTH = 4, 3, 16, 8
@@ -110,6 +111,9 @@ def test_every_exchange_has_products_of_the_other_pass_beside_it(remat):
 
     jax.eval_shape(on_devices(run, 2), *operands()[:2])
     programs = plans[0].programs
+    # All processes of a run must come to the same program.
+    again = {str(interleave(programs.f, programs.b, 1)) for _ in range(4)}
+    assert again == {str(programs.pair)}
     turns = turns_of(programs.pair)
     sending = [
         turn for turn in turns if any(e.primitive.name == "all_to_all" for e in turn)

@@ -182,6 +182,16 @@ def test_a_branch_for_another_platform_costs_nothing_where_that_is_known(platfor
         assert_close((y, (dw, dx)), vjp(fn, W, X, ct=X))
 
 
+def test_a_platform_without_a_branch_is_said():
+    def fn(w, x):
+        return lax.platform_dependent(x @ w, tpu=jnp.sin, cuda=jnp.cos)
+
+    with pytest.raises(ValueError, match="branches for tpu, cuda and none for 'cpu'"):
+        SplitBackward.trace(fn, W, X, platform="cpu")
+    with pytest.raises(ValueError, match="say 'cuda' or 'rocm'"):
+        SplitBackward.trace(layer, W, X, platform="gpu")
+
+
 def test_under_vmap_with_a_named_axis():
     def fn(w, x):
         return layer(w, x) - lax.pmean(x, "i") @ w

@@ -182,6 +182,34 @@ def test_a_kernel_that_is_missing_is_replaced(backend, monkeypatch):
     np.testing.assert_allclose(y, loop(x, weight, sizes), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_choice_of_kernels_has_the_gradient_of_what_is_chosen(
+    keep, is_there, monkeypatch
+):
+    def kernel(x, n):
+        if not is_there:
+            raise NotImplementedError("not for this shape")
+        return jnp.sin(x) * n.astype(x.dtype)
+
+    def otherwise(x, n):
+        return jnp.cos(x) * n.astype(x.dtype)
+
+    monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
+    monkeypatch.setattr(kernels, "cross_compiling", contextlib.nullcontext)
+    x, n = normal(0, 3, 4), jnp.arange(4.0)[None].astype(jnp.int32)
+
+    def loss(x):
+        y = kernels.on_cuda(kernel, otherwise, x, n, keep=keep)
+        return (y * y).sum()
+
+    # This process is one of CPUs, so it is the other one.
+    got, grad = jax.jit(jax.value_and_grad(loss))(x)
+    want, expected = jax.value_and_grad(lambda x: (otherwise(x, n) ** 2).sum())(x)
+    np.testing.assert_allclose(got, want, rtol=1e-6)  # float32
+    np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_bad_arguments(monkeypatch):
     monkeypatch.setattr(module, "has_tokamax", lambda: False)
     x, weight, sizes = jnp.ones((4, 2)), jnp.ones((3, 2, 5)), jnp.array([1, 1, 1])
