@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from dualpipe_jax._choose_memory import parse_bytes
 from dualpipe_jax.choose import Remat, StageMemory, rank_schedules
-from dualpipe_jax.cli import parse_costs
+from dualpipe_jax.cli import parse_costs, read_fields
 from dualpipe_jax.generators.names import SCHEDULES
 
 _ACTIVATIONS = ("residuals", "crossing", "message", "workspace", "pair_workspace")
@@ -108,14 +108,7 @@ def _fields(
 ) -> dict[str, float]:
     """Reads `NAME=NUMBER,...`; bytes with a unit, costs without."""
     found: dict[str, float] = {}
-    for part in filter(None, text.split(",")):
-        name, _, number = part.strip().partition("=")
-        if name not in names or name in found:
-            problem = "given twice" if name in found else "unknown"
-            raise ValueError(
-                f"{option} {text!r}: {name!r} is {problem}; give each of "
-                f"{', '.join(names)} at most once."
-            )
+    for name, part, number in read_fields(option, text, names):
         read: Callable[[str], float] = float if name in _COSTS else parse_bytes
         try:
             found[name] = read(number)

@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -217,14 +217,7 @@ def parse_costs(text: str) -> Costs:
     """
     names = [field.name for field in dataclasses.fields(Costs)]
     costs: dict[str, float] = {}
-    for part in filter(None, text.split(",")):
-        name, _, number = part.strip().partition("=")
-        if name not in names or name in costs:
-            problem = "given twice" if name in costs else "unknown"
-            raise ValueError(
-                f"--costs {text!r}: {name!r} is {problem}; give each of "
-                f"{', '.join(names)} at most once."
-            )
+    for name, part, number in read_fields("--costs", text, names):
         try:
             costs[name] = float(number)
         except ValueError:
@@ -232,6 +225,27 @@ def parse_costs(text: str) -> Costs:
                 f"--costs {text!r}: {part!r} has no number; write {name}=1.5."
             ) from None
     return Costs(**costs)
+
+
+def read_fields(
+    option: str, text: str, names: Sequence[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Takes `NAME=VALUE,...` apart: yields (name, the part as it stands, value).
+
+    Raises:
+      ValueError: a name is not among `names`, or is given twice.
+    """
+    found: set[str] = set()
+    for part in filter(None, text.split(",")):
+        name, _, value = part.strip().partition("=")
+        if name not in names or name in found:
+            problem = "given twice" if name in found else "unknown"
+            raise ValueError(
+                f"{option} {text!r}: {name!r} is {problem}; give each of "
+                f"{', '.join(names)} at most once."
+            )
+        found.add(name)
+        yield name, part, value
 
 
 def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:

@@ -359,7 +359,7 @@ def _send_choices_forward(
 def _send_choices_backward(
     axis_name: str | None, transport: Transport, plan: Dispatch, ct: jax.Array
 ) -> Any:
-    return _from_slots(ct, plan, axis_name, transport), None
+    return _fetch(ct, plan, axis_name, transport), None
 
 
 _send_choices.defvjp(_send_choices_forward, _send_choices_backward)
@@ -381,7 +381,7 @@ def _fetch_forward(
 def _fetch_backward(
     axis_name: str | None, transport: Transport, plan: Dispatch, ct: jax.Array
 ) -> Any:
-    return _to_slots(ct[plan.order], plan, axis_name, transport), None
+    return _send_choices(ct, plan, axis_name, transport), None
 
 
 _fetch.defvjp(_fetch_forward, _fetch_backward)

@@ -82,12 +82,10 @@ class Programs:
 
     def forward_and_backward(self, consts, forward, backward):
         """(params, inputs) of one microbatch, (params, residuals, cts) of another."""
-        if self.pair is None:
-            params, residuals, cts = backward
-            operands = self.operands(consts, params, residuals)
-            return self.forward(consts, *forward), self.backward(operands, cts)
         params, residuals, cts = backward
         operands = self.operands(consts, params, residuals)
+        if self.pair is None:
+            return self.forward(consts, *forward), self.backward(operands, cts)
         args = [*self._inputs(consts, *forward), *operands, *self._cotangents(cts)]
         outs = compat.evaluate(self.pair, *args)
         num = len(self.f.outvars)

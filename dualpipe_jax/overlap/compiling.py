@@ -56,9 +56,7 @@ def compile_overlapped(
       >>> "all-reduce" in compiled.as_text()
       True
     """
-    compile_only = jax.default_backend() != "gpu"
-    defaults = gpu_compiler_options(compile_only=compile_only)
-    options = {**defaults, **(compiler_options or {})}
+    options = {**options_here(), **(compiler_options or {})}
     first = lowered.compile(options)
     report = overlap_report(
         first, gpu=gpu, gpus_per_node=gpus_per_node, efficiency=efficiency
@@ -79,6 +77,11 @@ def _written(profile: str) -> str:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(profile)
     return str(Path(file.name).replace(path))
+
+
+def options_here() -> dict[str, bool | int]:
+    """`gpu_compiler_options` for this process, with its GPUs or without any."""
+    return gpu_compiler_options(compile_only=jax.default_backend() != "gpu")
 
 
 def scheduling_profile(report: OverlapReport) -> str:

@@ -15,14 +15,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax.overlap import compile_overlapped
+from dualpipe_jax.overlap.compiling import compile_overlapped, options_here
 from dualpipe_jax.pipeline import (
     PipelineParams,
     pipeline_forward,
     pipeline_value_and_grad,
 )
 from dualpipe_jax.schedule import Schedule
-from dualpipe_jax.topology import gpu_compiler_options
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.mesh import BATCH, DATA_AXES, make_mesh
 from dualpipe_jax.train.model import PipelineModel
@@ -87,7 +86,7 @@ class Programs:
         # optimizing the code for it takes much: as much as a train step's.
         on_cpu = _is_on_cpu(self.mesh)
         quick = {"xla_backend_optimization_level": 0} if on_cpu else {}
-        options = {} if on_cpu else _options_for_gpus()
+        options = {} if on_cpu else options_here()
         lowered = [
             jitted.lower(*args) for jitted in (self.train_step, self.held_out_loss)
         ]
@@ -272,10 +271,6 @@ def _is_on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _options_for_gpus() -> dict[str, Any]:
-    return dict(gpu_compiler_options(compile_only=jax.default_backend() != "gpu"))
-
-
 def _compile_step(lowered: Any, mesh: Mesh) -> Any:
     if _is_on_cpu(mesh):
         return lowered.compile()
@@ -284,7 +279,7 @@ def _compile_step(lowered: Any, mesh: Mesh) -> Any:
     except ValueError as error:
         # Of a GPU that nobody knows the figures of, or of another vendor.
         warnings.warn(f"compiled with XLA's own costs: {error}", stacklevel=2)
-        return lowered.compile(_options_for_gpus())
+        return lowered.compile(options_here())
 
 
 def _is_params(node: Any) -> bool:
