@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dualpipe_jax import Schedule, dualpipe
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
 from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
 
@@ -31,6 +32,11 @@ def architecture() -> DeepSeekConfig:
     )
 
 
+def whole_dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
+    """DualPipe without a W queue, which alone would take most of a GPU."""
+    return dualpipe(num_ranks, num_microbatches).with_whole_backwards()
+
+
 def config() -> TrainConfig:
     """The published training setting: PP 16 x EP 64 on 1,024 GPUs (2,048 with dp=2).
 
@@ -53,9 +59,11 @@ def config() -> TrainConfig:
             payload="fp8",
             eplb=EplbConfig(every=1000, num_redundant=64, num_nodes=8),
             buffer_factor=1.25,
+            # A fifth layer in one stage would be a quarter more memory on all ranks.
+            max_layers=4,
         ),
         mesh={"pp": 16, "dp": 1, "ep": 64},
-        schedule="dualpipe",
+        schedule=whole_dualpipe,
         num_microbatches=60,
         microbatch_size=64,
         sequence_length=4096,

@@ -27,6 +27,7 @@ from dualpipe_jax.simulator import Costs, Timeline, simulate
 from dualpipe_jax.tasks import Task
 
 if TYPE_CHECKING:
+    from dualpipe_jax.memory import MemoryReport, memory_report
     from dualpipe_jax.overlap import (
         OverlapReport,
         compile_overlapped,
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Costs",
+    "MemoryReport",
     "MemoryUse",
     "OverlapReport",
     "Partition",
@@ -64,6 +66,7 @@ __all__ = [
     "gpu_compiler_options",
     "gpu_mesh",
     "lower",
+    "memory_report",
     "one_f_one_b",
     "overlap_report",
     "partition_layers",
@@ -78,11 +81,13 @@ __all__ = [
 
 # Exported names that need jax, and the modules that define them (PEP 562).
 _NEEDS_JAX = {
+    "MemoryReport": "dualpipe_jax.memory",
     "OverlapReport": "dualpipe_jax.overlap",
     "PipelineParams": "dualpipe_jax.pipeline",
     "compile_overlapped": "dualpipe_jax.overlap",
     "gpu_compiler_options": "dualpipe_jax.topology",
     "gpu_mesh": "dualpipe_jax.topology",
+    "memory_report": "dualpipe_jax.memory",
     "overlap_report": "dualpipe_jax.overlap",
     "pipeline_forward": "dualpipe_jax.pipeline",
     "pipeline_value_and_grad": "dualpipe_jax.pipeline",

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from dualpipe_jax._choose_memory import parse_bytes
+from dualpipe_jax._bytes import parse_bytes
 from dualpipe_jax.choose import Remat, StageMemory, rank_schedules
 from dualpipe_jax.cli import parse_costs, read_fields
 from dualpipe_jax.generators.names import SCHEDULES

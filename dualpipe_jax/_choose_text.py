@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from dualpipe_jax._choose_memory import format_bytes, parse_bytes
+from dualpipe_jax._bytes import format_bytes, parse_bytes
 from dualpipe_jax._picture import KINDS
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ How the loops are built is decided by what XLA does with them (docs/design.md):
 - what only some ranks do is guarded by a while loop of zero or one trip, whose
   carry aliases in place, where `lax.cond` would copy every buffer;
 - a steady state is a loop of its own with neither;
+- parameters enter every task in the same layout, of which there is one copy;
 - a step reads all that it needs, then computes, then writes, so that the two halves
   of an overlapped pair do not depend on each other.
 """
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dualpipe_jax._ticks import Kind, Loop
 from dualpipe_jax.lowering import Program
@@ -84,42 +86,35 @@ class Work(NamedTuple):
     embed_backward: Callable[..., PyTree] | None = None  # dx, microbatch -> grads
 
 
-def run(
-    program: Program,
-    work: Work,
-    chunks: tuple[PyTree, ...],
-    state: State,
-    rank: jax.Array,
-    axis_name: str,
-    add_aux: Callable[[PyTree, PyTree, jax.Array], PyTree],
-) -> State:
+class Runner:
     """Runs all ticks of a program on one device, inside `jax.shard_map`.
 
-    Args:
+    Attributes:
       program: what to run.
       work: the functions of the model.
       chunks: this rank's stage parameters, one tree a chunk.
-      state: buffers, with zeros in gradients and sums.
       rank: position on the pipeline axis.
       axis_name: name of the pipeline axis.
       add_aux: adds one microbatch's auxiliary outputs to their accumulator.
-
-    Returns:
-      The state after the last tick.
     """
-    return _Runner(program, work, chunks, rank, axis_name, add_aux).run(state)
 
-
-class _Runner:
-    def __init__(self, program, work, chunks, rank, axis_name, add_aux):
+    def __init__(
+        self,
+        program: Program,
+        work: Work,
+        chunks: tuple[PyTree, ...],
+        rank: jax.Array,
+        axis_name: str,
+        add_aux: Callable[[PyTree, PyTree, jax.Array], PyTree],
+    ):
         self.program = program
-        self.work: Work = work
+        self.work = work
         self.chunks = chunks
+        self.rank = rank
         self.axis_name = axis_name
         self.add_aux = add_aux
         self.stages = jnp.asarray(np.asarray(program.chunks, np.int32))[rank]
-        table = program.table
-        self.table = Row(*(jnp.asarray(field)[:, rank] for field in table))
+        self.table = Row(*(jnp.asarray(field)[:, rank] for field in program.table))
         self.forward_only = program.schedule.is_forward_only
         steady = np.zeros(program.num_ticks, bool)
         for loop in program.loops:
@@ -135,6 +130,7 @@ class _Runner:
         return groups[k] if k < len(groups) else ()
 
     def run(self, state: State) -> State:
+        """The state after the last tick."""
         ticks = jnp.asarray(self.general, jnp.int32)
         trips = np.zeros((len(self.program.loops), len(self.general)), np.int32)
         for number, loop in enumerate(self.program.loops):
@@ -159,20 +155,21 @@ class _Runner:
 
         return lax.fori_loop(0, len(self.general), body, state)
 
-    def _row(self, tick: jax.Array) -> Row:
+    def row(self, tick: jax.Array) -> Row:
+        """This rank's entries of a tick."""
         return Row(
             *(lax.dynamic_index_in_dim(f, tick, keepdims=False) for f in self.table)
         )
 
     def _general_tick(self, state: State, tick, choice) -> State:
-        row = self._row(tick)
+        row = self.row(tick)
         state = self._embed(row, state)
         for number, kind in enumerate(self.program.kinds):
             if not (self.program.table.kind[self.general] == number).any():
                 continue
             state = _when(
                 row.kind == number,
-                lambda state, kind=kind: self._step(kind, row, state),
+                lambda state, kind=kind: self.step(kind, row, state),
                 state,
             )
         state = self._finish(row, state)
@@ -197,13 +194,13 @@ class _Runner:
     def _steady(self, loop: Loop, trip: jax.Array, state: State) -> State:
         for j in range(loop.period):
             first = loop.start + j
-            row = self._row(first + trip * loop.period)
+            row = self.row(first + trip * loop.period)
             fields = self.program.table
             here = slice(first, loop.stop, loop.period)
             kind = self.program.kinds[int(fields.kind[first, 0])]
             if fields.f_first[here].any():
                 state = self._embed(row, state)
-            state = self._step(kind, row, state)
+            state = self.step(kind, row, state)
             if fields.f_last[here].any():
                 state = self._finish(row, state)
             if fields.b_first[here].any():
@@ -220,9 +217,10 @@ class _Runner:
             state = state._replace(messages=messages, stage_grads=grads)
         return state
 
-    def _step(self, kind: Kind, row: Row, state: State) -> State:
+    def step(self, kind: Kind, row: Row, state: State) -> State:
         """Runs one task, or the two of an overlapped pair side by side."""
         ops = dict(kind)
+        chunks = jax.tree.map(_row_major, self.chunks)
         messages, residuals, queue = state.messages, state.residuals, state.queue
         reads = {}
         if "F" in ops:
@@ -246,13 +244,13 @@ class _Runner:
         if "F" in ops:
             chunk = ops["F"]
             forward = (
-                self.chunks[chunk],
+                chunks[chunk],
                 reads["x"],
                 self.stages[chunk],
                 row.f_microbatch,
             )
         if "B" in ops:
-            backward = (self.chunks[ops["B"]], reads["residuals"], reads["dy"])
+            backward = (chunks[ops["B"]], reads["residuals"], reads["dy"])
         forward, backward = self._run_both(forward, backward)
         if forward is not None:
             chunk = ops["F"]
@@ -268,14 +266,14 @@ class _Runner:
             grads[chunk] = _accumulate(grads[chunk], new)
         if "I" in ops:
             dx, crossing = self.work.backward_input(
-                self.chunks[ops["I"]], reads["residuals"], reads["dy"]
+                chunks[ops["I"]], reads["residuals"], reads["dy"]
             )
             writes.append((row.b_out, dx))
             queue = _write(queue, row.queue, crossing)
         if "W" in ops:
             chunk = ops["W"]
             new = self.work.backward_weights(
-                self.chunks[chunk], reads["residuals"], reads["crossing"]
+                chunks[chunk], reads["residuals"], reads["crossing"]
             )
             grads[chunk] = _accumulate(grads[chunk], new)
         for slot, value in writes:
@@ -368,6 +366,17 @@ class _Runner:
         for k, (permute, value) in enumerate(zip(permutes, values, strict=True)):
             messages = _write(messages, row.receive[k], permute(value))
         return state._replace(messages=messages)
+
+
+def _row_major(leaf: jax.Array) -> jax.Array:
+    """The same, in the layout that all loops share.
+
+    XLA chooses layouts for each loop that a parameter passes through, as its products
+    would like it best, and holds a transposed copy for each choice all step long.
+    """
+    if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
 
 
 def _when(predicate: jax.Array, body: Callable[[PyTree], PyTree], carry: PyTree):

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import _checks, compat
 from dualpipe_jax._exchange import Exchange
-from dualpipe_jax._executor import State, run
+from dualpipe_jax._executor import Runner, State
 from dualpipe_jax._work import Functions, forward_work, training_work
 from dualpipe_jax.lowering import Program
 from dualpipe_jax.params import PipelineAux, PipelineParams, map_specs
@@ -37,6 +37,20 @@ class Outputs(NamedTuple):
     outputs: PyTree
     aux: PyTree
     grads: PyTree
+
+
+class Prepared(NamedTuple):
+    """What one device runs, with the state that it starts from.
+
+    Attributes:
+      runner: runs it.
+      state: buffers, with zeros in gradients and sums.
+      exchange: between the stages that a rank owns and those that it runs.
+    """
+
+    runner: Runner
+    state: State
+    exchange: Exchange
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,30 +80,12 @@ class Model:
 
     def call(self, params, inputs, targets, key) -> Outputs:
         """Runs the program on the whole mesh; global arrays in and out."""
-        schedule = self.program.schedule
-        _checks.check_params(params, schedule)
-        _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
-        specs = self._param_specs(params)
-        batch = P(None, self.data_axes) if self.data_axes else P()
-        training = self.loss_fn is not None
-        body = jax.shard_map(
-            self._train if training else self._forward,
-            mesh=self.mesh,
-            in_specs=(specs, batch, batch, P()),
-            out_specs=(
-                Outputs(P(), PipelineAux(P(self.axis_name), P()), specs)
-                if training
-                else batch
-            ),
-            # Every value here is one device's own. The gradients of what is
-            # replicated are summed once, at the end, and not by AD in each tick.
-            check_vma=False,
-        )
-        params = self._place(params, specs)
-        inputs, targets = (self._place(tree, batch) for tree in (inputs, targets))
-        out = body(params, inputs, targets, key)
-        if not training:
-            return Outputs(out, None, None)
+        if self.loss_fn is None:
+            forward = self.mapped(self._forward, self.batch_spec)
+            return Outputs(forward(params, inputs, targets, key), None, None)
+        aux = PipelineAux(P(self.axis_name), P())
+        train = self.mapped(self._train, Outputs(P(), aux, self.specs_of(params)))
+        out = train(params, inputs, targets, key)
         stages, loss = out.aux
         if stages is None or loss is None:
             out = out._replace(aux=loss if stages is None else stages)
@@ -109,13 +105,59 @@ class Model:
             is_leaf=lambda node: isinstance(node, PartitionSpec),
         )
 
-    def _param_specs(self, params: PipelineParams) -> PipelineParams:
+    @property
+    def batch_spec(self) -> PartitionSpec:
+        """How inputs and targets lie."""
+        return P(None, self.data_axes) if self.data_axes else P()
+
+    def mapped(self, body: Callable, out_specs: PyTree) -> Callable:
+        """`body(params, inputs, targets, key, *rest)` of one device, for the mesh.
+
+        All in `rest` is replicated. What does not fit is refused.
+        """
+        schedule, batch = self.program.schedule, self.batch_spec
+
+        def call(params, inputs, targets, key, *rest):
+            _checks.check_params(params, schedule)
+            _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
+            specs = self.specs_of(params)
+            run = jax.shard_map(
+                body,
+                mesh=self.mesh,
+                in_specs=(specs, batch, batch, P(), *(P() for _ in rest)),
+                out_specs=out_specs,
+                # Every value here is one device's own. The gradients of what is
+                # replicated are summed once, at the end, and not by AD in each tick.
+                check_vma=False,
+            )
+            params = self._place(params, specs)
+            inputs, targets = (self._place(tree, batch) for tree in (inputs, targets))
+            return run(params, inputs, targets, key, *rest)
+
+        return call
+
+    def _place(self, tree: PyTree, specs: PyTree) -> PyTree:
+        """Where axes are Explicit, arrays must have the layout that they are told."""
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return tree
+        return jax.tree.map(
+            lambda spec, part: jax.tree.map(
+                lambda leaf: jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec)),
+                part,
+            ),
+            specs,
+            tree,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+
+    def specs_of(self, params: PipelineParams) -> PipelineParams:
+        """How the parameters lie, one spec a leaf."""
         return map_specs(
             lambda spec, _: P(*spec), self.param_specs, params, axis_name=self.axis_name
         )
 
-    def _run(self, make_work, params, inputs, targets, key):
-        """Runs all ticks on one device; leaves of `params.stages` are [V, ...] here."""
+    def prepare(self, make_work, params, inputs, targets, key) -> Prepared:
+        """On one device; leaves of `params.stages` are [V, ...] here."""
         rank = lax.axis_index(self.axis_name)
         exchange = Exchange(self.program, self.axis_name)
         chunks = exchange.to_chunks(params.stages, rank)
@@ -144,16 +186,19 @@ class Model:
             loss_aux=self._zero_aux(buffers.loss_aux),
         )
         add_aux = _write_aux if self.aux_reduction == "stack" else _sum_aux
-        state = run(self.program, work, chunks, state, rank, self.axis_name, add_aux)
-        return state, exchange, rank
+        runner = Runner(self.program, work, chunks, rank, self.axis_name, add_aux)
+        return Prepared(runner, state, exchange)
 
     def _forward(self, params, inputs, targets, key) -> PyTree:
-        state, _, _ = self._run(forward_work, params, inputs, targets, key)
-        # Only the rank of the last stage has written; the others hold zeros.
-        return lax.psum(state.outputs, self.axis_name)
+        runner, state, _ = self.prepare(forward_work, params, inputs, targets, key)
+        # Only the rank of the last stage writes; the others hold zeros.
+        return lax.psum(runner.run(state).outputs, self.axis_name)
 
     def _train(self, params, inputs, targets, key) -> Outputs:
-        state, exchange, rank = self._run(training_work, params, inputs, targets, key)
+        runner, state, exchange = self.prepare(
+            training_work, params, inputs, targets, key
+        )
+        state, rank = runner.run(state), runner.rank
         losses = lax.psum(state.outputs, self.axis_name)
         grads = PipelineParams(
             exchange.to_owners(state.stage_grads, rank),
@@ -162,7 +207,7 @@ class Model:
         )
         if self.beside:
             losses = lax.pmean(losses, self.beside)
-            grads = jax.tree.map(self._mean_grad, grads, self._param_specs(params))
+            grads = jax.tree.map(self._mean_grad, grads, self.specs_of(params))
         stage_aux = exchange.to_owners(state.stage_aux, rank)
         aux = PipelineAux(stage_aux, lax.psum(state.loss_aux, self.axis_name))
         return Outputs(losses, self._reduce_aux(aux), grads)

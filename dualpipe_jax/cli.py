@@ -47,6 +47,10 @@ COMMANDS = {
         "dualpipe_jax.overlap.cli:add_arguments",
         "what of a compiled step's communication runs under compute",
     ),
+    "memory": Command(
+        "dualpipe_jax._memory_cli:add_arguments",
+        "what a train step needs of a GPU's memory, and for what",
+    ),
     "schedule": Command(
         "dualpipe_jax.cli:schedule_command", "draw a schedule, or export it"
     ),

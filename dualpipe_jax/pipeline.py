@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dualpipe_jax import _checks
+from dualpipe_jax._footprint import PipelineBuffers, buffers_of, lower_task
 from dualpipe_jax._model import Model
 from dualpipe_jax.lowering import lower
 from dualpipe_jax.params import (
@@ -22,7 +23,9 @@ from dualpipe_jax.schedule import Schedule
 
 __all__ = [
     "PipelineAux",
+    "PipelineBuffers",
     "PipelineParams",
+    "PipelineStep",
     "microbatch_key",
     "pipeline_forward",
     "pipeline_value_and_grad",
@@ -30,6 +33,42 @@ __all__ = [
 ]
 
 PyTree = Any
+
+
+class PipelineStep:
+    """Losses and gradients of a pipelined model; see `pipeline_value_and_grad`.
+
+    Calling it compiles on the first call, as a function of `jax.jit` does.
+    """
+
+    def __init__(self, model: Model):
+        self._model = model
+
+        @jax.jit
+        def step(params, inputs, targets, key=None):
+            out = model.call(params, inputs, targets, key)
+            return (out.outputs, out.aux), out.grads
+
+        self._step = step
+
+    def __call__(self, params, inputs, targets, key=None):
+        return self._step(params, inputs, targets, key)
+
+    def lower(self, params, inputs, targets, key=None) -> Any:
+        """The step for arguments of these shapes, as a `jax.stages.Lowered`."""
+        return self._step.lower(params, inputs, targets, key)
+
+    def buffers(self, params, inputs, targets, key=None) -> PipelineBuffers:
+        """What the step keeps on one device from tick to tick, in bytes."""
+        return buffers_of(self._model, params, inputs, targets, key)
+
+    def lower_task(self, params, inputs, targets, key=None) -> Any:
+        """The dearest task alone, with the step's buffers, which it changes in place.
+
+        That is an overlapped pair, where the schedule has any; else a backward. What it
+        needs beside them when compiled is the working set of one task.
+        """
+        return lower_task(self._model, params, inputs, targets, key)
 
 
 def pipeline_value_and_grad(
@@ -45,7 +84,7 @@ def pipeline_value_and_grad(
     tied: bool = False,
     aux_reduction: str = "sum",
     accumulate_dtype: Any = jnp.float32,
-) -> Callable[..., tuple[tuple[jax.Array, PyTree], PipelineParams]]:
+) -> PipelineStep:
     """Losses and gradients of a pipelined model, as one function for `jax.jit`.
 
     The functions see one microbatch, and run inside `jax.shard_map` over all axes of
@@ -82,6 +121,8 @@ def pipeline_value_and_grad(
       - aux: what `stage_fn` (leaves [num_stages, ...]) or `loss_fn` returned beside,
         reduced; a `PipelineAux` if both do, None if none does.
       - grads: like params, of the mean of losses.
+      Beside being called it can be lowered (`step.lower`), tell the bytes that it keeps
+      (`step.buffers`) and lower its dearest task alone (`step.lower_task`).
 
     Raises:
       ValueError: the schedule does not fit the mesh, a parameter leaf lacks the stage
@@ -125,13 +166,7 @@ def pipeline_value_and_grad(
         data_axes=tuple(data_axes),
         param_specs=param_specs or PipelineParams(),
     )
-
-    @jax.jit
-    def step(params, inputs, targets, key=None):
-        out = model.call(params, inputs, targets, key)
-        return (out.outputs, out.aux), out.grads
-
-    return step
+    return PipelineStep(model)
 
 
 def pipeline_forward(

@@ -1,9 +1,11 @@
-"""Gathers and scatters that promise what they know, and a division that is exact.
+"""Gathers and scatters that promise what they know, and divisions that are exact.
 
 Shape suffixes: R rows, N and M entries of a row.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -150,3 +152,10 @@ def in_rows(index_RN: jax.Array, row_size: int) -> jax.Array:
     """
     row_R = jnp.arange(index_RN.shape[0], dtype=jnp.int32)
     return index_RN + (row_R * row_size)[:, None]
+
+
+def divisor_from(number: int, least: int) -> int:
+    """The smallest divisor of `number` that is `least` or more, or `number` itself."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = small + [number // d for d in reversed(small)]
+    return next((d for d in divisors if d >= least), number)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from eplb_jax.kernels import has_tokamax, on_cuda
+from eplb_jax.kernels import has_tokamax, load_tokamax, on_cuda
 from eplb_jax.varying import vary_alike
 
 Implementation = Literal["auto", "blocks", "tokamax", "xla"]
@@ -202,8 +202,7 @@ def _for_blocks(
 
 
 def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    import tokamax  # pyright: ignore[reportMissingImports]
-
+    tokamax = load_tokamax()
     num_rows = group_sizes.sum(dtype=jnp.int32)
     product = functools.partial(
         tokamax.ragged_dot, _mask(x, num_rows), weight, group_sizes

@@ -20,6 +20,20 @@ def has_tokamax() -> bool:
     return importlib.util.find_spec("tokamax") is not None
 
 
+def load_tokamax() -> Any:
+    """The module tokamax, which must be installed.
+
+    It reads its settings with absl, which would read the command line, take our
+    options for its own and end the process. Who uses absl has had it read by now.
+    """
+    import tokamax  # pyright: ignore[reportMissingImports]
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return tokamax
+
+
 def on_cuda(
     kernel: Callable[..., Any],
     otherwise: Callable[..., Any],
@@ -164,15 +178,11 @@ def cross_compiling():
     if not has_tokamax() or jax.default_backend() == "gpu":
         yield
         return
-    import tokamax  # pyright: ignore[reportMissingImports]
-
-    with tokamax.config.cross_compile(True):
+    with load_tokamax().config.cross_compile(True):
         yield
 
 
 def _is_cross_compiling() -> bool:
     if importlib.util.find_spec("tokamax") is None:
         return False
-    import tokamax  # pyright: ignore[reportMissingImports]
-
-    return bool(tokamax.config.cross_compile.value)
+    return bool(load_tokamax().config.cross_compile.value)

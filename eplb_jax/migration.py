@@ -11,7 +11,6 @@ device, F features of a slot.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from eplb_jax.arrays import divisor_from
 from eplb_jax.exchange import Transport
 from eplb_jax.physical import check_held, count_fetched, fetch_rows, plan_fetch
 from eplb_jax.tables import ExpertTables
@@ -89,7 +89,7 @@ def migrate(
     def change(leaf: jax.Array) -> jax.Array:
         flat_IF = leaf.reshape(len(leaf), -1)
         num_features = flat_IF.shape[1]
-        size = num_features // _divisor(num_features, num_slices)
+        size = num_features // divisor_from(num_features, num_slices)
 
         def step(i: jax.Array, flat_IF: jax.Array) -> jax.Array:
             old_IF = lax.dynamic_slice_in_dim(flat_IF, i * size, size, axis=1)
@@ -146,13 +146,6 @@ def _sources(
     is_changed_S = (expert_S != old.physical_to_logical_map) & (expert_S >= 0)
     owner_S = jnp.where(is_changed_S, from_S // per_device, num_devices)
     return owner_S, from_S % per_device
-
-
-def _divisor(number: int, least: int) -> int:
-    """The smallest divisor of `number` that is `least` or more, or `number` itself."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = small + [number // d for d in reversed(small)]
-    return next((d for d in divisors if d >= least), number)
 
 
 def _check(

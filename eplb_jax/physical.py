@@ -11,15 +11,18 @@ Shape suffixes: E experts, S slots, D devices, I slots of this device, N rows se
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from eplb_jax.arrays import take_or_zero
+from eplb_jax.arrays import divisor_from, take_or_zero
 from eplb_jax.exchange import Segments, Transport, exchange
 from eplb_jax.tables import ExpertTables
+from eplb_jax.varying import vary_alike
 
 PyTree = Any
 
@@ -33,6 +36,10 @@ def physical_weights(
     transport: Transport = "auto",
 ) -> PyTree:
     """Gathers the weights of this device's slots; differentiable.
+
+    A device may have to send an expert to every slot that is not another expert's only
+    one. For that unlikely case there must be a buffer, so where it would be larger than
+    the result, the features travel in slices, one after the other.
 
     Args:
       weights: pytree whose leaves are [experts of this device, ...]: all experts on
@@ -68,8 +75,11 @@ def physical_weights(
     source_S = expert_S - owner_S * per_device
     fetch = plan_fetch(owner_S, source_S, num_devices, num_sent, axis_name)
 
+    slices = -(-num_sent // (tables.num_slots // num_devices))
+
     def gather(leaf: jax.Array) -> jax.Array:
-        return fetch_rows(leaf, fetch, axis_name, transport)
+        count = divisor_from(math.prod(leaf.shape[1:]), slices)
+        return _fetch_slices(leaf, fetch, count, axis_name, transport)
 
     return jax.tree.map(gather, weights)
 
@@ -160,6 +170,66 @@ def fetch_rows(
     sent = take_or_zero(rows, fetch.sent)
     received = exchange(sent, fetch.segments, num_slots, axis_name, transport)
     return take_or_zero(received, fetch.place)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _fetch_slices(
+    rows: jax.Array, fetch: Fetch, count: int, axis_name: str, transport: Transport
+) -> jax.Array:
+    """`fetch_rows` with a `count`-th of the features at a time."""
+
+    def bring(part: jax.Array) -> jax.Array:
+        return fetch_rows(part, fetch, axis_name, transport)
+
+    return _by_slices(bring, rows, len(fetch.place), count)
+
+
+def _fetch_forward(
+    rows: jax.Array, fetch: Fetch, count: int, axis_name: str, transport: Transport
+) -> Any:
+    fetched = _fetch_slices(rows, fetch, count, axis_name, transport)
+    return fetched, (fetch, rows.shape[0])
+
+
+def _fetch_backward(
+    count: int, axis_name: str, transport: Transport, saved: Any, ct: jax.Array
+) -> Any:
+    fetch, num_rows = saved
+
+    def add_up(part: jax.Array) -> jax.Array:
+        # Linear, so any point will do.
+        zeros = jnp.zeros((num_rows, *part.shape[1:]), part.dtype)
+        _, pullback = jax.vjp(
+            lambda rows: fetch_rows(rows, fetch, axis_name, transport),
+            *vary_alike(zeros, part)[:1],
+        )
+        return pullback(part)[0]
+
+    return _by_slices(add_up, ct, num_rows, count), None
+
+
+_fetch_slices.defvjp(_fetch_forward, _fetch_backward)
+
+
+def _by_slices(function, rows: jax.Array, num_results: int, count: int) -> jax.Array:
+    """`function` of [rows, F] to [results, F], on a `count`-th of the features at once.
+
+    The result starts as some of the rows and not as zeros, although all of it is
+    written: XLA makes zeros when a step starts, and holds them until here.
+    """
+    if count == 1:
+        return function(rows)
+    flat = rows.reshape(len(rows), -1)
+    size = flat.shape[1] // count
+
+    def step(i: jax.Array, results: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(flat, i * size, size, axis=1)
+        new = function(part)
+        return lax.dynamic_update_slice_in_dim(results, new, i * size, axis=1)
+
+    some = flat[jnp.arange(num_results) % len(rows)]
+    results = lax.fori_loop(0, count, step, some)
+    return results.reshape(num_results, *rows.shape[1:])
 
 
 def _check(weights: PyTree, tables: ExpertTables, num_devices: int) -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # A room: its modules, and the rooms that they may import.
 ROOMS = {
+    "bytes": ({"_bytes"}, set()),
     "schedule": ({"schedule", "tasks", "_validate"}, set()),
     "generators": ({"generators"}, {"schedule"}),
     "simulator": ({"simulator"}, {"schedule"}),
@@ -23,15 +24,25 @@ ROOMS = {
     "lowering": ({"lowering", "_slots", "_ticks"}, {"schedule", "simulator"}),
     "split_backward": ({"split_backward", "compat", "flops", "_split"}, set()),
     "pipeline": (
-        {"pipeline", "params", "_checks", "_exchange", "_executor", "_model", "_work"},
+        {
+            "pipeline",
+            "params",
+            "_checks",
+            "_exchange",
+            "_executor",
+            "_footprint",
+            "_model",
+            "_work",
+        },
         {"schedule", "lowering", "split_backward"},
     ),
     "topology": ({"topology"}, set()),
     "partition": ({"partition", "_balance"}, {"schedule"}),
     "choose": (
         {"choose", "_choose_memory", "_choose_result", "_choose_text"},
-        {"schedule", "generators", "simulator", "show", "lowering"},
+        {"bytes", "schedule", "generators", "simulator", "show", "lowering"},
     ),
+    "memory": ({"memory", "_memory_cli"}, {"bytes", "pipeline", "topology"}),
     "train": (
         {"train"},
         {
@@ -64,6 +75,7 @@ ROOMS = {
     "cli": (
         {"cli", "__main__", "_choose_cli"},
         {
+            "bytes",
             "schedule",
             "generators",
             "simulator",
@@ -77,8 +89,14 @@ ROOMS = {
 }
 # Inside a function only: objects that show themselves in Jupyter.
 # The command compiles a config's step.
-LATE = {("schedule", "show"), ("simulator", "show"), ("overlap", "train")}
+LATE = {
+    ("schedule", "show"),
+    ("simulator", "show"),
+    ("overlap", "train"),
+    ("memory", "train"),
+}
 JAX_FREE = (
+    "bytes",
     "schedule",
     "generators",
     "simulator",

@@ -17,6 +17,7 @@ import eplb_jax
 FROZEN = {
     dualpipe_jax: [
         "Costs",
+        "MemoryReport",
         "MemoryUse",
         "OverlapReport",
         "Partition",
@@ -36,6 +37,7 @@ FROZEN = {
         "gpu_compiler_options",
         "gpu_mesh",
         "lower",
+        "memory_report",
         "one_f_one_b",
         "overlap_report",
         "partition_layers",

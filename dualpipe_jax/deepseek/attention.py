@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dualpipe_jax.deepseek.config import DeepSeekConfig
-from eplb_jax.kernels import on_cuda
+from eplb_jax.kernels import load_tokamax, on_cuda
 
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
@@ -69,8 +69,7 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array
 
 
 def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    import tokamax  # pyright: ignore[reportMissingImports]
-
+    tokamax = load_tokamax()
     return tokamax.dot_product_attention(
         q, k, v, is_causal=True, implementation="triton"
     )

@@ -44,6 +44,8 @@ class DeepSeek:
       layer_costs: of each layer, in any unit; None: `DeepSeekConfig.forward_flops`.
       head_cost: of what stands behind the layers, in the same unit.
       rank_speeds: of the pipeline's ranks, in any unit; None: all alike.
+      max_layers: of a stage, at most. Every rank has room for as many as the longest
+        stage has, so that a better balance may cost memory everywhere.
     """
 
     architecture: DeepSeekConfig
@@ -59,6 +61,7 @@ class DeepSeek:
     layer_costs: tuple[float, ...] | None = None
     head_cost: float | None = None
     rank_speeds: tuple[float, ...] | None = None
+    max_layers: int | None = None
 
     def __post_init__(self):
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -90,7 +93,11 @@ class DeepSeek:
             )
             head_cost = arch.head_flops(sequence_length)
         return partition_layers(
-            costs, schedule, head_cost=head_cost, speeds=self.rank_speeds
+            costs,
+            schedule,
+            head_cost=head_cost,
+            speeds=self.rank_speeds,
+            max_layers=self.max_layers,
         )
 
     def build(

@@ -22,7 +22,12 @@ from dualpipe_jax.deepseek.binding import Balancing, Binding
 from dualpipe_jax.deepseek.config import DeepSeekConfig
 from dualpipe_jax.deepseek.layers import Head, Layer, NextNext
 from dualpipe_jax.deepseek.layout import DENSE, MOE, NONE, Layout, relay
-from dualpipe_jax.deepseek.losses import add_loss, cross_entropy, logits_of
+from dualpipe_jax.deepseek.losses import (
+    add_loss,
+    cross_entropies,
+    cross_entropy,
+    logits_of,
+)
 from dualpipe_jax.deepseek.sampling import sample
 from dualpipe_jax.deepseek.trees import (
     bias_state,
@@ -276,11 +281,18 @@ class DeepSeekPipeline(PipelineModel):
         """The loss that is trained on, and its terms."""
         embed, head = params if self.tied else (None, params)
         kernel = self._output_matrix(embed, head)
-        loss, z_loss = cross_entropy(self._norm(head, x), kernel, targets)
+        sets, stats = [(self._norm(head, x), targets)], None
+        if self.arch.mtp:
+            assert embed is not None
+            hidden, stats = self._next_next(embed, head, x, targets)
+            # The token after the next one is the next position's target; the last
+            # position of a sequence has none.
+            sets.append((hidden[:, :-1], targets[:, 1:]))
+        (loss, z_loss), *more = cross_entropies(sets, kernel)
         aux = {"loss": loss, "z_loss": z_loss}
         total = loss + self.model.z_loss * z_loss
-        if self.arch.mtp:
-            mtp, stats = self._mtp_loss(embed, head, kernel, x, targets)
+        if stats is not None:
+            ((mtp, _),) = more
             total = total + self.model.mtp_weight * mtp
             total = total + self.model.balance_loss * stats["balance_loss"]
             aux |= {"mtp_loss": mtp, "mtp": stats}
@@ -296,16 +308,14 @@ class DeepSeekPipeline(PipelineModel):
         kernel = self._output_matrix(embed, head)
         return logits_of(self._norm(head, x), kernel)
 
-    def _mtp_loss(self, embed, head, kernel, x, targets):
+    def _next_next(self, embed: jax.Array, head: PyTree, x: jax.Array, targets):
+        """What the multi-token prediction module makes of x, and its statistics."""
         balancing: Balancing = head["balancing"]
         bias = {"layer": bias_state(balancing.bias)}
         module = nnx.merge(self._graphs["mtp"], head["params"]["mtp"], bias)
         with self._kernels():
             hidden, stats = module(x, self._look_up(embed, targets), balancing.tables)
-        # The token after the next one is the next position's target; the last position
-        # of a sequence has none.
-        mtp, _ = cross_entropy(hidden[:, :-1], kernel, targets[:, 1:])
-        return mtp, _log(stats)
+        return hidden, _log(stats)
 
     def _norm(self, head: PyTree, x: jax.Array) -> jax.Array:
         own = {name: leaf for name, leaf in head["params"].items() if name != "mtp"}

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax.overlap.compiling import compile_overlapped, options_here
 from dualpipe_jax.pipeline import (
+    PipelineBuffers,
     PipelineParams,
     pipeline_forward,
     pipeline_value_and_grad,
@@ -48,6 +49,8 @@ class Programs:
       train_step: (state, inputs, targets) -> (state, metrics); takes the state's
         buffers for its result.
       held_out_loss: (state, inputs, targets) -> mean loss.
+      buffers: () -> what the train step keeps on one device from tick to tick.
+      lower_task: () -> its dearest task alone, lowered; see `PipelineStep`.
       checkpoint_info: what a checkpoint says of the model and its layout; JSON.
       restore_plan: `checkpoint_info` of the programs that wrote a checkpoint ->
         (the abstract state to read, the function from that to this run's state). It
@@ -64,6 +67,8 @@ class Programs:
     init: Any
     train_step: Any
     held_out_loss: Any
+    buffers: Callable[[], PipelineBuffers]
+    lower_task: Callable[[], Any]
     checkpoint_info: dict[str, Any]
     restore_plan: Callable[[dict[str, Any]], tuple[TrainState, Callable]]
     sample: Callable[..., np.ndarray] | None
@@ -219,6 +224,15 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         )
         return evaluate(bound.embed, bound.head, outputs, targets)
 
+    def about_step(function: Callable) -> Callable[[], Any]:
+        """What `function` tells of the pipelined part of the train step."""
+
+        def tell() -> Any:
+            bound = jax.eval_shape(model.bind, abstract.params, abstract.buffers)
+            return function(bound, tokens, tokens)
+
+        return tell
+
     abstract = abstract_with(model)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
@@ -259,6 +273,8 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
             train_step, donate_argnums=0, out_shardings=(shardings, None)
         ),
         held_out_loss=jax.jit(held_out_loss),
+        buffers=about_step(value_and_grad.buffers),
+        lower_task=about_step(value_and_grad.lower_task),
         checkpoint_info=model.checkpoint_info,
         restore_plan=restore_plan,
         sample=sample if config.sample_tokens else None,

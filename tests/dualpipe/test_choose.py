@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_jax import Costs, Remat, StageMemory, cli, rank_schedules
-from dualpipe_jax._choose_memory import format_bytes, parse_bytes
+from dualpipe_jax._bytes import format_bytes, parse_bytes
 
 GIB = 2**30
 ALL = ["1f1b", "dualpipe", "dualpipev", "gpipe", "zb1p"]
