@@ -69,7 +69,11 @@ def config() -> TrainConfig:
         sequence_length=4096,
         num_steps=500_000,
         optimizer=OptimizerConfig(
-            learning_rate=2.2e-4, warmup_steps=2000, final_fraction=1 / 30
+            learning_rate=2.2e-4,
+            warmup_steps=2000,
+            final_fraction=1 / 30,
+            # As in the report, section 3.3.2; its squares are in bfloat16 too.
+            mean_dtype="bfloat16",
         ),
         eval_every=1000,
         checkpoint_every=500,

@@ -6,7 +6,7 @@ How the loops are built is decided by what XLA does with them (docs/design.md):
 - what only some ranks do is guarded by a while loop of zero or one trip, whose
   carry aliases in place, where `lax.cond` would copy every buffer;
 - a steady state is a loop of its own with neither;
-- parameters enter every task in the same layout, of which there is one copy;
+- parameters and buffers are row-major in all loops, or XLA copies them between two;
 - a step reads all that it needs, then computes, then writes, so that the two halves
   of an overlapped pair do not depend on each other.
 """
@@ -220,8 +220,9 @@ class Runner:
     def step(self, kind: Kind, row: Row, state: State) -> State:
         """Runs one task, or the two of an overlapped pair side by side."""
         ops = dict(kind)
-        chunks = jax.tree.map(_row_major, self.chunks)
-        messages, residuals, queue = state.messages, state.residuals, state.queue
+        chunks, messages, residuals, queue = _row_major(
+            (self.chunks, state.messages, state.residuals, state.queue)
+        )
         reads = {}
         if "F" in ops:
             reads["x"] = _read(messages, row.f_in)
@@ -278,6 +279,7 @@ class Runner:
             grads[chunk] = _accumulate(grads[chunk], new)
         for slot, value in writes:
             messages = _write(messages, slot, value)
+        messages, residuals, queue = _row_major((messages, residuals, queue))
         return state._replace(
             messages=messages,
             residuals=residuals,
@@ -368,15 +370,20 @@ class Runner:
         return state._replace(messages=messages)
 
 
-def _row_major(leaf: jax.Array) -> jax.Array:
+def _row_major(tree: PyTree) -> PyTree:
     """The same, in the layout that all loops share.
 
-    XLA chooses layouts for each loop that a parameter passes through, as its products
-    would like it best, and holds a transposed copy for each choice all step long.
+    XLA chooses layouts for each loop that a value passes through, as the products in it
+    would like it best. It copies whole buffers from one layout to the other, and holds
+    a transposed copy of the parameters for each, all step long.
     """
-    if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return leaf
-    return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
+
+    def lay(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
+
+    return jax.tree.map(lay, tree)
 
 
 def _when(predicate: jax.Array, body: Callable[[PyTree], PyTree], carry: PyTree):

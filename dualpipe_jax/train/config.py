@@ -34,6 +34,8 @@ class OptimizerConfig:
       b2: decay of the mean of their squares.
       weight_decay: applied to matrices only, not to the scales of norms.
       clip_norm: the largest global gradient norm that an update may have.
+      mean_dtype: in which the mean of the gradients is kept, `"float32"` or
+        `"bfloat16"`; their squares, parameters and gradients are float32.
     """
 
     learning_rate: float
@@ -43,6 +45,11 @@ class OptimizerConfig:
     b2: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    mean_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.mean_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"{self.mean_dtype=} must be 'float32' or 'bfloat16'.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ def make_optimizer(
             b2=config.b2,
             weight_decay=config.weight_decay,
             mask=_is_matrix,
+            mu_dtype=config.mean_dtype,
         ),
     )
 

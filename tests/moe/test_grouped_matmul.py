@@ -2,11 +2,14 @@
 
 import contextlib
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from jax import lax
 
 from dualpipe_jax.topology import gpu_mesh
@@ -224,3 +227,18 @@ def test_bad_arguments(monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             grouped_matmul(*args, **options)
+
+
+def test_tokamax_does_not_read_our_command_line(monkeypatch):
+    """Its settings are absl's, which would refuse `--gpu` and end the process."""
+    tokamax = types.ModuleType("tokamax")
+    monkeypatch.setitem(sys.modules, "tokamax", tokamax)
+    monkeypatch.setattr(sys, "argv", ["python", "--gpu", "h800"])
+    was_parsed = flags.FLAGS.is_parsed()
+    flags.FLAGS.unparse_flags()
+    try:
+        assert kernels.load_tokamax() is tokamax
+        assert flags.FLAGS.is_parsed()
+    finally:
+        if not was_parsed:
+            flags.FLAGS.unparse_flags()

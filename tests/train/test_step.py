@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -127,3 +128,26 @@ def test_tokens_outside_the_vocabulary_are_refused():
         ValueError, match=r"token 256, but the model's vocab_size is 256"
     ):
         programs.check_tokens(np.array([3, 256]))
+
+
+def test_the_mean_of_gradients_can_be_kept_in_bfloat16():
+    params = PipelineParams(stages={"kernel": jnp.ones((2, 3, 3))})
+    grads = jax.tree.map(lambda leaf: 0.3 * leaf, params)
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, mean_dtype=dtype)
+        optimizer = step_module.make_optimizer(config, num_steps=4)
+        state = optimizer.init(params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(grads, state, params)
+        adam = state[1][0]
+        assert adam.mu.stages["kernel"].dtype == dtype
+        assert adam.nu.stages["kernel"].dtype == jnp.float32
+        results.append(updates.stages["kernel"])
+    # The first update is a quotient of means that rounds once to 8 bits.
+    np.testing.assert_allclose(*results, rtol=2**-8)
+
+
+def test_an_unknown_dtype_of_the_mean_is_refused():
+    with pytest.raises(ValueError, match="mean_dtype='float8' must be"):
+        OptimizerConfig(learning_rate=1.0, warmup_steps=0, mean_dtype="float8")
