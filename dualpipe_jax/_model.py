@@ -91,20 +91,6 @@ class Model:
             out = out._replace(aux=loss if stages is None else stages)
         return out
 
-    def _place(self, tree: PyTree, specs: PyTree) -> PyTree:
-        """Where axes are Explicit, arrays must have the layout that they are told."""
-        if AxisType.Explicit not in self.mesh.axis_types:
-            return tree
-        return jax.tree.map(
-            lambda spec, part: jax.tree.map(
-                lambda leaf: jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec)),
-                part,
-            ),
-            specs,
-            tree,
-            is_leaf=lambda node: isinstance(node, PartitionSpec),
-        )
-
     @property
     def batch_spec(self) -> PartitionSpec:
         """How inputs and targets lie."""

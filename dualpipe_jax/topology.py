@@ -8,10 +8,12 @@ libraries, no driver and no GPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -197,10 +199,21 @@ def _devices(gpu: Gpu, topology: str) -> list[Any]:
     except Exception as error:
         raise ValueError(
             f"jax {jax.__version__} cannot describe a GPU topology without its CUDA "
-            "plugin of the same version; pip install 'dualpipe-jax[gpu-aot]'. "
+            f"plugin of the same version, and there is {_installed_plugins()}; pip "
+            "install 'dualpipe-jax[gpu-aot]', which takes the one that fits. "
             f"({type(error).__name__}: {error})"
         ) from error
     return description.devices
+
+
+def _installed_plugins() -> str:
+    """Jax's CUDA plugins and their versions, in words."""
+    found = []
+    for cuda in (12, 13):
+        name = f"jax-cuda{cuda}-pjrt"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return " and ".join(found) or "none"
 
 
 def gpu_compiler_options(*, compile_only: bool = True) -> dict[str, bool | int]:
