@@ -112,6 +112,7 @@ def num_bytes(tree: PyTree) -> int:
 
 def _shapes(model: Model, params, inputs, targets, key) -> tuple[State, PyTree]:
     """One device's part of the state, and of what it computes with."""
+    model.check(params, inputs, targets)
 
     def body(params, inputs, targets, key):
         ready = model.prepare(training_work, params, inputs, targets, key)

@@ -80,6 +80,7 @@ class Model:
 
     def call(self, params, inputs, targets, key) -> Outputs:
         """Runs the program on the whole mesh; global arrays in and out."""
+        self.check(params, inputs, targets)
         if self.loss_fn is None:
             forward = self.mapped(self._forward, self.batch_spec)
             return Outputs(forward(params, inputs, targets, key), None, None)
@@ -91,6 +92,12 @@ class Model:
             out = out._replace(aux=loss if stages is None else stages)
         return out
 
+    def check(self, params, inputs, targets) -> None:
+        """Raises a ValueError for arguments of `call` that do not fit."""
+        schedule = self.program.schedule
+        _checks.check_params(params, schedule)
+        _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
+
     @property
     def batch_spec(self) -> PartitionSpec:
         """How inputs and targets lie."""
@@ -99,13 +106,11 @@ class Model:
     def mapped(self, body: Callable, out_specs: PyTree) -> Callable:
         """`body(params, inputs, targets, key, *rest)` of one device, for the mesh.
 
-        All in `rest` is replicated. What does not fit is refused.
+        All in `rest` is replicated.
         """
-        schedule, batch = self.program.schedule, self.batch_spec
+        batch = self.batch_spec
 
         def call(params, inputs, targets, key, *rest):
-            _checks.check_params(params, schedule)
-            _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
             specs = self.specs_of(params)
             run = jax.shard_map(
                 body,

@@ -3,8 +3,6 @@
 import math
 import re
 
-SIZES = {"bf16": 2, "f32": 4, "s32": 4, "pred": 1, "u32": 4, "f8e4m3fn": 1}
-
 
 def computations(text):
     """Name -> lines of every computation of an HLO module; the entry is 'ENTRY'."""
@@ -50,5 +48,10 @@ def copies_of(found, names):
             copy = re.search(r"= \(?(\w+)\[([\d,]*)\][^=]* copy(?:-start)?\(", line)
             if copy:
                 dims = (int(d) for d in copy[2].split(",") if d)
-                copies[name, line] = SIZES[copy[1]] * math.prod(dims)
+                copies[name, line] = _itemsize(copy[1]) * math.prod(dims)
     return copies
+
+
+def _itemsize(dtype):
+    bits = re.search(r"\d+", dtype)  # pred has none
+    return max(1, int(bits[0]) // 8) if bits else 1

@@ -109,3 +109,11 @@ def test_refusals():
     silent = types.SimpleNamespace(memory_analysis=lambda: None)
     with pytest.raises(ValueError, match="does not tell"):
         memory_report(silent)
+
+
+def test_parameters_that_do_not_fit_are_refused_as_by_the_step():
+    step = step_of(dualpipe(RANKS, MICROBATCHES))
+    with pytest.raises(ValueError, match="params is a dict"):
+        step.buffers({}, *arguments()[1:])
+    with pytest.raises(ValueError, match="params is a dict"):
+        step.lower_task({}, *arguments()[1:])
