@@ -172,7 +172,7 @@ class Runner:
                 lambda state, kind=kind: self.step(kind, row, state),
                 state,
             )
-        state = self._finish(row, state)
+        state = self._finish(row, state, _read(state.messages, row.f_out))
         state = self._embed_backward(row, state)
         return self._exchange(
             row,
@@ -201,10 +201,15 @@ class Runner:
             if fields.f_first[here].any():
                 state = self._embed(row, state)
             state = self.step(kind, row, state)
-            if fields.f_last[here].any():
-                state = self._finish(row, state)
             if fields.b_first[here].any():
                 state = self._embed_backward(row, state)
+            # Read before a message takes its slot; see `step` for the barrier.
+            y = None
+            if fields.f_last[here].any():
+                y, messages = lax.optimization_barrier(
+                    (_read(state.messages, row.f_out), state.messages)
+                )
+                state = state._replace(messages=messages)
             permutes = [
                 functools.partial(self._permute, pairs)
                 for pairs in self.program.permutes[first]
@@ -215,6 +220,9 @@ class Runner:
                 (state.messages, state.stage_grads)
             )
             state = state._replace(messages=messages, stage_grads=grads)
+            # The loss needs much memory: not before these gradients are added up.
+            if y is not None:
+                state = self._finish(row, state, y)
         return state
 
     def step(self, kind: Kind, row: Row, state: State) -> State:
@@ -309,12 +317,11 @@ class Runner:
             )
         )
 
-    def _finish(self, row: Row, state: State) -> State:
+    def _finish(self, row: Row, state: State, y: PyTree) -> State:
         """After the last stage: the loss and its cotangent, or the model's output."""
 
         def body(carry):
             messages, outputs, head_grads, embed_grads, aux = carry
-            y = _read(messages, row.f_out)
             output, new_aux, head, embed, dy = self.work.finish(y, row.f_microbatch)
             outputs = _write(outputs, row.f_microbatch, output)
             if dy is not None:
