@@ -224,14 +224,10 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         )
         return evaluate(bound.embed, bound.head, outputs, targets)
 
-    def about_step(function: Callable) -> Callable[[], Any]:
-        """What `function` tells of the pipelined part of the train step."""
-
-        def tell() -> Any:
-            bound = jax.eval_shape(model.bind, abstract.params, abstract.buffers)
-            return function(bound, tokens, tokens)
-
-        return tell
+    def about_step(method: str) -> Any:
+        """What a method of the train step's pipelined part tells of it."""
+        bound = jax.eval_shape(model.bind, abstract.params, abstract.buffers)
+        return getattr(value_and_grad, method)(bound, tokens, tokens)
 
     abstract = abstract_with(model)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -273,8 +269,8 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
             train_step, donate_argnums=0, out_shardings=(shardings, None)
         ),
         held_out_loss=jax.jit(held_out_loss),
-        buffers=about_step(value_and_grad.buffers),
-        lower_task=about_step(value_and_grad.lower_task),
+        buffers=functools.partial(about_step, "buffers"),
+        lower_task=functools.partial(about_step, "lower_task"),
         checkpoint_info=model.checkpoint_info,
         restore_plan=restore_plan,
         sample=sample if config.sample_tokens else None,
