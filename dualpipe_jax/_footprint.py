@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dualpipe_jax._executor import State
@@ -76,9 +77,7 @@ def lower_task(model: Model, params, inputs, targets, key) -> Any:
     program = model.program
     kind = _dearest(program.kinds)
     number = program.kinds.index(kind)
-    tick, _ = map(
-        int, next(zip(*(program.table.kind == number).nonzero(), strict=True))
-    )
+    tick = int(np.argwhere(program.table.kind == number)[0, 0])
 
     def body(params, inputs, targets, key, state, chunks):
         ready = model.prepare(training_work, params, inputs, targets, key)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from dualpipe_jax._bytes import format_bytes
-from dualpipe_jax._footprint import PipelineBuffers
+from dualpipe_jax._footprint import PipelineBuffers, num_bytes
 from dualpipe_jax.topology import GPUS, Gpu
 
 __all__ = ["MemoryReport", "PipelineBuffers", "bytes_of_shards", "memory_report"]
@@ -209,13 +209,11 @@ def memory_report(
 
 def bytes_of_shards(tree: Any) -> int:
     """Bytes of one device's part of a tree's arrays."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
+
+    def part(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)
-        part = (
-            leaf
-            if sharding is None
-            else jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
-        )
-        total += part.size * part.dtype.itemsize
-    return total
+        if sharding is None:
+            return leaf
+        return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
+
+    return num_bytes(jax.tree.map(part, tree))
