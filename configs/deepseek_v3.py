@@ -59,6 +59,7 @@ def config() -> TrainConfig:
             payload="fp8",
             eplb=EplbConfig(every=1000, num_redundant=64, num_nodes=8),
             buffer_factor=1.25,
+            stage_code="own",
             # A fifth layer in one stage would be a quarter more memory on all ranks.
             max_layers=4,
         ),

@@ -108,6 +108,26 @@ def check_activations(x: PyTree, embed_fn: Callable | None):
             )
 
 
+def check_stage_fns(stage_fn: Any, schedule: Schedule):
+    if callable(stage_fn):
+        return
+    if len(stage_fn) != schedule.num_stages:
+        raise ValueError(
+            f"stage_fn has {len(stage_fn)} functions, but {schedule.num_stages=}; give "
+            "one for each stage, or one for all."
+        )
+
+
+def check_same_aux(auxes: Sequence[PyTree]):
+    first, *rest = map(describe, auxes)
+    for other in rest:
+        if other != first:
+            raise ValueError(
+                f"stage_fn: one stage's function returns aux {first}, another's "
+                f"{other}; all must return the same, zeros where a stage has nothing."
+            )
+
+
 def check_stage(out: PyTree, x: PyTree) -> tuple[bool, PyTree]:
     """Whether the stage, whose output is `out`, returns aux beside, and which."""
     wanted = describe(x)

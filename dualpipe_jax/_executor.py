@@ -21,9 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
+from dualpipe_jax._in_place import (
+    accumulate,
+    at,
+    read,
+    row_major,
+    when,
+    write,
+    write_at,
+)
 from dualpipe_jax._ticks import Kind, Loop
+from dualpipe_jax._work import Work
 from dualpipe_jax.lowering import Program
 
 PyTree = Any
@@ -64,34 +73,13 @@ class Row(NamedTuple):
     receive: jax.Array  # [rounds]
 
 
-def _never(*args):
-    raise NotImplementedError("A forward-only program has no backward task.")
-
-
-class Work(NamedTuple):
-    """What the ticks call; the executor knows no model beyond these functions.
-
-    Each gets and gives values of one microbatch; `stage` is a traced scalar.
-    """
-
-    embed: Callable[[jax.Array], PyTree]  # microbatch -> x
-    forward: Callable[..., tuple]  # params, x, stage, microbatch -> y, aux, residuals
-    finish: Callable[..., tuple]  # y, microbatch -> output, aux, head & embed grads, dy
-    # What a forward-only program lacks:
-    backward: Callable[..., tuple] = _never  # params, residuals, dy -> grads, dx
-    backward_input: Callable[..., tuple] = _never  # the same -> dx, crossing
-    backward_weights: Callable[..., PyTree] = _never  # .., crossing -> grads
-    # Both argument tuples -> results of `forward`, results of `backward`.
-    pair: Callable[..., tuple] = _never
-    embed_backward: Callable[..., PyTree] | None = None  # dx, microbatch -> grads
-
-
 class Runner:
     """Runs all ticks of a program on one device, inside `jax.shard_map`.
 
     Attributes:
       program: what to run.
       work: the functions of the model.
+      variants: which of `work.stages` each stage runs.
       chunks: this rank's stage parameters, one tree a chunk.
       rank: position on the pipeline axis.
       axis_name: name of the pipeline axis.
@@ -102,6 +90,7 @@ class Runner:
         self,
         program: Program,
         work: Work,
+        variants: tuple[int, ...],
         chunks: tuple[PyTree, ...],
         rank: jax.Array,
         axis_name: str,
@@ -109,6 +98,7 @@ class Runner:
     ):
         self.program = program
         self.work = work
+        self.variants = variants
         self.chunks = chunks
         self.rank = rank
         self.axis_name = axis_name
@@ -116,8 +106,11 @@ class Runner:
         self.stages = jnp.asarray(np.asarray(program.chunks, np.int32))[rank]
         self.table = Row(*(jnp.asarray(field)[:, rank] for field in program.table))
         self.forward_only = program.schedule.is_forward_only
+        # Where ranks differ, a steady state is guarded as other ticks are: a body of
+        # its own would compile the same steps once more.
+        self.loops = [loop for loop in program.loops if self._is_alike(loop)]
         steady = np.zeros(program.num_ticks, bool)
-        for loop in program.loops:
+        for loop in self.loops:
             steady[loop.start : loop.stop] = True
         self.general = np.flatnonzero(~steady)
         self.patterns = [
@@ -132,8 +125,8 @@ class Runner:
     def run(self, state: State) -> State:
         """The state after the last tick."""
         ticks = jnp.asarray(self.general, jnp.int32)
-        trips = np.zeros((len(self.program.loops), len(self.general)), np.int32)
-        for number, loop in enumerate(self.program.loops):
+        trips = np.zeros((len(self.loops), len(self.general)), np.int32)
+        for number, loop in enumerate(self.loops):
             before = np.searchsorted(self.general, loop.start) - 1
             trips[number, before] = loop.trips
         choice = np.zeros((len(self.general), self.program.num_rounds), np.int32)
@@ -144,7 +137,7 @@ class Runner:
 
         def body(i, state):
             state = self._general_tick(state, ticks[i], jnp.asarray(choice)[i])
-            for number, loop in enumerate(self.program.loops):
+            for number, loop in enumerate(self.loops):
                 state = lax.fori_loop(
                     0,
                     jnp.asarray(trips[number])[i],
@@ -164,15 +157,9 @@ class Runner:
     def _general_tick(self, state: State, tick, choice) -> State:
         row = self.row(tick)
         state = self._embed(row, state)
-        for number, kind in enumerate(self.program.kinds):
-            if not (self.program.table.kind[self.general] == number).any():
-                continue
-            state = _when(
-                row.kind == number,
-                lambda state, kind=kind: self.step(kind, row, state),
-                state,
-            )
-        state = self._finish(row, state, _read(state.messages, row.f_out))
+        for number in range(len(self.program.kinds)):
+            state = self.tasks(number, self.general, row, state, row.kind == number)
+        state = self._finish(row, state, read(state.messages, row.f_out))
         state = self._embed_backward(row, state)
         return self._exchange(
             row,
@@ -197,17 +184,17 @@ class Runner:
             row = self.row(first + trip * loop.period)
             fields = self.program.table
             here = slice(first, loop.stop, loop.period)
-            kind = self.program.kinds[int(fields.kind[first, 0])]
+            number = int(fields.kind[first, 0])
             if fields.f_first[here].any():
                 state = self._embed(row, state)
-            state = self.step(kind, row, state)
+            state = self.tasks(number, np.array([first]), row, state)
             if fields.b_first[here].any():
                 state = self._embed_backward(row, state)
             # Read before a message takes its slot; see `step` for the barrier.
             y = None
             if fields.f_last[here].any():
                 y, messages = lax.optimization_barrier(
-                    (_read(state.messages, row.f_out), state.messages)
+                    (read(state.messages, row.f_out), state.messages)
                 )
                 state = state._replace(messages=messages)
             permutes = [
@@ -225,21 +212,75 @@ class Runner:
                 state = self._finish(row, state, y)
         return state
 
-    def step(self, kind: Kind, row: Row, state: State) -> State:
+    def tasks(
+        self,
+        number: int,
+        ticks: np.ndarray,
+        row: Row,
+        state: State,
+        predicate: jax.Array | None = None,
+    ) -> State:
+        """Runs steps of one kind, each rank with the variants of its own stages.
+
+        Args:
+          number: of the kind.
+          ticks: in which this is called; what no rank has in them is not compiled.
+          row: of this tick.
+          state: before it.
+          predicate: whether this rank has such a step; None: all have.
+
+        Returns:
+          The state after it.
+        """
+        cases = self._cases(number, ticks)
+        for case, ranks in cases.items():
+            here = predicate
+            if len(cases) > 1:
+                mine = jnp.asarray(np.isin(np.arange(len(self.program.chunks)), ranks))
+                here = mine[self.rank] if here is None else here & mine[self.rank]
+            run = functools.partial(self._step, self.program.kinds[number], case, row)
+            state = run(state) if here is None else when(here, run, state)
+        return state
+
+    def _cases(self, number: int, ticks: np.ndarray) -> dict[tuple[int, ...], list]:
+        """The ranks that have steps of a kind in these ticks, by their variants."""
+        cases: dict[tuple[int, ...], list] = {}
+        for rank in np.flatnonzero((self.program.table.kind[ticks] == number).any(0)):
+            stages = self.program.chunks[rank]
+            chunks = (chunk for _, chunk in self.program.kinds[number])
+            case = tuple(self.variants[stages[chunk]] for chunk in chunks)
+            cases.setdefault(case, []).append(rank)
+        return cases
+
+    def _is_alike(self, loop: Loop) -> bool:
+        """Whether all ranks run the same variants in each tick of a steady state."""
+        ticks = range(loop.start, loop.start + loop.period)
+        kinds = self.program.table.kind[:, 0]
+        return all(
+            len(self._cases(int(kinds[tick]), np.array([tick]))) == 1 for tick in ticks
+        )
+
+    def _step(
+        self, kind: Kind, variants: tuple[int, ...], row: Row, state: State
+    ) -> State:
         """Runs one task, or the two of an overlapped pair side by side."""
+        stages = self.work.stages
         ops = dict(kind)
-        chunks, messages, residuals, queue = _row_major(
+        variant = {op: v for (op, _), v in zip(kind, variants, strict=True)}
+        chunks, messages, residuals, queue = row_major(
             (self.chunks, state.messages, state.residuals, state.queue)
         )
         reads = {}
         if "F" in ops:
-            reads["x"] = _read(messages, row.f_in)
+            reads["x"] = read(messages, row.f_in)
         if "B" in ops or "I" in ops:
-            reads["dy"] = _read(messages, row.b_in)
-        if {"B", "I", "W"} & set(ops):
-            reads["residuals"] = _read(residuals, row.b_slot)
+            reads["dy"] = read(messages, row.b_in)
+        for op in {"B", "I", "W"} & set(ops):
+            kept = at(residuals, stages[variant[op]].residuals)
+            reads["residuals"] = read(kept, row.b_slot)
         if "W" in ops:
-            reads["crossing"] = _read(queue, row.queue)
+            crossed = at(queue, stages[variant["W"]].crossing)
+            reads["crossing"] = read(crossed, row.queue)
         if "W" not in ops:
             # Without this order between reads and writes of a buffer, XLA copies all
             # of it.
@@ -249,45 +290,51 @@ class Runner:
         grads = list(state.stage_grads)
         aux = list(state.stage_aux)
         writes = []
-        forward = backward = None
+        forward_args = backward_args = None
         if "F" in ops:
             chunk = ops["F"]
-            forward = (
-                chunks[chunk],
-                reads["x"],
-                self.stages[chunk],
-                row.f_microbatch,
-            )
+            number, microbatch = self.stages[chunk], row.f_microbatch
+            forward_args = (chunks[chunk], reads["x"], number, microbatch)
         if "B" in ops:
-            backward = (chunks[ops["B"]], reads["residuals"], reads["dy"])
-        forward, backward = self._run_both(forward, backward)
+            backward_args = (chunks[ops["B"]], reads["residuals"], reads["dy"])
+        forward = backward = None
+        if forward_args is not None and backward_args is not None:
+            forward, backward = self.work.pair(
+                (variant["F"], forward_args), (variant["B"], backward_args)
+            )
+        elif forward_args is not None:
+            forward = stages[variant["F"]].forward(*forward_args)
+        elif backward_args is not None:
+            backward = stages[variant["B"]].backward(*backward_args)
         if forward is not None:
             chunk = ops["F"]
             y, new_aux, saved = forward
             aux[chunk] = self.add_aux(aux[chunk], new_aux, row.f_microbatch)
             writes.append((row.f_out, y))
+            places = stages[variant["F"]].residuals
             if not self.forward_only:
-                residuals = _write(residuals, row.f_slot, saved)
+                residuals = write_at(residuals, places, row.f_slot, saved)
         if backward is not None:
             chunk = ops["B"]
             new, dx = backward
             writes.append((row.b_out, dx))
-            grads[chunk] = _accumulate(grads[chunk], new)
+            grads[chunk] = accumulate(grads[chunk], new)
         if "I" in ops:
-            dx, crossing = self.work.backward_input(
+            work = stages[variant["I"]]
+            dx, crossing = work.backward_input(
                 chunks[ops["I"]], reads["residuals"], reads["dy"]
             )
             writes.append((row.b_out, dx))
-            queue = _write(queue, row.queue, crossing)
+            queue = write_at(queue, work.crossing, row.queue, crossing)
         if "W" in ops:
             chunk = ops["W"]
-            new = self.work.backward_weights(
+            new = stages[variant["W"]].backward_weights(
                 chunks[chunk], reads["residuals"], reads["crossing"]
             )
-            grads[chunk] = _accumulate(grads[chunk], new)
+            grads[chunk] = accumulate(grads[chunk], new)
         for slot, value in writes:
-            messages = _write(messages, slot, value)
-        messages, residuals, queue = _row_major((messages, residuals, queue))
+            messages = write(messages, slot, value)
+        messages, residuals, queue = row_major((messages, residuals, queue))
         return state._replace(
             messages=messages,
             residuals=residuals,
@@ -296,21 +343,11 @@ class Runner:
             stage_aux=tuple(aux),
         )
 
-    def _run_both(self, forward: tuple | None, backward: tuple | None) -> tuple:
-        """Runs F, B, both or neither, from their arguments to their results."""
-        if forward is not None and backward is not None:
-            return self.work.pair(forward, backward)
-        if forward is not None:
-            return self.work.forward(*forward), None
-        if backward is not None:
-            return None, self.work.backward(*backward)
-        return None, None
-
     def _embed(self, row: Row, state: State) -> State:
         return state._replace(
-            messages=_when(
+            messages=when(
                 row.f_first == 1,
-                lambda messages: _write(
+                lambda messages: write(
                     messages, row.f_in, self.work.embed(row.f_microbatch)
                 ),
                 state.messages,
@@ -323,18 +360,18 @@ class Runner:
         def body(carry):
             messages, outputs, head_grads, embed_grads, aux = carry
             output, new_aux, head, embed, dy = self.work.finish(y, row.f_microbatch)
-            outputs = _write(outputs, row.f_microbatch, output)
+            outputs = write(outputs, row.f_microbatch, output)
             if dy is not None:
-                messages = _write(messages, row.loss_out, dy)
+                messages = write(messages, row.loss_out, dy)
             return (
                 messages,
                 outputs,
-                _accumulate(head_grads, head),
-                embed_grads if embed is None else _accumulate(embed_grads, embed),
+                accumulate(head_grads, head),
+                embed_grads if embed is None else accumulate(embed_grads, embed),
                 self.add_aux(aux, new_aux, row.f_microbatch),
             )
 
-        messages, outputs, head_grads, embed_grads, aux = _when(
+        messages, outputs, head_grads, embed_grads, aux = when(
             row.f_last == 1,
             body,
             (
@@ -360,71 +397,18 @@ class Runner:
 
         def body(carry):
             messages, grads = carry
-            dx = _read(messages, row.b_out)
-            return messages, _accumulate(grads, backward(dx, row.b_microbatch))
+            dx = read(messages, row.b_out)
+            return messages, accumulate(grads, backward(dx, row.b_microbatch))
 
-        messages, grads = _when(
+        messages, grads = when(
             row.b_first == 1, body, (state.messages, state.embed_grads)
         )
         return state._replace(messages=messages, embed_grads=grads)
 
     def _exchange(self, row: Row, state: State, permutes) -> State:
         """Sends and receives: reads all of a tick's messages before it writes one."""
-        values = [_read(state.messages, row.send[k]) for k in range(len(permutes))]
+        values = [read(state.messages, row.send[k]) for k in range(len(permutes))]
         values, messages = lax.optimization_barrier((values, state.messages))
         for k, (permute, value) in enumerate(zip(permutes, values, strict=True)):
-            messages = _write(messages, row.receive[k], permute(value))
+            messages = write(messages, row.receive[k], permute(value))
         return state._replace(messages=messages)
-
-
-def _row_major(tree: PyTree) -> PyTree:
-    """The same, in the layout that all loops share.
-
-    XLA chooses layouts for each loop that a value passes through, as the products in it
-    would like it best. It copies whole buffers from one layout to the other, and holds
-    a transposed copy of the parameters for each, all step long.
-    """
-
-    def lay(leaf: jax.Array) -> jax.Array:
-        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return leaf
-        return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
-
-    return jax.tree.map(lay, tree)
-
-
-def _when(predicate: jax.Array, body: Callable[[PyTree], PyTree], carry: PyTree):
-    """`body(carry)` where the predicate holds, in place; see the module's docstring.
-
-    The carry holds all buffers that `body` reads or writes. The barrier keeps what
-    follows after those reads: XLA forgets the order of a buffer that passes through
-    a loop unchanged, and would copy it before the next write.
-    """
-    _, carry = lax.while_loop(
-        lambda c: c[0],
-        lambda c: (jnp.zeros_like(c[0]), body(c[1])),
-        (predicate, carry),
-    )
-    return lax.optimization_barrier(carry)
-
-
-def _read(tree: PyTree, slot: jax.Array) -> PyTree:
-    return jax.tree.map(
-        lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), tree
-    )
-
-
-def _write(tree: PyTree, slot: jax.Array, value: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, axis=0),
-        tree,
-        value,
-    )
-
-
-def _accumulate(total: PyTree, new: PyTree) -> PyTree:
-    def add(t, n):
-        # Integer parameters have no gradient; AD says so with float0.
-        return t if n.dtype == jax.dtypes.float0 else t + n.astype(t.dtype)
-
-    return jax.tree.map(add, total, new)

@@ -77,13 +77,14 @@ def lower_task(model: Model, params, inputs, targets, key) -> Any:
     program = model.program
     kind = _dearest(program.kinds)
     number = program.kinds.index(kind)
-    tick = int(np.argwhere(program.table.kind == number)[0, 0])
+    tick = int(np.argmax((program.table.kind == number).sum(1)))
 
     def body(params, inputs, targets, key, state, chunks):
         ready = model.prepare(training_work, params, inputs, targets, key)
         runner = ready.runner
         runner.chunks = chunks[0]
-        return runner.step(kind, runner.row(jnp.int32(tick)), state)
+        row = runner.row(jnp.int32(tick))
+        return runner.tasks(number, np.array([tick]), row, state)
 
     def placed(tree: PyTree, specs: PyTree) -> PyTree:
         def place(spec: PartitionSpec, part: PyTree) -> PyTree:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +61,7 @@ class Model:
     without a `loss_fn` the model runs forward only.
     """
 
-    stage_fn: Callable[..., PyTree]
+    stage_fn: Callable[..., PyTree] | Sequence[Callable[..., PyTree]]
     embed_fn: Callable[..., PyTree] | None
     loss_fn: Callable[..., Any] | None
     program: Program
@@ -72,6 +72,18 @@ class Model:
     tied: bool = False
     aux_reduction: str = "sum"
     accumulate_dtype: Any = jnp.float32
+
+    @functools.cached_property
+    def variants(self) -> tuple[tuple[Callable[..., PyTree], ...], tuple[int, ...]]:
+        """The functions of stages, each once, and the number of each stage's."""
+        if callable(self.stage_fn):
+            return (self.stage_fn,), (0,) * self.program.schedule.num_stages
+        # Compared, not hashed: methods are made anew, and modules may have no hash.
+        found: list[Callable[..., PyTree]] = []
+        for fn in self.stage_fn:
+            if fn not in found:
+                found.append(fn)
+        return tuple(found), tuple(found.index(fn) for fn in self.stage_fn)
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -154,8 +166,9 @@ class Model:
         chunks = exchange.to_chunks(params.stages, rank)
         if key is not None and self.data_axes:
             key = jax.random.fold_in(key, lax.axis_index(self.data_axes))
+        stage_fns, variants = self.variants
         functions = Functions(
-            self.stage_fn,
+            stage_fns,
             self.embed_fn,
             self.loss_fn,
             self.tied,
@@ -177,7 +190,9 @@ class Model:
             loss_aux=self._zero_aux(buffers.loss_aux),
         )
         add_aux = _write_aux if self.aux_reduction == "stack" else _sum_aux
-        runner = Runner(self.program, work, chunks, rank, self.axis_name, add_aux)
+        runner = Runner(
+            self.program, work, variants, chunks, rank, self.axis_name, add_aux
+        )
         return Prepared(runner, state, exchange)
 
     def _forward(self, params, inputs, targets, key) -> PyTree:

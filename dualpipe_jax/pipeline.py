@@ -72,7 +72,7 @@ class PipelineStep:
 
 
 def pipeline_value_and_grad(
-    stage_fn: Callable[..., PyTree],
+    stage_fn: Callable[..., PyTree] | Sequence[Callable[..., PyTree]],
     loss_fn: Callable[..., Any],
     *,
     schedule: Schedule,
@@ -95,6 +95,10 @@ def pipeline_value_and_grad(
     Args:
       stage_fn: `stage_fn(stage_params, x) -> y` or `(y, aux)`; x and y are pytrees of
         floating arrays of the same shapes and dtypes. May be `jax.checkpoint`ed.
+        Where stages differ in more than numbers, a function for each stage, all of
+        parameters of one structure; those that are equal (`==`) share their code. What
+        would else be a `lax.cond` is decided when it compiles, so that collectives in
+        it can be hidden; each combination of two that meet on a rank compiles anew.
       loss_fn: `loss_fn(head_params, y, targets) -> scalar` or `(scalar, aux)`.
       schedule: which rank does what when.
       mesh: mesh with the axis `axis_name`, of size `schedule.num_ranks`.
@@ -147,6 +151,7 @@ def pipeline_value_and_grad(
       DeepSeek-V3 Technical Report, section 3.2.1 (DualPipe).
     """
     _checks.check_mesh(schedule, mesh, axis_name, data_axes)
+    _checks.check_stage_fns(stage_fn, schedule)
     if schedule.is_forward_only:
         raise ValueError(
             f"{schedule.kind=} has no backward tasks; use pipeline_forward, or a "
@@ -170,7 +175,7 @@ def pipeline_value_and_grad(
 
 
 def pipeline_forward(
-    stage_fn: Callable[..., PyTree],
+    stage_fn: Callable[..., PyTree] | Sequence[Callable[..., PyTree]],
     *,
     schedule: Schedule,
     mesh: Mesh,
@@ -208,6 +213,7 @@ def pipeline_forward(
       [11. 12. 13.]
     """
     _checks.check_mesh(schedule, mesh, axis_name, data_axes)
+    _checks.check_stage_fns(stage_fn, schedule)
     model = Model(
         stage_fn=stage_fn,
         embed_fn=embed_fn,

@@ -143,6 +143,7 @@ class SplitBackward:
         self,
         forward: tuple[PyTree, ...],
         backward: tuple[PyTree, Sequence[Any], PyTree],
+        other: SplitBackward | None = None,
     ) -> tuple[tuple[PyTree, tuple], tuple[PyTree, tuple[PyTree, ...]]]:
         """F of one microbatch and B of another, in an order in which each hides the
         communication of the other: see `dualpipe_jax._split.interleave`.
@@ -152,13 +153,19 @@ class SplitBackward:
         Args:
           forward: (params, *inputs), the arguments of `forward`.
           backward: (params, residuals, output_cts), the arguments of `backward`.
+          other: the plan that B belongs to; None: this one.
 
         Returns:
           What the two return.
         """
         params, *inputs = forward
+        other = self if other is None else other
         return self.programs.forward_and_backward(
-            self.consts, (params, tuple(inputs)), backward
+            self.consts,
+            (params, tuple(inputs)),
+            other.programs,
+            other.consts,
+            backward,
         )
 
 

@@ -10,13 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from eplb_jax.dispatch import Payload, combine, plan_dispatch, send, send_choices
 from eplb_jax.exchange import Transport
 from eplb_jax.grouped_matmul import Implementation, grouped_matmul
 from eplb_jax.physical import physical_weights
 from eplb_jax.replicas import ReplicaChoice, choose_slots
+from eplb_jax.routing import ROUTING
 from eplb_jax.tables import ExpertTables
+
+# Names of what a layer must keep so that computing it again exchanges nothing: for
+# `jax.checkpoint_policies.save_only_these_names(*EXCHANGED)`.
+EXCHANGED = (ROUTING, "moe_plan", "moe_rows")
 
 
 class ExpertWeights(NamedTuple):
@@ -138,6 +144,7 @@ def mix_experts(
         axis_name=p.axis_name,
         num_rows=p.num_rows,
     )
+    plan = checkpoint_name(plan, "moe_plan")
     way = {"axis_name": p.axis_name, "transport": p.transport}
 
     def multiply(rows: jax.Array, weight: jax.Array) -> jax.Array:
@@ -151,6 +158,7 @@ def mix_experts(
     with jax.named_scope("dispatch"):
         rows = send(x, plan, payload=p.payload, **way)
         weights_M1 = send_choices(weights.reshape(-1, 1), plan, **way)
+        rows, weights_M1 = checkpoint_name((rows, weights_M1), "moe_rows")
 
     def run(rows: jax.Array, weights_M1: jax.Array, e: ExpertWeights) -> jax.Array:
         hidden = jax.nn.silu(multiply(rows, e.gate)) * multiply(rows, e.up)

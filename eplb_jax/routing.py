@@ -15,8 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import checkify
 from jax.typing import ArrayLike
+
+# The name of logits and choices for the policies of `jax.checkpoint`.
+ROUTING = "moe_routing"
 
 
 class Routing(NamedTuple):
@@ -65,10 +69,11 @@ def softmax_top_k(
     """
     logits = _as_logits(logits, k, check_values)
     scores = jax.nn.softmax(logits)
-    weights, experts = lax.top_k(scores, k)
+    experts = _k_best(scores, k)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
     if normalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
-    return Routing(experts.astype(jnp.int32), weights * scaling, scores)
+    return Routing(experts, weights * scaling, scores)
 
 
 def sigmoid_group_top_k(
@@ -133,11 +138,11 @@ def sigmoid_group_top_k(
         is_chosen = jax.nn.one_hot(groups, num_groups, dtype=jnp.bool_).any(axis=-2)
         biased_GE = jnp.where(is_chosen[..., None], biased_GE, -jnp.inf)
         biased = biased_GE.reshape(biased.shape)
-    _, experts = lax.top_k(biased, k)
+    experts = _k_best(biased, k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if normalize:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(experts.astype(jnp.int32), weights * scaling, scores)
+    return Routing(experts, weights * scaling, scores)
 
 
 def update_bias(bias: jax.Array, counts: jax.Array, rate: float = 1e-3) -> jax.Array:
@@ -188,7 +193,7 @@ def sequence_balance_loss(
       (1.0, 1.8)
     """
     num_experts = scores.shape[-1]
-    _, experts = lax.top_k(lax.stop_gradient(scores), k)
+    experts = _k_best(scores, k)
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=-2)
     share = scores / scores.sum(axis=-1, keepdims=True)
     counts = jnp.ones(scores.shape[:-1], jnp.float32)
@@ -234,7 +239,13 @@ def _as_logits(logits: ArrayLike, k: int, check_values: bool) -> jax.Array:
             "Router logits are not finite; lower the learning rate, or look for the "
             "layer before that overflows.",
         )
-    return logits
+    return checkpoint_name(logits, ROUTING)
+
+
+def _k_best(scores: jax.Array, k: int) -> jax.Array:
+    """[..., k] int32."""
+    _, experts = lax.top_k(lax.stop_gradient(scores), k)
+    return checkpoint_name(experts.astype(jnp.int32), ROUTING)
 
 
 def _check_groups(num_experts: int, k: int, num_groups: int, topk_groups: int) -> None:

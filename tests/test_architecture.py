@@ -30,6 +30,7 @@ ROOMS = {
             "_checks",
             "_exchange",
             "_executor",
+            "_in_place",
             "_footprint",
             "_model",
             "_work",

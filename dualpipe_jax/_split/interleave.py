@@ -68,7 +68,7 @@ def interleave(forward: Any, backward: Any, num_needed: int) -> Any | None:
     passes = _Pass.of_forward(forward), _Pass.of_backward(backward, num_needed)
     if not any(each.sends for each in passes):
         return None
-    turns = _turns(*passes)
+    turns = _small_first(_turns(*passes))
     eqns, outs = _in_order(turns, [*forward.outvars, *backward.outvars])
     invars = [*forward.invars, *backward.invars]
     return compat.new_jaxpr(invars, outs, eqns, forward)
@@ -206,6 +206,46 @@ def _with_operands(
             continue
         found[id(each)] = each
         pending += [makers[v] for v in each.invars if is_var(v) and v in makers]
+    return found
+
+
+def _small_first(turns: Sequence[_Turn]) -> list[_Turn]:
+    """Gives small exchanges that a turn waits for a turn before it.
+
+    On the link they would come after the large one, and what reads them would wait for
+    both.
+    """
+    result = []
+    for turn in turns:
+        makers = {v: eqn for eqn in turn.all() for v in eqn.outvars}
+        read = {v for eqn in turn.all() for v in eqn.invars if is_var(v)}
+        first: dict[int, Any] = {}
+        for eqn in turn.eqns:
+            is_small = eqn.primitive.name in _EXCHANGES
+            if turn.send is None or not is_small or not read.intersection(eqn.outvars):
+                continue
+            needed = _closure(eqn, makers)
+            if id(turn.send) in needed:
+                continue
+            time = sum(map(_cost, needed.values()))
+            if time <= _WORTH * _NETWORK * _sent(turn.send):
+                first |= needed
+        if first:
+            result.append(_Turn(None, [e for e in turn.eqns if id(e) in first]))
+            turn.eqns = [eqn for eqn in turn.eqns if id(eqn) not in first]
+        result.append(turn)
+    return result
+
+
+def _closure(eqn: Any, makers: dict[Any, Any]) -> dict[int, Any]:
+    """An equation and all that it waits for among these."""
+    found: dict[int, Any] = {}
+    pending = [eqn]
+    while pending:
+        each = pending.pop()
+        if id(each) not in found:
+            found[id(each)] = each
+            pending += [makers[v] for v in each.invars if is_var(v) and v in makers]
     return found
 
 

@@ -49,6 +49,11 @@ class Programs:
         return f"Programs({', '.join(sizes)})"
 
     @property
+    def num_input_cts(self) -> int:
+        """How many cotangents the inputs have; integers have none."""
+        return sum(map(_has_cotangent, self.in_avals[self.num_params :]))
+
+    @property
     def read_by_weights(self) -> tuple[bool, ...]:
         stop = len(self.read_by_w) - len(self.crossing_avals)
         return self.read_by_w[stop - len(self.residual_avals) : stop]
@@ -75,21 +80,26 @@ class Programs:
         return outputs, tuple(map(_to_storage, outs))
 
     @functools.cached_property
-    def pair(self) -> Any:
-        """F and B in turns, see `interleave`; None where there is nothing to order."""
-        num_cts = sum(map(_has_cotangent, self.in_avals[self.num_params :]))
-        return interleave(self.f, self.b, num_cts)
+    def _pairs(self) -> dict[Programs, Any]:
+        return {}
 
-    def forward_and_backward(self, consts, forward, backward):
-        """(params, inputs) of one microbatch, (params, residuals, cts) of another."""
+    def pair(self, other: Programs) -> Any:
+        """F, and B of another, in turns: see `interleave`; None without any."""
+        if other not in self._pairs:
+            self._pairs[other] = interleave(self.f, other.b, other.num_input_cts)
+        return self._pairs[other]
+
+    def forward_and_backward(self, consts, forward, other, other_consts, backward):
+        """(params, inputs) of this one, and of the other (params, residuals, cts)."""
         params, residuals, cts = backward
-        operands = self.operands(consts, params, residuals)
-        if self.pair is None:
-            return self.forward(consts, *forward), self.backward(operands, cts)
-        args = [*self._inputs(consts, *forward), *operands, *self._cotangents(cts)]
-        outs = compat.evaluate(self.pair, *args)
+        operands = other.operands(other_consts, params, residuals)
+        pair = self.pair(other)
+        if pair is None:
+            return self.forward(consts, *forward), other.backward(operands, cts)
+        args = [*self._inputs(consts, *forward), *operands, *other._cotangents(cts)]
+        outs = compat.evaluate(pair, *args)
         num = len(self.f.outvars)
-        return self._outputs(outs[:num]), self._all_cts(outs[num:])
+        return self._outputs(outs[:num]), other._all_cts(outs[num:])
 
     def operands(self, consts, params, residuals):
         params_tree = self.in_tree.children()[0]
@@ -113,7 +123,7 @@ class Programs:
         return self._all_cts(compat.evaluate(self.b, *operands, *cts))
 
     def _all_cts(self, outs):
-        num = sum(map(_has_cotangent, self.in_avals[self.num_params :]))
+        num = self.num_input_cts
         return self._param_cts(outs[num:]), self._input_cts(outs[:num])
 
     # What split_vjp hands out: `saved` holds the residuals that W reads.

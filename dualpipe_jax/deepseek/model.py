@@ -18,6 +18,7 @@ from eplb_jax import ExpertParallel
 from eplb_jax.dispatch import Payload
 
 Remat = Literal["attention", "experts"]
+StageCode = Literal["shared", "own"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,17 @@ class DeepSeek:
         is reported as `overflow`.
       remat: what the backward pass computes again instead of keeping it: `"attention"`
         keeps the residual stream and nothing else of an attention, `"experts"` the
-        tokens that came to the experts and nothing of what is inside them.
+        tokens that came to the experts and nothing of what is inside them; both keep of
+        a layer its input and what was exchanged.
       payload: `"fp8"` sends tokens to their experts in float8, and keeps them so; see
         `eplb_jax.dispatch.send`.
       layer_costs: of each layer, in any unit; None: `DeepSeekConfig.forward_flops`.
       head_cost: of what stands behind the layers, in the same unit.
       rank_speeds: of the pipeline's ranks, in any unit; None: all alike.
+      stage_code: what stages of different layers run. `"shared"`: the same, with a
+        branch wherever two of them differ. `"own"`: code for each kind of stage,
+        without branches, inside which exchanges cannot be hidden. It takes longer to
+        compile; where all stages are alike it is the same.
       max_layers: of a stage, at most. Every rank has room for as many as the longest
         stage has, so that a better balance may cost memory everywhere.
     """
@@ -61,6 +67,7 @@ class DeepSeek:
     layer_costs: tuple[float, ...] | None = None
     head_cost: float | None = None
     rank_speeds: tuple[float, ...] | None = None
+    stage_code: StageCode = "shared"
     max_layers: int | None = None
 
     def __post_init__(self):
@@ -71,6 +78,8 @@ class DeepSeek:
                 f"remat={self.remat}: {sorted(unknown)[0]!r} is unknown; choose from "
                 f"{', '.join(get_args(Remat))}."
             )
+        if self.stage_code not in get_args(StageCode):
+            raise ValueError(f"{self.stage_code=} must be 'shared' or 'own'.")
         if (self.layer_costs is None) != (self.head_cost is None):
             raise ValueError(
                 "layer_costs and head_cost share a unit; give both or neither."

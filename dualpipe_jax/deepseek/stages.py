@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -40,6 +41,7 @@ from dualpipe_jax.params import PipelineParams
 from dualpipe_jax.train.model import PipelineModel
 from eplb_jax import ExpertParallel
 from eplb_jax.kernels import cross_compiling
+from eplb_jax.mixture import EXCHANGED
 from eplb_jax.moe import MoEStats
 
 if TYPE_CHECKING:
@@ -205,11 +207,26 @@ class DeepSeekPipeline(PipelineModel):
         return self._look_up(params, tokens)
 
     def stage(self, params: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
-        """One stage; beside the activations the statistics of its MoE slots."""
+        """Any stage; beside the activations the statistics of its MoE slots."""
+        return self._run_stage(None, params, x)
+
+    @property
+    def stage_fns(self) -> Any:
+        if self.model.stage_code == "shared":
+            return self.stage
+        rows = [tuple(row) for row in self.layout.kind_GS.tolist()]
+        of = {row: functools.partial(self._run_stage, row) for row in set(rows)}
+        return tuple(of[row] for row in rows)
+
+    def _run_stage(
+        self, row: tuple[int, ...] | None, params: PyTree, x: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
+        """A stage with these kinds of layers; None: the parameters tell them."""
         aux = {}
         with self._kernels():
             for slot in range(self.layout.num_slots):
-                x, stats = self._run_slot(slot, params, x)
+                kinds = self.layout.kinds(slot) if row is None else {row[slot]}
+                x, stats = self._run_slot(slot, kinds, params, x)
                 if stats is not None:
                     aux[str(slot)] = stats
         return x, aux
@@ -220,14 +237,18 @@ class DeepSeekPipeline(PipelineModel):
             return cross_compiling()
         return contextlib.nullcontext()
 
-    def _run_slot(self, slot: int, params: PyTree, x: jax.Array) -> Any:
-        kinds, kind = self.layout.kinds(slot), params["kind"][slot]
+    def _run_slot(
+        self, slot: int, kinds: Set[int], params: PyTree, x: jax.Array
+    ) -> Any:
+        kind = params["kind"][slot]
         tree = params["slots"][slot]
         balancing: Balancing | None = params["balancing"].get(str(slot))
         nothing = None if balancing is None else self._no_stats()
 
-        # What is gathered must not be kept until W: it is more than all activations.
-        @jax.checkpoint
+        def attend(x: jax.Array):
+            with jax.named_scope("attn"):
+                return self._merge(slot, tree, balancing).attend(x)
+
         def dense(x: jax.Array):
             # Gathered here, so that stages with experts in this slot gather nothing.
             whole = tree | {"dense": self._gather_dense(tree["dense"])}
@@ -236,22 +257,30 @@ class DeepSeekPipeline(PipelineModel):
         def mix(x: jax.Array):
             return self._mix(self._merge(slot, tree, balancing), x, balancing)
 
+        remat = self.model.remat
+        # What is gathered must not be kept until W: it is more than all activations.
+        feed = {DENSE: jax.checkpoint(dense), MOE: mix}
+        if "attention" in remat and "experts" not in remat:
+            attend = jax.checkpoint(attend)
+
         def run(x: Any):
-            x = self._attend(self._merge(slot, tree, balancing), x)
-            if kinds - {NONE} == {DENSE}:
-                return dense(x)
-            if kinds - {NONE} == {MOE}:
-                return mix(x)
-            return lax.cond(kind == DENSE, dense, mix, x)
+            x = attend(x)
+            if len(kinds - {NONE}) == 1:
+                (only,) = kinds - {NONE}
+                return feed[only](x)
+            return lax.cond(kind == DENSE, feed[DENSE], mix, x)
+
+        if {"attention", "experts"} <= set(remat):
+            # What the experts read is a result of the attention: computed again for
+            # one, it is there for the other.
+            keep = jax.checkpoint_policies.save_only_these_names(*EXCHANGED)
+            run = jax.checkpoint(run, policy=keep)
 
         if NONE not in kinds:
             return run(x)
+        if kinds == {NONE}:
+            return x, nothing
         return lax.cond(kind != NONE, run, lambda x: (x, nothing), x)
-
-    def _attend(self, layer: Layer, x: jax.Array) -> jax.Array:
-        remat = "attention" in self.model.remat
-        with jax.named_scope("attn"):
-            return (jax.checkpoint(layer.attend) if remat else layer.attend)(x)
 
     def _merge(self, slot: int, tree: PyTree, balancing: Balancing | None) -> Layer:
         state = [tree] if balancing is None else [tree, bias_state(balancing.bias)]

@@ -33,7 +33,7 @@ def text(report: OverlapReport, name: str | None = None) -> str:
     parts = [
         summary(report, name),
         "",
-        *_aligned([_LOOPS, *map(_loop_row, report.loops)]),
+        *_aligned([_LOOPS, *_loop_rows(report)]),
         "",
         f"collectives of {_where(loop)}, in the order of their starts:",
         *_aligned([_COLLECTIVES, *_collective_rows(loop)]),
@@ -49,8 +49,8 @@ def summary(report: OverlapReport, name: str | None = None) -> str:
     if not report.loops:
         return text(report)
     loop = _loop(report, name)
-    steady = loop.kind == "while" and loop is report.steady_state
-    kind = "steady state" if steady else loop.kind
+    is_steady = loop is report.steady_state and loop.kind in ("while", "guard")
+    kind = "steady state" if is_steady else loop.kind
     said = (
         f"{report.module}, {kind} {loop.name}: {loop.hidden_fraction:.1%} of "
         f"{_ms(loop.communication_s)} communication hidden, {_ms(loop.exposed_s)} "
@@ -97,7 +97,7 @@ def html(report: OverlapReport) -> str:
     loop = report.steady_state
     parts = [
         f"<p>{escape(summary(report))}</p>",
-        _html([_LOOPS, *map(_loop_row, report.loops)]),
+        _html([_LOOPS, *_loop_rows(report)]),
     ]
     parts.append(f"<p>Collectives of {escape(_where(loop))}:</p>")
     parts.append(_html([_COLLECTIVES, *_collective_rows(loop)]))
@@ -132,9 +132,24 @@ def runs(loop: LoopReport) -> str:
     return "unknown"
 
 
-def _loop_row(loop: LoopReport) -> tuple[str, ...]:
+def _loop_rows(report: OverlapReport) -> list[tuple[str, ...]]:
+    """One a loop; those of which all is alike but the name share one."""
+    alike: dict[tuple[str, ...], list[LoopReport]] = {}
+    for loop in report.loops:
+        alike.setdefault((loop.kind, *_loop_cells(loop)), []).append(loop)
+    return [
+        (
+            loops[0].name
+            + (f" and {len(loops) - 1} more" if len(loops) > 1 else "")
+            + f" ({kind})",
+            *cells,
+        )
+        for (kind, *cells), loops in alike.items()
+    ]
+
+
+def _loop_cells(loop: LoopReport) -> tuple[str, ...]:
     return (
-        f"{loop.name} ({loop.kind})",
         runs(loop),
         _ms(loop.makespan_s),
         _ms(loop.compute.seconds),

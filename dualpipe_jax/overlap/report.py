@@ -71,7 +71,8 @@ class OverlapReport:
     def steady_state(self) -> LoopReport:
         """The loop whose own collectives take the most time in one run of its body.
 
-        Guards, branches and the entry are not meant, unless there are no loops.
+        A guard, where that is what runs in every trip of a loop with fewer collectives.
+        Branches and the entry are not meant, unless there is nothing else.
 
         Raises:
           ValueError: the module has no collectives.
@@ -81,8 +82,11 @@ class OverlapReport:
                 f"the module {self.module} has no collectives, and so no steady state; "
                 "was it compiled for more than one device?"
             )
-        whiles = [loop for loop in self.loops if loop.kind == "while"]
-        return max(whiles or self.loops, key=lambda loop: loop.communication_s)
+        loops = [loop for loop in self.loops if loop.kind in ("while", "guard")]
+        return max(
+            loops or self.loops,
+            key=lambda loop: (loop.communication_s, loop.kind == "while"),
+        )
 
     def loop(self, name: str) -> LoopReport:
         """The loop, branch or entry of this name, or whose name begins so.

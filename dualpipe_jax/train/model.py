@@ -76,6 +76,11 @@ class PipelineModel(abc.ABC):
     def stage(self, params: PyTree, x: PyTree) -> PyTree:
         """One stage: activations, or (activations, aux)."""
 
+    @property
+    def stage_fns(self) -> Any:
+        """`stage`, or a function for each stage: see `pipeline_value_and_grad`."""
+        return self.stage
+
     @abc.abstractmethod
     def loss(self, params: PyTree, x: PyTree, targets: jax.Array) -> Any:
         """Mean loss of targets [batch, sequence] in nats, or (that, aux)."""

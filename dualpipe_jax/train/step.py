@@ -182,9 +182,9 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         "param_specs": bound_specs,
     }
     value_and_grad = pipeline_value_and_grad(
-        model.stage, model.loss, tied=model.tied, **layout
+        model.stage_fns, model.loss, tied=model.tied, **layout
     )
-    forward = pipeline_forward(model.stage, **layout)
+    forward = pipeline_forward(model.stage_fns, **layout)
 
     def train_step(state: TrainState, inputs: jax.Array, targets: jax.Array):
         bound = model.bind(state.params, state.buffers)

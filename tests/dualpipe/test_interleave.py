@@ -1,10 +1,13 @@
 """F and B in turns: as one after the other, each beside the exchange of the other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import Literal
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -31,15 +34,21 @@ def exchange(x):
     return lax.all_to_all(x, "ep", split_axis=0, concat_axis=0, tiled=True)
 
 
-def stage(layers, x, *, remat=False):
-    """As a mixture of experts: something, there, something else, and back."""
+def stage(layers, x, *, remat=False, weighted=False):
+    """As a mixture of experts: something, there, something else, and back.
+
+    Weights of some rows may travel with them.
+    """
 
     def attend(layer, x):
         return x + jnp.tanh(x @ layer["a"]) @ layer["b"]
 
     for layer in layers:
         x = (jax.checkpoint(attend) if remat else attend)(layer, x)
-        x = x + exchange(jax.nn.silu(exchange(x) @ layer["c"]) @ layer["d"])
+        rows = exchange(x)
+        if weighted:
+            rows *= 1 + exchange(x[:DEVICES, :1]).sum(keepdims=True)
+        x = x + exchange(jax.nn.silu(rows @ layer["c"]) @ layer["d"])
     return x
 
 
@@ -56,18 +65,20 @@ def operands(seed=0):
     return layers, *(normal(DEVICES * TOKENS, WIDTH) for _ in range(3))
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_in_turns_as_one_after_the_other(remat):
+@pytest.mark.parametrize(
+    "options", [{}, {"remat": True}, {"weighted": True}], ids=["plain", *"rw"]
+)
+def test_in_turns_as_one_after_the_other(options):
     def run(layers, x, other, dy):
         def fn(layers, x):
-            return stage(layers, x, remat=remat)
+            return stage(layers, x, **options)
 
         plan = SplitBackward.trace(fn, layers, x, platform="cpu")
         _, residuals = plan.forward(layers, other)
         forward, backward = plan.forward_and_backward(
             (layers, x), (layers, residuals, dy)
         )
-        assert plan.programs.pair is not None
+        assert plan.programs.pair(plan.programs) is not None
         one, pullback = jax.vjp(fn, layers, x)
         expected = plan.forward(layers, x), plan.backward(layers, residuals, dy)
         _, pullback = jax.vjp(fn, layers, other)
@@ -113,8 +124,8 @@ def test_every_exchange_has_products_of_the_other_pass_beside_it(remat):
     programs = plans[0].programs
     # All processes of a run must come to the same program.
     again = {str(interleave(programs.f, programs.b, 1)) for _ in range(4)}
-    assert again == {str(programs.pair)}
-    turns = turns_of(programs.pair)
+    assert again == {str(programs.pair(programs))}
+    turns = turns_of(programs.pair(programs))
     sending = [
         turn for turn in turns if any(e.primitive.name == "all_to_all" for e in turn)
     ]
@@ -131,9 +142,65 @@ def test_every_exchange_has_products_of_the_other_pass_beside_it(remat):
     def products(jaxpr):
         return sum(e.primitive.name == "dot_general" for e in jaxpr.eqns)
 
-    assert products(programs.pair) == products(programs.f) + products(programs.b)
+    assert products(programs.pair(programs)) == products(programs.f) + products(
+        programs.b
+    )
     # Weight gradients are left for the messages to the neighbours.
     assert any(e.primitive.name == "dot_general" for e in turns[-1])
+
+
+def test_a_small_exchange_is_not_waited_for_behind_a_large_one():
+    plans = []
+
+    def run(layers, x):
+        fn = functools.partial(stage, weighted=True)
+        plans.append(SplitBackward.trace(fn, layers, x, platform="cpu"))
+        return x
+
+    jax.eval_shape(on_devices(run, 2), *operands()[:2])
+    (plan,) = plans
+    turns = turns_of(plan.programs.pair(plan.programs))
+    number = 0
+    for turn in turns:
+        exchanges = [e for e in turn if e.primitive.name == "all_to_all"]
+        sizes = [e.outvars[0].aval.size for e in exchanges]
+        small = [e for e, n in zip(exchanges, sizes, strict=True) if n == DEVICES]
+        number += len(small)
+        if len(small) < len(exchanges):
+            waiting = {v for e in small for v in e.outvars}
+            for e in turn:
+                if any(v in waiting for v in e.invars if not isinstance(v, Literal)):
+                    waiting.update(e.outvars)
+                    assert e.primitive.name != "dot_general"
+    assert number == 2 * LAYERS
+
+
+def test_an_other_plan_runs_beside():
+    """F of one function and B of another."""
+
+    def run(layers, x, other, dy):
+        plans = [
+            SplitBackward.trace(
+                functools.partial(stage, weighted=weighted), layers, x, platform="cpu"
+            )
+            for weighted in (False, True)
+        ]
+        _, residuals = plans[1].forward(layers, other)
+        got = plans[0].forward_and_backward(
+            (layers, x), (layers, residuals, dy), plans[1]
+        )
+        expected = (
+            plans[0].forward(layers, x),
+            plans[1].backward(layers, residuals, dy),
+        )
+        return got, expected
+
+    got, expected = on_devices(run, 4)(*operands())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        got,
+        expected,
+    )
 
 
 def test_without_an_exchange_there_is_no_order_to_decide():
@@ -142,7 +209,7 @@ def test_without_an_exchange_there_is_no_order_to_decide():
 
     w, x = jnp.ones((4, 4)), jnp.ones((2, 4))
     plan = SplitBackward.trace(layer, w, x)
-    assert plan.programs.pair is None
+    assert plan.programs.pair(plan.programs) is None
     y, residuals = plan.forward(w, x)
     forward, backward = plan.forward_and_backward((w, x), (w, residuals, y))
     jax.tree.map(np.testing.assert_array_equal, forward, (y, residuals))

@@ -297,6 +297,40 @@ def test_the_steady_state_is_the_loop_with_the_most_communication():
         report.loop("none")
 
 
+def test_a_guard_may_be_the_steady_state():
+    """Of a loop whose trips differ between ranks; one as large as a loop's is not."""
+    permutes = [permute_start("p"), permute_done("p")]
+    exchange = [all_to_all_start("a"), all_to_all_done("a")]
+    report = report_of(
+        run_loop("outer", 3),
+        loop("outer", "\n".join([*exchange, run_loop("guard")])),
+        loop("guard", "\n".join(permutes), flag="%false"),
+    )
+    assert report.steady_state.name == "guard"
+    assert "steady state guard" in report.summary()
+    report = report_of(
+        run_loop("outer", 3),
+        loop("outer", "\n".join([run_loop("guard"), *permutes])),
+        loop("guard", "\n".join(permutes).replace("p", "q", 1), flag="%false"),
+    )
+    assert report.steady_state.name == "outer"
+
+
+def test_loops_that_are_alike_share_a_line():
+    both = f"{permute_start('p')}\n{permute_done('p')}"
+    report = report_of(
+        "\n".join([run_loop("first", 2), run_loop("second", 2), run_loop("other", 3)]),
+        *(loop(name, both) for name in ("first", "second", "other")),
+    )
+    rows = [
+        line
+        for line in report.text().splitlines()
+        if "(while)" in line and " ms" in line
+    ]
+    assert [row.split(" (while)")[0] for row in rows] == ["other", "first and 1 more"]
+    assert len(report.loops) == 3
+
+
 def test_json_has_what_the_report_has():
     report = report_of(run_loop("body", 5), loop("body", STEADY))
     read = json.loads(report.to_json())
