@@ -1,13 +1,14 @@
 """The main job's train step with a layer a stage, compiled for H100s without one.
 
 The whole job's takes three minutes to compile; see benchmarks/results/ for its figures.
+A step with a W queue is in tests/dualpipe/test_gpu_program.py.
 """
 
 import dataclasses
 
 import pytest
 
-from dualpipe_jax import memory_report
+from dualpipe_jax import dualpipe, memory_report
 from dualpipe_jax.topology import gpu_compiler_options, gpu_mesh
 from dualpipe_jax.train import load_config, make_programs
 from tests.modules import computations, copies_of, in_loops
@@ -25,7 +26,11 @@ def programs():
         model.architecture, num_layers=4, num_dense_layers=0, mtp=False
     )
     model = dataclasses.replace(model, architecture=sizes)
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(
+        config,
+        model=model,
+        schedule=lambda *sizes: dualpipe(*sizes).with_whole_backwards(),
+    )
     return make_programs(config, gpu_mesh("h100", config.mesh_shape))
 
 
@@ -48,7 +53,7 @@ def test_memory_is_what_the_program_says(programs, compiled):
 
 
 def test_no_buffer_is_copied_in_the_loops(programs, compiled):
-    """Slots, queue and accumulators stay in place: copies are of one task's values."""
+    """Slots and accumulators stay in place: copies are of one task's values."""
     held = programs.buffers()
     found = computations(compiled.as_text())
     copies = copies_of(found, in_loops(found))

@@ -35,8 +35,8 @@ def loss_fn(head, y, targets):
     return jnp.mean(jnp.square((y @ head).astype(jnp.float32) - targets))
 
 
-def lowered_step(num_ranks, num_devices):
-    schedule = dualpipe(num_ranks, 4 * num_ranks)
+def lowered_step(schedule, num_devices, stage_fn=stage_fn):
+    num_ranks = schedule.num_ranks
     mesh = gpu_mesh("h100", {"pp": num_ranks, "ep": num_devices})
 
     def struct(spec, *shape, dtype=jnp.bfloat16):
@@ -64,7 +64,8 @@ def lowered_step(num_ranks, num_devices):
 @pytest.mark.parametrize(("num_ranks", "num_devices"), [(2, 4), (4, 8)])
 def test_communication_runs_under_compute(num_ranks, num_devices):
     # One node has four GPUs here, so that exchanges over ep=8 use the network.
-    compiled = compile_overlapped(lowered_step(num_ranks, num_devices), gpus_per_node=4)
+    lowered = lowered_step(dualpipe(num_ranks, 4 * num_ranks), num_devices)
+    compiled = compile_overlapped(lowered, gpus_per_node=4)
     report = overlap_report(compiled, gpu="h100", gpus_per_node=4)
     steady = report.steady_state
     kinds = [each.kind for each in steady.collectives]
@@ -75,3 +76,21 @@ def test_communication_runs_under_compute(num_ranks, num_devices):
     assert steady.hidden_fraction >= 0.97
     assert not steady.without_gemms
     assert steady.compute.seconds > steady.communication_s  # or nothing could be hidden
+
+
+def test_stages_with_functions_of_their_own_hide_it_too():
+    """The pairs of inner and of outer ranks stand in guards, and nothing in branches."""
+
+    def other_fn(layers, x):
+        return stage_fn(layers, x)
+
+    schedule = dualpipe(4, 16).with_whole_backwards()
+    stage_fns = [stage_fn, other_fn, other_fn, stage_fn]
+    compiled = compile_overlapped(lowered_step(schedule, 2, stage_fns))
+    report = overlap_report(compiled, gpu="h100")
+    steady = report.steady_state
+    assert steady.kind == "guard"
+    kinds = [each.kind for each in steady.collectives]
+    assert kinds == ["all-to-all"] * 2 * 2 * LAYERS
+    assert steady.hidden_fraction >= 0.97
+    assert not steady.without_gemms

@@ -131,13 +131,14 @@ def dropout_embed(params, tokens, *, key):
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
 def test_dropout_depends_on_stage_and_microbatch_only(remat):
-    """Schedules of four stages and eight microbatches give the same numbers."""
+    """Schedules of four stages and eight microbatches give the same numbers, whole
+    backwards and split ones.
+    """
     stage = jax.checkpoint(dropout_stage) if remat else dropout_stage
     params, batch = make_params(4), make_batch(8)
     key = jax.random.key(7)
     results = []
-    schedules = dualpipev(2, 8), dualpipe(4, 8), zb1p(4, 8)
-    for schedule in schedules[: 1 if remat else 3]:
+    for schedule in [dualpipev(2, 8), *([] if remat else [zb1p(4, 8)])]:
         step = pipeline_value_and_grad(
             stage,
             loss_fn,

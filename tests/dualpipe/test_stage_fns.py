@@ -53,13 +53,12 @@ def run_stages(fns, params, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*SCHEDULES, "whole"])
+@pytest.mark.parametrize("kind", ["dualpipe", "zb1p", "dualpipev, whole backwards"])
 def test_gradients_of_stages_that_differ(kind):
-    schedule = (
-        SCHEDULES["dualpipe"].with_whole_backwards()
-        if kind == "whole"
-        else SCHEDULES[kind]
-    )
+    name, *whole = kind.split(", ")
+    schedule = SCHEDULES[name]
+    if whole:
+        schedule = schedule.with_whole_backwards()
     fns = fns_of(schedule)
     params = make_params(schedule.num_stages)
     tokens, targets = make_batch(schedule.num_microbatches)

@@ -88,7 +88,7 @@ def test_a_run_killed_at_any_moment_and_resumed_is_one_run(tmp_path):
     finish(start_cheap("--out", whole, *steps))
     rng = np.random.default_rng(0)
     resume = []
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         before = len(losses(parts)) if resume else 6
         run = start_cheap("--out", parts, *steps, *resume, CHEAP_STEP_SECONDS="0.05")
         # A save begins every third step; so the kill comes in the midst of one, or
