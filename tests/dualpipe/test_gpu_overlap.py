@@ -79,7 +79,7 @@ def test_communication_runs_under_compute(num_ranks, num_devices):
 
 
 def test_stages_with_functions_of_their_own_hide_it_too():
-    """The pairs of inner and of outer ranks stand in guards, and nothing in branches."""
+    """Pairs of inner and of outer ranks stand in guards, and nothing in branches."""
 
     def other_fn(layers, x):
         return stage_fn(layers, x)
