@@ -14,7 +14,7 @@ import jax
 from dualpipe_jax.overlap import chrome, hlo, render
 from dualpipe_jax.overlap.assumptions import assumptions
 from dualpipe_jax.overlap.links import Links
-from dualpipe_jax.overlap.program import Program
+from dualpipe_jax.overlap.program import GUARD, Program
 from dualpipe_jax.overlap.records import CollectiveReport, LoopReport, read_loop
 from dualpipe_jax.overlap.timeline import Compute, Done, Timeline
 from dualpipe_jax.overlap.work import Roofline
@@ -71,7 +71,7 @@ class OverlapReport:
     def steady_state(self) -> LoopReport:
         """The loop whose own collectives take the most time in one run of its body.
 
-        A guard, where that is what runs in every trip of a loop with fewer collectives.
+        Or the guard inside a loop, where ranks differ in what they run in each trip.
         Branches and the entry are not meant, unless there is nothing else.
 
         Raises:
@@ -82,7 +82,7 @@ class OverlapReport:
                 f"the module {self.module} has no collectives, and so no steady state; "
                 "was it compiled for more than one device?"
             )
-        loops = [loop for loop in self.loops if loop.kind in ("while", "guard")]
+        loops = [loop for loop in self.loops if _is_repeated(loop)]
         return max(
             loops or self.loops,
             key=lambda loop: (loop.communication_s, loop.kind == "while"),
@@ -178,6 +178,12 @@ class OverlapReport:
 
     def _repr_html_(self) -> str:
         return render.html(self)
+
+
+def _is_repeated(loop: LoopReport) -> bool:
+    """Whether it is a loop, or a guard inside one."""
+    in_loop = any(frame.source != GUARD for frame in loop.path)
+    return loop.kind == "while" or (loop.kind == "guard" and in_loop)
 
 
 def _weight(loop: LoopReport) -> float:

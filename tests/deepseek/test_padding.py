@@ -199,7 +199,7 @@ def programs(layout, slot):
     pipeline = make(layout)
     params = jax.eval_shape(lambda: pick(pipeline, 0, zeros_of(pipeline)))
     x = jax.ShapeDtypeStruct(activations()[0].shape, jnp.float32)
-    run = functools.partial(pipeline._run_slot, slot)
+    run = functools.partial(pipeline._run_slot, slot, layout.kinds(slot))
     plan = SplitBackward.trace(run, params, x, has_aux=True)
     return {
         "F": (plan.forward, (params, x)),

@@ -31,7 +31,6 @@ def test_another_mesh_schedule_and_placement(tmp_path, monkeypatch):
         lambda lowered, mesh: small.compile_lowered_quickly(lowered),
     )
     config = small.config(
-        architecture={"num_layers": 2},
         schedule="1f1b",
         num_steps=6,
         checkpoint_every=3,

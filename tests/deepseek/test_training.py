@@ -1,6 +1,6 @@
 """The pipelined step of the whole model against one device and `jax.grad`.
 
-Every schedule, the axes beside the pipeline, and what a config may add.
+The axes beside the pipeline, and what a config may add.
 """
 
 import dataclasses
@@ -51,47 +51,36 @@ def assert_equal_steps(pipelined, expected, rtol):
         np.testing.assert_allclose(got, wanted, rtol=rtol, atol=1e-6, err_msg=name)
 
 
-# ZB1P and DualPipeV, which has four stages on two ranks, run below and GPipe in
+# DualPipeV, which has four stages on two ranks, and 1F1B run below, GPipe in
 # test_resume.py, each beside something else; all five run with the main job's config in
 # benchmarks/train.py.
 # With three layers on two stages, one slot holds either kind of layer, and one a layer
-# or padding: stages have code of their own for that here, and branches below.
+# or padding: stages have code of their own for that here, and branches in
+# test_resume.py.
 def test_training_is_that_of_one_device():
-    config = small.config(model={"stage_code": "own"})
+    config = small.config(
+        model={"stage_code": "own"},
+        mesh={"pp": 2, "dp": 2, "ep": 2},
+        shard_at_rest=True,
+        architecture={"mtp": True},
+    )
     pipelined, state = pipelined_steps(config, 4)
     expected = small.unpipelined_steps(config, 4)
     # f32 in another order of sums, through three steps of Adam.
     assert_equal_steps(pipelined, expected, rtol=1e-4)
+    assert {"mtp_loss", "z_loss"} <= pipelined[0].keys()
     assert pipelined[3]["loss"] < pipelined[0]["loss"] - 0.05  # so steps matter
     even = build(config)[0].init_buffers().placement
     assert (np.asarray(state.buffers.placement) != np.asarray(even)).any()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {
-            "schedule": "zb1p",
-            "mesh": {"pp": 2, "dp": 2, "ep": 2},
-            "shard_at_rest": True,
-            "architecture": {"num_layers": 3, "mtp": True},
-        },
-        {
-            "schedule": "1f1b",
-            "mesh": {"pp": 1, "ep": 2},
-            "architecture": {
-                "num_layers": 2,
-                "mtp": True,
-                "tied": True,
-                "q_rank": None,
-            },
-            "model": {"eplb": None, "remat": ("attention", "experts")},
-        },
-    ],
-    ids=["zb1p, dp, MTP, sharded at rest", "one rank, tied, MTP, no EPLB, remat"],
-)
-def test_what_a_config_may_add(changes):
-    config = small.config(**changes)
+def test_one_rank_tied_and_computed_again():
+    config = small.config(
+        schedule="1f1b",
+        mesh={"pp": 1, "ep": 2},
+        architecture={"num_layers": 2, "mtp": True, "tied": True, "q_rank": None},
+        model={"eplb": None, "remat": ("attention", "experts")},
+    )
     pipelined, _ = pipelined_steps(config, 3)
     expected = small.unpipelined_steps(config, 3)
     assert_equal_steps(pipelined, expected, rtol=1e-4)  # as above
