@@ -5,6 +5,7 @@
 
 from typing import TYPE_CHECKING
 
+from eplb_jax.balancer import BalancerState, ExpertBalancer
 from eplb_jax.migration import migrate
 from eplb_jax.mixture import ExpertParallel, ExpertWeights, mix_experts
 from eplb_jax.physical import physical_weights
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from eplb_jax.moe import MoE
 
 __all__ = [
+    "BalancerState",
+    "ExpertBalancer",
     "ExpertParallel",
     "ExpertTables",
     "ExpertWeights",

@@ -53,7 +53,8 @@ class MoE(nnx.Module):
     Attributes:
       router: [d, experts] float32 parameter.
       bias: [experts] `RouterBias`, for the sigmoid router; else None.
-      experts: `ExpertWeights` of parameters.
+      experts: `ExpertWeights` of parameters; a server that passes `physical` may set
+        it to None.
       shared: `ExpertWeights` of parameters, one wide expert; or None.
 
     Examples:
@@ -221,12 +222,14 @@ class MoE(nnx.Module):
             experts = jnp.where(is_padding[..., None], -1, experts)
         dtype = self.dtype or x.dtype
         tokens = x.reshape(-1, x.shape[-1]).astype(dtype)
-        mine = ExpertWeights(*(leaf[...] for leaf in self.experts))
+        held = physical
+        if held is None:
+            held = ExpertWeights(*(leaf[...] for leaf in self.experts))
         outputs, slot_counts, overflow = mix_experts(
             tokens,
             experts.reshape(-1, self.k),
             routing.weights.reshape(-1, self.k),
-            mine if physical is None else physical,
+            held,
             tables,
             self.parallel,
             is_physical=physical is not None,

@@ -50,6 +50,8 @@ FROZEN = {
         "zb1p",
     ],
     eplb_jax: [
+        "BalancerState",
+        "ExpertBalancer",
         "ExpertParallel",
         "ExpertTables",
         "ExpertWeights",
