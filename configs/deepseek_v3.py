@@ -46,9 +46,9 @@ def config() -> TrainConfig:
     Command: `srun python -m dualpipe_jax train configs/deepseek_v3.py --distributed
     --data TOKENS.npy`, tokens of a vocabulary of 129,280.
     Runtime, result: not measured; nobody here has 1,024 GPUs. Parameters are counted
-    by a test: 671B, 37B of them active. Compiled for H800s it needs 76.4 of 79.1 GiB a
-    GPU (`python -m dualpipe_jax memory deepseek_v3 --gpu h800`), but hides nothing of
-    its exchanges: see benchmarks/results/overlap_gpu_2026-11-22.md.
+    by a test: 671B, 37B of them active. Compiled for H800s it needs 72.9 of 79.1 GiB a
+    GPU (`python -m dualpipe_jax memory deepseek_v3 --gpu h800`), and a pair of full
+    stages hides 99.8 % of its exchanges: benchmarks/results/overlap_gpu_2026-11-22.md.
     """
     return TrainConfig(
         name="deepseek_v3",

@@ -51,9 +51,8 @@ def assert_equal_steps(pipelined, expected, rtol):
         np.testing.assert_allclose(got, wanted, rtol=rtol, atol=1e-6, err_msg=name)
 
 
-# DualPipeV, which has four stages on two ranks, and 1F1B run below, GPipe in
-# test_resume.py, each beside something else; all five run with the main job's config in
-# benchmarks/train.py.
+# ZB1P and 1F1B run below, GPipe in test_resume.py, each beside something else; all five
+# run with the main job's config in benchmarks/train.py.
 # With three layers on two stages, one slot holds either kind of layer, and one a layer
 # or padding: stages have code of their own for that here, and branches in
 # test_resume.py.
@@ -88,7 +87,7 @@ def test_one_rank_tied_and_computed_again():
 
 
 def test_bfloat16_computes_with_float32_masters():
-    config = small.config(schedule="dualpipev", architecture={"num_layers": 4})
+    config = small.config(schedule="zb1p", architecture={"num_layers": 2})
     rounded = dataclasses.replace(config.model, compute_dtype="bfloat16")
     rounded = dataclasses.replace(config, model=rounded)
     with jax.numpy_dtype_promotion("standard"):  # flax's norms take float32 means
