@@ -90,12 +90,7 @@ def single_params(architecture):
 
 def compile_quickly(jitted, *args):
     """Without optimizing the machine code: these programs run for milliseconds."""
-    return compile_lowered_quickly(jitted.lower(*args))
-
-
-def compile_lowered_quickly(lowered):
-    """The same, of what is lowered."""
-    return lowered.compile({"xla_backend_optimization_level": 0})
+    return jitted.lower(*args).compile({"xla_backend_optimization_level": 0})
 
 
 def unpipelined_steps(config, num_steps):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -26,11 +27,17 @@ def run(config, folder, *, resume=False):
 
 @pytest.mark.slow
 def test_another_mesh_schedule_and_placement(tmp_path, monkeypatch):
+    # Most of the time would go into optimizing programs that run for milliseconds.
+    compile_well = jax.stages.Lowered.compile
     monkeypatch.setattr(
-        "dualpipe_jax.train.step._compile_step",
-        lambda lowered, mesh: small.compile_lowered_quickly(lowered),
+        jax.stages.Lowered,
+        "compile",
+        lambda lowered, options=None: compile_well(
+            lowered, {**(options or {}), "xla_backend_optimization_level": 0}
+        ),
     )
     config = small.config(
+        architecture={"num_layers": 2},
         schedule="1f1b",
         num_steps=6,
         checkpoint_every=3,

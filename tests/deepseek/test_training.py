@@ -54,8 +54,8 @@ def assert_equal_steps(pipelined, expected, rtol):
 # ZB1P and 1F1B run below, GPipe in test_resume.py, each beside something else; all five
 # run with the main job's config in benchmarks/train.py.
 # With three layers on two stages, one slot holds either kind of layer, and one a layer
-# or padding: stages have code of their own for that here, and branches in
-# test_resume.py.
+# or padding: stages have code of their own for that here. Branches are in
+# test_resume.py, and those of padding in test_padding.py.
 def test_training_is_that_of_one_device():
     config = small.config(
         model={"stage_code": "own"},
