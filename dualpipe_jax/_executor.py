@@ -190,7 +190,7 @@ class Runner:
             state = self.tasks(number, np.array([first]), row, state)
             if fields.b_first[here].any():
                 state = self._embed_backward(row, state)
-            # Read before a message takes its slot; see `step` for the barrier.
+            # Read before a message takes its slot; see `_step` for the barrier.
             y = None
             if fields.f_last[here].any():
                 y, messages = lax.optimization_barrier(

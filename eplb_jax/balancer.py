@@ -250,10 +250,13 @@ class ExpertBalancer:
 
         It takes time only where something is due.
         """
+        score_L, is_stranded_L = self._score(state), self._is_stranded(state)
         is_due = (state.step > 0) & (state.step % self.every == 0)
-        is_due &= (self._score(state) < self.below).any()
-        is_due |= self._is_stranded(state).any()
-        return lax.cond(is_due, self._plan, self._no_plan, state)
+        is_due &= (score_L < self.below).any()
+        is_due |= is_stranded_L.any()
+        return lax.cond(
+            is_due, self._plan, self._no_plan, state, score_L, is_stranded_L
+        )
 
     def agree(self, plan: Plan, axis_name: str) -> Plan:
         """The plan, if all ranks have the same; else one that changes nothing.
@@ -310,7 +313,10 @@ class ExpertBalancer:
             n = order_N[i]
             layer = plan.layers[n]
             new = migrate(
-                jax.tree.map(lambda leaf: _row(leaf, layer), weights),
+                jax.tree.map(
+                    lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False),
+                    weights,
+                ),
                 state.tables.layer(layer),
                 plan.tables.layer(n),
                 num_devices=1 if axis_name is None else self.num_devices,
@@ -327,16 +333,13 @@ class ExpertBalancer:
 
     def switch(self, state: BalancerState, plan: Plan) -> BalancerState:
         """The state with the plan's tables, for weights that are placed by them."""
-
-        def put(all_L: jax.Array, new_N: jax.Array) -> jax.Array:
-            old_N = all_L[plan.layers]
-            shape = (-1,) + (1,) * (new_N.ndim - 1)
-            return all_L.at[plan.layers].set(
-                jnp.where(plan.is_changed.reshape(shape), new_N, old_N)
-            )
-
+        rows = _choose(plan.is_changed, plan.tables, _rows(state, plan.layers))
         return state._replace(
-            tables=jax.tree.map(put, state.tables, plan.tables),
+            tables=jax.tree.map(
+                lambda all_L, new_N: all_L.at[plan.layers].set(new_N),
+                state.tables,
+                rows,
+            ),
             cursor=jnp.where(plan.is_refused, state.cursor, plan.cursor),
             num_moves=state.num_moves + plan.num_moves.sum(dtype=jnp.int32),
             num_refused=state.num_refused + plan.is_refused.astype(jnp.int32),
@@ -385,10 +388,10 @@ class ExpertBalancer:
             "num_stranded": self._is_stranded(state).sum(dtype=jnp.int32),
         }
 
-    def _plan(self, state: BalancerState) -> Plan:
+    def _plan(
+        self, state: BalancerState, score_L: jax.Array, is_stranded_L: jax.Array
+    ) -> Plan:
         num_layers = self.num_layers
-        is_stranded_L = self._is_stranded(state)
-        score_L = self._score(state)
         is_wanted_L = is_stranded_L | (score_L < self.below)
         turn_L = (jnp.arange(num_layers, dtype=jnp.int32) - state.cursor) % num_layers
         class_L = jnp.where(is_stranded_L, 0, jnp.where(is_wanted_L, 1, 2))
@@ -396,7 +399,8 @@ class ExpertBalancer:
         layers_N = chosen_N.astype(jnp.int32)
         is_stranded_N, is_wanted_N = is_stranded_L[layers_N], is_wanted_L[layers_N]
         loads_NE = self.estimator.estimate(state.loads)[layers_N]
-        old_NS = state.tables.physical_to_logical_map[layers_N]
+        old = _rows(state, layers_N)
+        old_NS = old.physical_to_logical_map
         new_NS, _ = refine_placement(
             loads_NE,
             old_NS,
@@ -408,24 +412,26 @@ class ExpertBalancer:
         gain_N = self._score_of(state, loads_NE, new_NS) - score_L[layers_N]
         is_taken_N = is_wanted_N & (is_stranded_N | (gain_N >= self.min_gain))
         # A placement that leaves an expert out, or does not fit the tables, is none.
-        is_taken_N &= self._tables(new_NS).is_valid()
-        new_NS = jnp.where(is_taken_N[:, None], new_NS, old_NS)
+        new = self._tables(new_NS)
+        tables = _choose(is_taken_N & new.is_valid(), new, old)
+        new_NS = tables.physical_to_logical_map
         is_fetched_NS = (new_NS != old_NS) & (new_NS >= 0)
         last = jnp.where(is_wanted_N, turn_L[layers_N], 0).max()
         return Plan(
             layers=layers_N,
-            tables=self._tables(new_NS),
+            tables=tables,
             is_changed=(new_NS != old_NS).any(axis=1),
             num_moves=is_fetched_NS.sum(axis=1, dtype=jnp.int32),
             cursor=(state.cursor + last + 1) % num_layers,
             is_refused=jnp.zeros((), jnp.bool_),
         )
 
-    def _no_plan(self, state: BalancerState) -> Plan:
+    def _no_plan(self, state: BalancerState, *scores: jax.Array) -> Plan:
+        del scores
         layers_N = jnp.arange(self._plan_size, dtype=jnp.int32)
         return Plan(
             layers=layers_N,
-            tables=jax.tree.map(lambda leaf: leaf[layers_N], state.tables),
+            tables=_rows(state, layers_N),
             is_changed=jnp.zeros(self._plan_size, jnp.bool_),
             num_moves=jnp.zeros(self._plan_size, jnp.int32),
             cursor=state.cursor,
@@ -464,5 +470,14 @@ class ExpertBalancer:
         )
 
 
-def _row(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+def _rows(state: BalancerState, layers_N: jax.Array) -> ExpertTables:
+    """The tables of some layers."""
+    return jax.tree.map(lambda leaf: leaf[layers_N], state.tables)
+
+
+def _choose(is_new_N: jax.Array, new: ExpertTables, old: ExpertTables) -> ExpertTables:
+    def choose(new_N: jax.Array, old_N: jax.Array) -> jax.Array:
+        is_new = is_new_N.reshape(-1, *(1,) * (new_N.ndim - 1))
+        return jnp.where(is_new, new_N, old_N)
+
+    return jax.tree.map(choose, new, old)

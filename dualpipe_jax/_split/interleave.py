@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.extend import core as jex_core
@@ -194,18 +194,14 @@ def _with_operands(
     """`eqn` and all that it waits for and that does not run by `turn`; None if an
     exchange is among that, or is on its way in that turn.
     """
-    found: dict[int, Any] = {}
-    pending = [eqn]
-    while pending:
-        each = pending.pop()
-        when = at.get(id(each), sys.maxsize)
+
+    def is_there(each: Any) -> bool:
         is_exchange = each.primitive.name in _EXCHANGES
-        if is_exchange and when >= turn:
-            return None
-        if id(each) in found or when <= turn:
-            continue
-        found[id(each)] = each
-        pending += [makers[v] for v in each.invars if is_var(v) and v in makers]
+        return at.get(id(each), sys.maxsize) <= turn - is_exchange
+
+    found = _closure(eqn, makers, is_there)
+    if any(each.primitive.name in _EXCHANGES for each in found.values()):
+        return None
     return found
 
 
@@ -237,13 +233,17 @@ def _small_first(turns: Sequence[_Turn]) -> list[_Turn]:
     return result
 
 
-def _closure(eqn: Any, makers: dict[Any, Any]) -> dict[int, Any]:
-    """An equation and all that it waits for among these."""
+def _closure(
+    eqn: Any,
+    makers: dict[Any, Any],
+    is_there: Callable[[Any], bool] = lambda eqn: False,
+) -> dict[int, Any]:
+    """An equation and all that it waits for among these, but what is there already."""
     found: dict[int, Any] = {}
     pending = [eqn]
     while pending:
         each = pending.pop()
-        if id(each) not in found:
+        if id(each) not in found and not is_there(each):
             found[id(each)] = each
             pending += [makers[v] for v in each.invars if is_var(v) and v in makers]
     return found
