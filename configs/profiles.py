@@ -66,8 +66,12 @@ def prefill() -> ServeConfig:
         num_devices=32,
         num_nodes=4,
         num_redundant=32,
+        compute_dtype="bfloat16",
         requests_per_device=4,
         context_length=4096,
+        prompts_per_device=4,
+        payload="fp8",
+        buffer_factor=1.25,
     )
 
 
@@ -83,6 +87,9 @@ def decode() -> ServeConfig:
         num_devices=128,
         num_nodes=16,
         num_redundant=128,
+        compute_dtype="bfloat16",
         requests_per_device=128,
         context_length=4096,
+        payload="fp8",
+        buffer_factor=2.0,
     )

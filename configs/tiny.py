@@ -4,6 +4,28 @@ from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
 from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
 
 
+def architecture() -> DeepSeekConfig:
+    """Six layers, one of them dense, of 128 features: 2.7M parameters."""
+    return DeepSeekConfig(
+        vocab_size=256,
+        dim=128,
+        num_layers=6,
+        num_dense_layers=1,
+        dense_hidden=384,
+        num_heads=4,
+        q_rank=64,
+        kv_rank=32,
+        nope_dim=32,
+        rope_dim=16,
+        value_dim=32,
+        num_experts=8,
+        expert_hidden=128,
+        experts_per_token=2,
+        num_shared_experts=1,
+        init_std=0.06,
+    )
+
+
 def config() -> TrainConfig:
     """A DeepSeek-V3-style model on 8 virtual CPU devices, pp=4 x ep=2.
 
@@ -15,24 +37,7 @@ def config() -> TrainConfig:
     return TrainConfig(
         name="tiny",
         model=DeepSeek(
-            architecture=DeepSeekConfig(
-                vocab_size=256,
-                dim=128,
-                num_layers=6,
-                num_dense_layers=1,
-                dense_hidden=384,
-                num_heads=4,
-                q_rank=64,
-                kv_rank=32,
-                nope_dim=32,
-                rope_dim=16,
-                value_dim=32,
-                num_experts=8,
-                expert_hidden=128,
-                experts_per_token=2,
-                num_shared_experts=1,
-                init_std=0.06,
-            ),
+            architecture=architecture(),
             eplb=EplbConfig(every=10, num_redundant=2),
         ),
         mesh={"pp": 4, "ep": 2},

@@ -43,6 +43,10 @@ COMMANDS = {
         "dualpipe_jax.train.cli:add_arguments",
         "train a language model, as a config says",
     ),
+    "serve": Command(
+        "dualpipe_jax.deepseek.serve.cli:add_arguments",
+        "complete prompts with a model that train has trained",
+    ),
     "overlap": Command(
         "dualpipe_jax.overlap.cli:add_arguments",
         "what of a compiled step's communication runs under compute",

@@ -11,6 +11,7 @@ Shape suffixes: L layers, E experts, S slots, D devices, N layers of one plan.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,11 +112,11 @@ class ExpertBalancer:
       ...     state, weights, plan = balancer.update(state, counts, weights)
       ...     return state, weights
       >>> state = balancer.init()
-      >>> weights = state.tables.physical_to_logical_map[..., None] * 10
+      >>> weights = [state.tables.physical_to_logical_map[0, :, None] * 10]
       >>> for _ in range(2):
       ...     state, weights = step(state, jnp.array([[8, 8, 0, 0]]), weights)
-      >>> state.tables.physical_to_logical_map.tolist(), weights[..., 0].tolist()
-      ([[2, 1, 0, 3]], [[20, 10, 0, 30]])
+      >>> state.tables.physical_to_logical_map.tolist(), weights[0].ravel().tolist()
+      ([[2, 1, 0, 3]], [20, 10, 0, 30])
     """
 
     num_layers: int
@@ -284,20 +285,22 @@ class ExpertBalancer:
 
     def migrate(
         self,
-        weights: PyTree,
+        weights: Sequence[PyTree],
         state: BalancerState,
         plan: Plan,
         *,
         axis_name: str | None = None,
         transport: Transport = "auto",
-    ) -> PyTree:
+    ) -> list[PyTree]:
         """The weights by the plan's tables; see `eplb_jax.migrate`.
 
         Donate the weights to the jitted step, and they change in place. Where nothing
         changes, nothing is sent.
 
         Args:
-          weights: pytree of [layers, slots of this device, ...], by `state.tables`.
+          weights: for each layer a pytree of [slots of this device, ...], by
+            `state.tables`. (One array of all layers would be copied, layer by layer, by
+            the kernels that read it.)
           state: before `switch`.
           plan: of this step.
           axis_name: mesh axis of the devices, inside `jax.shard_map`; None on one
@@ -305,31 +308,35 @@ class ExpertBalancer:
           transport: see `exchange`.
 
         Returns:
-          Pytree like `weights`.
+          List like `weights`.
+
+        Raises:
+          ValueError: weights of another number of layers.
         """
-        order_N = jnp.argsort(~plan.is_changed, stable=True)
+        if len(weights) != self.num_layers:
+            raise ValueError(
+                f"weights are of {len(weights)} layers, but the balancer is for "
+                f"{self.num_layers}; give one pytree a layer, in a list."
+            )
 
-        def change(i: jax.Array, weights: PyTree) -> PyTree:
-            n = order_N[i]
-            layer = plan.layers[n]
-            new = migrate(
-                jax.tree.map(
-                    lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False),
+        def change(layer: int, weights: PyTree) -> PyTree:
+            is_it_N = plan.is_changed & (plan.layers == layer)
+            row = jnp.argmax(is_it_N)
+
+            def once(_: jax.Array, weights: PyTree) -> PyTree:
+                return migrate(
                     weights,
-                ),
-                state.tables.layer(layer),
-                plan.tables.layer(n),
-                num_devices=1 if axis_name is None else self.num_devices,
-                axis_name=axis_name,
-                transport=transport,
-            )
-            return jax.tree.map(
-                lambda leaf, row: lax.dynamic_update_index_in_dim(leaf, row, layer, 0),
-                weights,
-                new,
-            )
+                    state.tables.layer(layer),
+                    plan.tables.layer(row),
+                    num_devices=1 if axis_name is None else self.num_devices,
+                    axis_name=axis_name,
+                    transport=transport,
+                )
 
-        return lax.fori_loop(0, plan.is_changed.sum(), change, weights)
+            # A loop and no branch: what a branch leaves alone it copies.
+            return lax.fori_loop(0, is_it_N.any().astype(jnp.int32), once, weights)
+
+        return [change(layer, each) for layer, each in enumerate(weights)]
 
     def switch(self, state: BalancerState, plan: Plan) -> BalancerState:
         """The state with the plan's tables, for weights that are placed by them."""
@@ -349,11 +356,11 @@ class ExpertBalancer:
         self,
         state: BalancerState,
         counts: jax.Array,
-        weights: PyTree,
+        weights: Sequence[PyTree],
         *,
         axis_name: str | None = None,
         transport: Transport = "auto",
-    ) -> tuple[BalancerState, PyTree, Plan]:
+    ) -> tuple[BalancerState, list[PyTree], Plan]:
         """All of it, at the end of a step: observe, plan, agree, migrate, switch.
 
         Args:

@@ -272,13 +272,24 @@ def _send(
     scale_T = jnp.abs(tile_T).max(axis=-1, keepdims=True) / _LARGEST_FP8
     scale_T = jnp.where(scale_T > 0, scale_T, 1.0)
     small_T = (tile_T / scale_T).astype(jnp.float8_e4m3fn).reshape(x.shape)
-    # As bytes: not every backend's collectives know the type.
-    bytes_T = lax.bitcast_convert_type(small_T, jnp.uint8)
+    # As bytes, not every backend's collectives know the type; and in one row, since a
+    # small exchange of its own costs as much time as the network's latency.
+    bytes_T = jnp.concatenate(
+        [lax.bitcast_convert_type(small_T, jnp.uint8), _as_bytes(scale_T[..., 0])],
+        axis=1,
+    )
     bytes_M = _to_slots(bytes_T[token_N], plan, axis_name, transport)
-    scale_M = _to_slots(scale_T[token_N], plan, axis_name, transport)
-    tile_M = lax.bitcast_convert_type(bytes_M, jnp.float8_e4m3fn)
-    tile_M = tile_M.astype(jnp.float32).reshape(len(bytes_M), -1, _TILE) * scale_M
-    return tile_M.reshape(bytes_M.shape).astype(x.dtype)
+    small_M, scale_M = jnp.split(bytes_M, [x.shape[1]], axis=1)
+    small_M = lax.bitcast_convert_type(small_M, jnp.float8_e4m3fn)
+    scale_M = scale_M.reshape(len(bytes_M), -1, 4)
+    scale_M = lax.bitcast_convert_type(scale_M, jnp.float32)[..., None]
+    tile_M = small_M.astype(jnp.float32).reshape(len(bytes_M), -1, _TILE) * scale_M
+    return tile_M.reshape(small_M.shape).astype(x.dtype)
+
+
+def _as_bytes(x: jax.Array) -> jax.Array:
+    """[n, m] float32 -> [n, 4 m] uint8."""
+    return lax.bitcast_convert_type(x, jnp.uint8).reshape(len(x), -1)
 
 
 def _send_forward(

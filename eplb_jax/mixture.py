@@ -6,13 +6,20 @@ Plain functions and arrays, for any router and any module system.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from eplb_jax.dispatch import Payload, combine, plan_dispatch, send, send_choices
+from eplb_jax.dispatch import (
+    Payload,
+    combine,
+    fetch,
+    plan_dispatch,
+    send,
+    send_choices,
+)
 from eplb_jax.exchange import Transport
 from eplb_jax.grouped_matmul import Implementation, grouped_matmul
 from eplb_jax.physical import physical_weights
@@ -55,6 +62,9 @@ class ExpertParallel:
       payload: see `send`.
       remat: keep the rows that came to the experts, and compute what is inside these
         again in the backward pass.
+      weigh: where results get the weights of their choices. `"experts"` sends these
+        along; `"tokens"` sends nothing more, but a backward pass would have to keep
+        all results: for serving.
     """
 
     axis_name: str | None = None
@@ -65,6 +75,7 @@ class ExpertParallel:
     transport: Transport = "auto"
     payload: Payload = "plain"
     remat: bool = False
+    weigh: Literal["experts", "tokens"] = "experts"
 
 
 ONE_DEVICE = ExpertParallel()
@@ -155,16 +166,21 @@ def mix_experts(
 
     # A router sees padding too, and may have made NaN of it.
     weights = jnp.where(experts >= 0, weights, 0.0)
+    sends_weights = p.weigh == "experts"
     with jax.named_scope("dispatch"):
-        rows = send(x, plan, payload=p.payload, **way)
-        weights_M1 = send_choices(weights.reshape(-1, 1), plan, **way)
+        rows, weights_M1 = send(x, plan, payload=p.payload, **way), None
+        if sends_weights:
+            weights_M1 = send_choices(weights.reshape(-1, 1), plan, **way)
         rows, weights_M1 = checkpoint_name((rows, weights_M1), "moe_rows")
 
-    def run(rows: jax.Array, weights_M1: jax.Array, e: ExpertWeights) -> jax.Array:
+    def run(
+        rows: jax.Array, weights_M1: jax.Array | None, e: ExpertWeights
+    ) -> jax.Array:
         hidden = jax.nn.silu(multiply(rows, e.gate)) * multiply(rows, e.up)
-        # Here and not where the results are added up: their gradient would need all
-        # results again, which are several times as wide.
-        hidden = (hidden.astype(jnp.float32) * weights_M1).astype(hidden.dtype)
+        if weights_M1 is not None:
+            # Here and not where the results are added up: their gradient would need all
+            # results again, which are several times as wide.
+            hidden = (hidden.astype(jnp.float32) * weights_M1).astype(hidden.dtype)
         return multiply(hidden, e.down)
 
     with jax.named_scope("mlp"):
@@ -172,7 +188,12 @@ def mix_experts(
             run = jax.checkpoint(run)
         results = run(rows, weights_M1, expert_weights)
     with jax.named_scope("combine"):
-        outputs = combine(results, plan, len(x), **way).astype(x.dtype)
+        if sends_weights:
+            outputs = combine(results, plan, len(x), **way)
+        else:
+            choice_TKD = fetch(results, plan, **way).reshape(*experts.shape, -1)
+            outputs = jnp.einsum("tkd,tk->td", choice_TKD.astype(jnp.float32), weights)
+        outputs = outputs.astype(x.dtype)
     return outputs, plan.slot_counts, plan.overflow
 
 

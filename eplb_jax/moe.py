@@ -140,7 +140,7 @@ class MoE(nnx.Module):
                 *(nnx.Param(batched(key(), shape, param_dtype)) for shape in shapes)
             )
 
-        self.experts = nnx.data(make(num_experts, hidden))
+        self.experts: Any = nnx.data(make(num_experts, hidden))
         self.shared = nnx.data(make(1, hidden * num_shared) if num_shared else None)
         # So that a router that does not fit is refused now.
         jax.eval_shape(self.route, jax.ShapeDtypeStruct((1, dim), jnp.float32))

@@ -22,7 +22,10 @@ ROOMS = {
     "simulator": ({"simulator"}, {"schedule"}),
     "show": ({"show", "_picture", "_render"}, {"schedule", "simulator"}),
     "lowering": ({"lowering", "_slots", "_ticks"}, {"schedule", "simulator"}),
-    "split_backward": ({"split_backward", "compat", "flops", "_split"}, set()),
+    "split_backward": (
+        {"split_backward", "interleaved", "compat", "flops", "_split"},
+        set(),
+    ),
     "pipeline": (
         {
             "pipeline",
@@ -69,6 +72,8 @@ ROOMS = {
             "simulator",
             "show",
             "train",
+            "split_backward",
+            "overlap",
         },
     ),
     # Its command compiles the training job's step.

@@ -1,4 +1,4 @@
-"""A forward and a backward pass side by side, each computing while the other sends.
+"""Two passes side by side, each computing while the other sends.
 
 DeepSeek's order inside an overlapped pair (arXiv:2412.19437, section 3.2.1, figure 4):
 attention and experts of one direction run against dispatch and combine of the other.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core as jex_core
@@ -25,6 +25,7 @@ from dualpipe_jax._split.flatten import Builder
 from dualpipe_jax._split.jaxprs import (
     Kind,
     barrier_equation,
+    dce,
     is_barrier,
     is_var,
     kind,
@@ -68,10 +69,54 @@ def interleave(forward: Any, backward: Any, num_needed: int) -> Any | None:
     passes = _Pass.of_forward(forward), _Pass.of_backward(backward, num_needed)
     if not any(each.sends for each in passes):
         return None
-    turns = _small_first(_turns(*passes))
-    eqns, outs = _in_order(turns, [*forward.outvars, *backward.outvars])
+    forward_pass, backward_pass = passes
+    turns = _turns(forward_pass, backward_pass)
+    turns.append(_Turn(None, _fill(turns, backward_pass)))
+    eqns, outs = _in_order(_tidy(turns), [*forward.outvars, *backward.outvars])
     invars = [*forward.invars, *backward.invars]
     return compat.new_jaxpr(invars, outs, eqns, forward)
+
+
+def interleave_forwards(
+    first: Any, second: Any, num_weights: tuple[int, int], num_handed: int
+) -> Any | None:
+    """Puts two forward passes into one program, in turns; the first is half ahead.
+
+    Args:
+      first: flat jaxpr; the last `num_handed` of its outputs are for the second.
+      second: flat jaxpr; it takes them as its last inputs.
+      num_weights: of each, the first inputs that are weights.
+      num_handed: see above. The second pass reads them in its own piece k if the first
+        has made them in piece k or before.
+
+    Returns:
+      A jaxpr from the inputs of both, but the handed ones, to the outputs of both, but
+      the handed ones; None as for `interleave`.
+    """
+    first, second = _on_its_own(dce(first)), _on_its_own(dce(second))
+    if any(real_effects(eqn) for eqn in (*first.eqns, *second.eqns)):
+        return None
+    given = len(second.invars) - num_handed
+    kept = len(first.outvars) - num_handed
+    handed = dict(zip(second.invars[given:], first.outvars[kept:], strict=True))
+    second = _substitute(second, handed)
+    ahead = _Pass.of_forward(first, first.invars[: num_weights[0]])
+    behind = _Pass.of_forward(second, second.invars[: num_weights[1]], ahead.made())
+    if not ahead.sends and not behind.sends:
+        return None
+    outs = [*first.outvars[:kept], *second.outvars]
+    eqns, outs = _in_order(_tidy(_turns(behind, ahead)), outs)
+    return compat.new_jaxpr([*first.invars, *second.invars[:given]], outs, eqns, first)
+
+
+def _substitute(jaxpr: Any, values: Mapping[Any, Any]) -> Any:
+    """The jaxpr with other atoms in place of some variables."""
+
+    def read(atom: Any) -> Any:
+        return values.get(atom, atom) if is_var(atom) else atom
+
+    eqns = [eqn.replace(invars=[read(a) for a in eqn.invars]) for eqn in jaxpr.eqns]
+    return compat.new_jaxpr(jaxpr.invars, list(map(read, jaxpr.outvars)), eqns, jaxpr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +135,61 @@ class _Pass:
     pieces: list[list[Any]]
     free: list[Any]
 
+    def made(self) -> dict[Any, int]:
+        """The piece that makes each variable; results of an exchange come after it."""
+        found = {
+            v: level
+            for level, piece in enumerate(self.pieces)
+            for eqn in piece
+            for v in eqn.outvars
+        }
+        found.update(
+            (v, level + 1) for level, e in enumerate(self.sends) for v in e.outvars
+        )
+        return found
+
     @classmethod
-    def of_forward(cls, jaxpr: Any) -> _Pass:
-        """Each equation as early as its operands are there."""
+    def of_forward(
+        cls,
+        jaxpr: Any,
+        weights: Collection[Any] | None = None,
+        made: Mapping[Any, int] | None = None,
+    ) -> _Pass:
+        """Each equation as early as its operands are there.
+
+        Args:
+          jaxpr: the pass.
+          weights: inputs; what is made of them alone, to cut or to cast them, waits
+            until somebody wants it. None: it does not.
+          made: of a pass that is ahead, whose results this one reads.
+        """
         sends = _large_exchanges(jaxpr)
         number = {id(eqn): i for i, eqn in enumerate(sends)}
-        pieces: list[list[Any]] = [[] for _ in range(len(sends) + 1)]
-        there: dict[Any, int] = {}
+        there: dict[Any, int] = dict(made or {})
+        still = set(weights or ())
+        levels: list[int | None] = []
         for eqn in jaxpr.eqns:
-            level = max((there.get(a, 0) for a in eqn.invars if is_var(a)), default=0)
+            reads = list(filter(is_var, eqn.invars))
+            if weights is not None and still.issuperset(reads):
+                still.update(eqn.outvars)
+                levels.append(None)
+                continue
+            level = max((there.get(v, 0) for v in reads), default=0)
             if id(eqn) in number:
                 level = number[id(eqn)] + 1
-            else:
-                pieces[level].append(eqn)
+            levels.append(level)
             there.update((v, level) for v in eqn.outvars)
-        return cls(jaxpr.eqns, sends, pieces, [])
+        until: dict[Any, int] = {}
+        pieces: list[list[Any]] = [[] for _ in range(len(sends) + 1)]
+        for eqn, level in reversed(list(zip(jaxpr.eqns, levels, strict=True))):
+            if level is None:
+                level = min(until.get(v, len(sends)) for v in eqn.outvars)
+            is_send = id(eqn) in number
+            for v in filter(is_var, eqn.invars):
+                until[v] = min(until.get(v, len(sends)), level - is_send)
+            if not is_send:
+                pieces[level].append(eqn)
+        return cls(jaxpr.eqns, sends, [piece[::-1] for piece in pieces], [])
 
     @classmethod
     def of_backward(cls, jaxpr: Any, num_needed: int) -> _Pass:
@@ -143,14 +228,18 @@ class _Turn:
 
 def _turns(forward: _Pass, backward: _Pass) -> list[_Turn]:
     """Forward piece k beside exchange k of the backward pass, and backward piece k + 1
-    beside exchange k of the forward pass; then what is left.
+    beside exchange k of the forward pass. Or, of two forward passes, the one that is
+    behind and the one ahead.
     """
     turns = [_Turn(None, list(backward.pieces[0]))]
     for k in range(max(len(forward.pieces), len(backward.pieces))):
         turns.append(_Turn(_nth(backward.sends, k), _nth(forward.pieces, k) or []))
         turns.append(_Turn(_nth(forward.sends, k), _nth(backward.pieces, k + 1) or []))
-    rest = _Turn(None, _fill(turns, backward))
-    return [turn for turn in (*turns, rest) if turn.all()]
+    return turns
+
+
+def _tidy(turns: Sequence[_Turn]) -> list[_Turn]:
+    return _small_first([turn for turn in turns if turn.all()])
 
 
 def _fill(turns: list[_Turn], backward: _Pass) -> list[Any]:

@@ -3,6 +3,6 @@
 from dualpipe_jax.deepseek.balancing import EplbConfig
 from dualpipe_jax.deepseek.config import DeepSeekConfig
 from dualpipe_jax.deepseek.model import DeepSeek
-from dualpipe_jax.deepseek.serving import ServeConfig
+from dualpipe_jax.deepseek.serve.config import ServeConfig
 
 __all__ = ["DeepSeek", "DeepSeekConfig", "EplbConfig", "ServeConfig"]

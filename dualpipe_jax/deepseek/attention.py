@@ -120,13 +120,16 @@ class LatentAttention(nnx.Module):
         self.kv_up = linear(c.kv_rank, (c.num_heads, c.nope_dim + c.value_dim))
         self.out = linear((c.num_heads, c.value_dim), c.dim, axis=(-2, -1))
 
-    def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def compress(self, x: jax.Array) -> jax.Array:
+        """What queries come from, [..., q_rank]; `x` itself without compression."""
+        if self.q_down is None or self.q_norm is None:
+            return x
+        return self.q_norm(self.q_down(x))
+
+    def queries(self, compressed_BTQ: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """[batch, sequence, heads, N + R]: the part without a position comes first."""
         c = self.config
-        compressed = x_BTD
-        if self.q_down is not None and self.q_norm is not None:
-            compressed = self.q_norm(self.q_down(x_BTD))
-        nope, rope = jnp.split(self.q_up(compressed), [c.nope_dim], axis=-1)
+        nope, rope = jnp.split(self.q_up(compressed_BTQ), [c.nope_dim], axis=-1)
         rope = rotate(rope, positions_BT, c.rope_base)
         return jnp.concatenate([nope, rope], axis=-1)
 
@@ -139,17 +142,76 @@ class LatentAttention(nnx.Module):
         rope_BT1R = rotate(rope[:, :, None], positions_BT, c.rope_base)
         return self.kv_norm(latent), rope_BT1R[:, :, 0]
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def mix(
+        self, q_BTHK: jax.Array, latent_BTL: jax.Array, rope_BTR: jax.Array
+    ) -> jax.Array:
+        """Each head's values, of what is no later: [batch, sequence, heads, V].
+
+        Args:
+          q_BTHK: see `queries`.
+          latent_BTL: see `latents`, of the same positions.
+          rope_BTR: the same.
+        """
         c = self.config
+        nope, v_BTHV = jnp.split(self.kv_up(latent_BTL), [c.nope_dim], axis=-1)
+        rope = jnp.broadcast_to(rope_BTR[:, :, None], (*nope.shape[:3], c.rope_dim))
+        return attend(q_BTHK, jnp.concatenate([nope, rope], axis=-1), v_BTHV)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         batch, sequence, _ = x_BTD.shape
         positions_BT = jnp.broadcast_to(
             jnp.arange(sequence, dtype=jnp.int32)[None], (batch, sequence)
         )
-        q_BTHK = self.queries(x_BTD, positions_BT)
-        latent, rope_BTR = self.latents(x_BTD, positions_BT)
-        nope, v_BTHV = jnp.split(self.kv_up(latent), [c.nope_dim], axis=-1)
-        rope = jnp.broadcast_to(
-            rope_BTR[:, :, None], (batch, sequence, c.num_heads, c.rope_dim)
+        q_BTHK = self.queries(self.compress(x_BTD), positions_BT)
+        return self.out(self.mix(q_BTHK, *self.latents(x_BTD, positions_BT)))
+
+    def decode(
+        self, x_BD: jax.Array, positions_B: jax.Array, cache_BSW: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """One more token of each sequence, whose past is in a cache.
+
+        Keys and values are never made: what would make them is absorbed into the
+        queries and into the output (section 2.1.1 and arXiv:2405.04434, section 2.1.2).
+
+        Args:
+          x_BD: [batch, D].
+          positions_B: [batch] int32, of these tokens.
+          cache_BSW: [batch, positions, kv_rank + R], see `latents`.
+
+        Returns:
+          outputs: [batch, D].
+          cache: with the tokens' latents.
+        """
+        c = self.config
+        position_B1 = positions_B[:, None]
+        q_BHK = self.queries(self.compress(x_BD[:, None]), position_B1)[:, 0]
+        new_BW = jnp.concatenate(self.latents(x_BD[:, None], position_B1), axis=-1)[
+            :, 0
+        ]
+        batch_B = jnp.arange(len(x_BD), dtype=jnp.int32)
+        cache_BSW = cache_BSW.at[batch_B, positions_B].set(
+            new_BW.astype(cache_BSW.dtype),
+            unique_indices=True,
+            mode="promise_in_bounds",
+            wrap_negative_indices=False,
         )
-        k_BTHK = jnp.concatenate([nope, rope], axis=-1)
-        return self.out(attend(q_BTHK, k_BTHK, v_BTHV))
+        up_LHN, up_LHV = jnp.split(
+            self.kv_up.kernel[...].astype(x_BD.dtype), [c.nope_dim], axis=-1
+        )
+        nope_BHN, rope_BHR = jnp.split(q_BHK, [c.nope_dim], axis=-1)
+        q_BHL = jnp.einsum("bhn,lhn->bhl", nope_BHN, up_LHN)
+        q_BHW = jnp.concatenate([q_BHL, rope_BHR], axis=-1)
+        scores_BHS = jnp.einsum(
+            "bhw,bsw->bhs", q_BHW, cache_BSW, preferred_element_type=jnp.float32
+        )
+        position_S = jnp.arange(cache_BSW.shape[1], dtype=jnp.int32)
+        is_past_BS = position_S[None] <= position_B1
+        scores_BHS = jnp.where(
+            is_past_BS[:, None], scores_BHS / math.sqrt(c.head_dim), -jnp.inf
+        )
+        weights_BHS = jax.nn.softmax(scores_BHS, axis=-1).astype(cache_BSW.dtype)
+        # Of the whole cache: what is cut off is an eighth of the product, and cutting
+        # it off before would copy the cache.
+        mixed_BHW = jnp.einsum("bhs,bsw->bhw", weights_BHS, cache_BSW)
+        v_BHV = jnp.einsum("bhl,lhv->bhv", mixed_BHW[..., : c.kv_rank], up_LHV)
+        return self.out(v_BHV), cache_BSW

@@ -140,9 +140,13 @@ class Balancer:
         identity_S = jnp.arange(num_slots, dtype=jnp.int32) % self.num_experts
         return jnp.tile(identity_S[None], (self.num_layers, 1))
 
+    def estimate(self, buffers: Buffers) -> jax.Array:
+        """The load [layers, experts] that was seen."""
+        return self._estimator.estimate(buffers.loads)
+
     def replan(self, buffers: Buffers) -> Buffers:
         """The same with a placement for the load that was seen, or for even loads."""
-        loads_LE = self._estimator.estimate(buffers.loads)
+        loads_LE = self.estimate(buffers)
         placement = self.plan(jnp.where(buffers.loads.weight > 0, loads_LE, 1.0))
         return buffers._replace(placement=placement)
 
@@ -179,7 +183,7 @@ class Balancer:
 
         metrics = {"balancedness": measure(counts_LE, buffers.placement)}
         if self.eplb is not None:
-            estimate_LE = self._estimator.estimate(loads)
+            estimate_LE = self.estimate(after)
             placement = lax.cond(
                 step % self.eplb.every == 0,
                 self.plan,

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from dualpipe_jax.overlap.report import OverlapReport, overlap_report
 from dualpipe_jax.topology import Gpu, gpu_compiler_options
@@ -64,6 +66,20 @@ def compile_overlapped(
     if not report.collectives:
         return first
     return lowered.compile({**options, _PROFILE: _written(scheduling_profile(report))})
+
+
+def compile_for(lowered: Any, mesh: Mesh) -> Any:
+    """The same for the devices of a mesh, of which CPUs have nothing to overlap.
+
+    A GPU that nobody knows the figures of is warned of; XLA's own costs must do.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        return lowered.compile()
+    try:
+        return compile_overlapped(lowered)
+    except ValueError as error:
+        warnings.warn(f"compiled with XLA's own costs: {error}", stacklevel=2)
+        return lowered.compile(options_here())
 
 
 def _written(profile: str) -> str:

@@ -62,18 +62,39 @@ def phase_of(program: Program, computation: str, start: str) -> str:
 
 
 def _vote(where: Computation, op: Instruction) -> str | None:
-    names = [*op.operands]
+    neighbours = [where.by_name.get(name) for name in op.operands]
     for done in where.users.get(op.name, []):
-        names += [user.name for user in where.users.get(done.name, [])]
+        neighbours += _readers(where, done)
     votes: collections.Counter[str] = collections.Counter()
-    for name in names:
-        made = where.by_name.get(name)
+    for made in neighbours:
         while made is not None and not phase(made.op_name) and made.opcode in _VIEWS:
-            made = where.by_name.get(made.operands[0])
+            made = _behind(where, made)
         named = phase(made.op_name) if made is not None else None
         if named and named.startswith(("dispatch", "combine")):
             votes[named] += 1
     return votes.most_common(1)[0][0] if votes else None
+
+
+def _behind(where: Computation, view: Instruction) -> Instruction | None:
+    """What a view shows; of a tuple, which is left of a barrier, its element."""
+    made = where.by_name.get(view.operands[0])
+    if made is not None and made.opcode == "tuple" and view.get("index"):
+        return where.by_name.get(made.operands[int(view.get("index"))])
+    return made
+
+
+def _readers(where: Computation, made: Instruction) -> list[Instruction]:
+    """The instructions that read a value, behind the tuple of a barrier as well."""
+    found = []
+    for user in where.users.get(made.name, []):
+        if user.opcode != "tuple":
+            found.append(user)
+            continue
+        at = str(user.operands.index(made.name))
+        for element in where.users.get(user.name, []):
+            if element.get("index") == at:
+                found += where.users.get(element.name, [])
+    return found
 
 
 def last_part(op_name: str) -> str:

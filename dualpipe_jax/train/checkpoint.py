@@ -158,7 +158,9 @@ class Checkpoints:
                 self._manager.close()
         self._manager, self._barrier = self._open()
 
-    def restore(self, plan: Plan) -> tuple[int, Any, dict[str, Any]]:
+    def restore(
+        self, plan: Plan, *, partial: bool = False
+    ) -> tuple[int, Any, dict[str, Any]]:
         """Reads the latest checkpoint that is whole.
 
         Damaged ones that are newer are said, and moved out of the way.
@@ -166,6 +168,8 @@ class Checkpoints:
         Args:
           plan: from a checkpoint's info, the shapes and shardings to read into,
             and the function that makes the run's state of what was read.
+          partial: whether they are of a part of what was written, as dicts; the rest
+            is not read, and damage to it not seen.
 
         Returns:
           (step, state, info).
@@ -182,7 +186,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in steps:
             try:
-                state, info = self._read(step, plan)
+                state, info = self._read(step, plan, partial)
             except DamagedError as error:
                 damaged[step] = str(error)
                 continue
@@ -194,7 +198,7 @@ class Checkpoints:
             "or bring back a copy."
         )
 
-    def _read(self, step: int, plan: Plan) -> tuple[Any, dict[str, Any]]:
+    def _read(self, step: int, plan: Plan, partial: bool) -> tuple[Any, dict[str, Any]]:
         # The manager's own restore has barriers, at which the other processes would
         # wait for one that finds damage; the handlers have none.
         folder = epath.Path(self.folder / str(step))
@@ -208,6 +212,7 @@ class Checkpoints:
         written = {
             name: {"shape": array["shape"], "dtype": array["dtype"]}
             for name, array in body["arrays"].items()
+            if name in wanted or not partial
         }
         for name in sorted(written.keys() | wanted.keys()):
             if written.get(name) != wanted.get(name):
@@ -218,8 +223,12 @@ class Checkpoints:
                 )
         state = None
         with _damage_is_shared():
-            handler = ocp.StandardCheckpointHandler()
-            arguments = ocp.args.StandardRestore(abstract)
+            handler = ocp.PyTreeCheckpointHandler()
+            arguments = ocp.args.PyTreeRestore(
+                abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=partial,
+            )
             state = handler.restore(folder / "state", args=arguments)
             jax.block_until_ready(state)
         for name, checksum in checksums(state).items():

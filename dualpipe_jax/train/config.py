@@ -14,12 +14,14 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from dualpipe_jax.generators.names import SCHEDULES
 from dualpipe_jax.schedule import Schedule
 from dualpipe_jax.train.model import ModelConfig
 
 AXES = ("pp", "dp", "ep")
+Config = TypeVar("Config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +169,16 @@ def load_config(name: str) -> TrainConfig:
     Raises:
       ValueError: there is no such file or function, or it returns something else.
     """
+    return load_as(TrainConfig, name)
+
+
+def load_as(kind: type[Config], name: str) -> Config:
+    """The same for configurations of any kind.
+
+    Args:
+      kind: what the function must return.
+      name: see `load_config`.
+    """
     where, sign, function = name.rpartition(":")
     if not sign:
         where, function = name, "config"
@@ -174,15 +186,15 @@ def load_config(name: str) -> TrainConfig:
     make = getattr(module, function, None)
     if not callable(make):
         raise ValueError(
-            f"{module.__file__} defines no {function}(); it must return a TrainConfig. "
-            "A function of another name is named behind a colon, as in "
-            "profiles:training."
+            f"{module.__file__} defines no {function}(); it must return a "
+            f"{kind.__name__}. A function of another name is named behind a colon, as "
+            "in profiles:training."
         )
     config = make()
-    if not isinstance(config, TrainConfig):
+    if not isinstance(config, kind):
         raise ValueError(
             f"{function}() of {module.__file__} returns a {type(config).__name__}; it "
-            "must return a TrainConfig."
+            f"must return a {kind.__name__}."
         )
     return config
 

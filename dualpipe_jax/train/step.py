@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax.overlap.compiling import compile_overlapped, options_here
+from dualpipe_jax.overlap.compiling import compile_for, options_here
 from dualpipe_jax.pipeline import (
     PipelineBuffers,
     PipelineParams,
@@ -89,7 +88,7 @@ class Programs:
         args = (self.abstract_state, tokens, tokens)
         # Drawing random bits takes little time however they are compiled, but
         # optimizing the code for it takes much: as much as a train step's.
-        on_cpu = _is_on_cpu(self.mesh)
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         quick = {"xla_backend_optimization_level": 0} if on_cpu else {}
         options = {} if on_cpu else options_here()
         lowered = [
@@ -98,7 +97,7 @@ class Programs:
         # XLA's passes run in one thread each; three programs use more.
         with futures.ThreadPoolExecutor() as pool:
             running = [
-                pool.submit(_compile_step, lowered[0], self.mesh),
+                pool.submit(compile_for, lowered[0], self.mesh),
                 pool.submit(lowered[1].compile, options),
                 pool.submit(self.init.lower().compile, {**options, **quick}),
             ]
@@ -277,21 +276,6 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         vocab_size=model.vocab_size,
         description=model.description,
     )
-
-
-def _is_on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
-
-
-def _compile_step(lowered: Any, mesh: Mesh) -> Any:
-    if _is_on_cpu(mesh):
-        return lowered.compile()
-    try:
-        return compile_overlapped(lowered)
-    except ValueError as error:
-        # Of a GPU that nobody knows the figures of, or of another vendor.
-        warnings.warn(f"compiled with XLA's own costs: {error}", stacklevel=2)
-        return lowered.compile(options_here())
 
 
 def _is_params(node: Any) -> bool:

@@ -172,7 +172,9 @@ def test_scores_see_distances_and_not_positions():
 
     def scores(q_shift, k_shift):
         position = np.arange(5, dtype=np.int32)[None]
-        q = call("queries", h, position + q_shift)[..., config.nope_dim :]
+        q = call("queries", call("compress", h), position + q_shift)[
+            ..., config.nope_dim :
+        ]
         _, k = call("latents", h, position + k_shift)
         return np.einsum("bthr,bsr->bhts", q, k)
 
@@ -186,8 +188,11 @@ def test_only_the_rotary_parts_know_a_position():
     call, _ = make(config)
     h = normal(0, 1, 5, config.dim)
     here = np.zeros((1, 5), np.int32)
-    q, (latent, rope) = call("queries", h, here), call("latents", h, here)
-    q2, (latent2, rope2) = call("queries", h, here + 3), call("latents", h, here + 3)
+    compressed = call("compress", h)
+    q, q2 = (call("queries", compressed, here + shift) for shift in (0, 3))
+    (latent, rope), (latent2, rope2) = (
+        call("latents", h, here + shift) for shift in (0, 3)
+    )
     nope = (..., slice(config.nope_dim))
     np.testing.assert_array_equal(q[nope], q2[nope])
     np.testing.assert_array_equal(latent, latent2)

@@ -1,0 +1,27 @@
+"""A server for the main job's model."""
+
+from configs import tiny
+from dualpipe_jax.deepseek.serve.config import RebalanceConfig, ServeConfig
+
+
+def config() -> ServeConfig:
+    """The byte-level model of `configs/tiny.py` on 8 virtual CPU devices.
+
+    Each device holds two of sixteen slots: eight experts, and eight more replicas.
+
+    Command: `python -m dualpipe_jax serve tiny_server --run runs/tiny`, which reads
+    prompts from standard input, after `make train`.
+    """
+    return ServeConfig(
+        name="tiny_server",
+        architecture=tiny.architecture(),
+        num_devices=8,
+        num_redundant=8,
+        requests_per_device=2,
+        context_length=256,
+        prompts_per_device=2,
+        prompt_length=128,
+        prefill_tokens=128,
+        rebalance=RebalanceConfig(every=8, max_moves=4, layers_per_plan=2),
+        platform="cpu",
+    )

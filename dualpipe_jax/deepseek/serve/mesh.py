@@ -1,0 +1,37 @@
+"""The mesh of a server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from dualpipe_jax.deepseek.serve.config import ServeConfig
+
+
+def make_serve_mesh(config: ServeConfig) -> Mesh:
+    """The axis `ep` over the first devices, virtual ones on a CPU.
+
+    Raises:
+      ValueError: there are too few devices.
+    """
+    # As `dualpipe_jax.train.mesh.make_mesh` does, and for the same reasons.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", config.num_devices)
+    if config.platform and not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", config.platform)
+    devices = jax.devices()
+    if len(devices) < config.num_devices:
+        raise ValueError(
+            f"num_devices={config.num_devices}, but jax has {len(devices)} "
+            f"({jax.default_backend()}); serve with fewer, or set JAX_PLATFORMS=cpu "
+            "before jax starts to serve on virtual CPU devices."
+        )
+    return jax.make_mesh(
+        (config.num_devices,),
+        ("ep",),
+        axis_types=(AxisType.Auto,),
+        devices=devices[: config.num_devices],
+    )

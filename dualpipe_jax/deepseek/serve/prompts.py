@@ -1,0 +1,197 @@
+"""Prompts into the two microbatches of a prefill, with equal shares of attention.
+
+Shape suffixes: T tokens of a microbatch, R rows of it, a prompt or a part of one each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# Of all attention: what is not worth another row, which has its whole length computed.
+_UNEVEN = 0.1
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `stop` of a prompt.
+
+    Attributes:
+      prompt: its number in the list that was halved.
+      start: 0, but in the second half of a prompt that is split.
+      stop: its length, but in the first half of one.
+    """
+
+    prompt: int
+    start: int
+    stop: int
+
+
+class Halves(NamedTuple):
+    """Which pieces each microbatch computes, in the order of its rows.
+
+    A prompt that is split is in the last row of the first and in row 0 of the second,
+    where attention finds its beginning.
+
+    Attributes:
+      first: by row; None for an empty row.
+      second: the same.
+    """
+
+    first: list[Piece | None]
+    second: list[Piece | None]
+
+    def attention(self) -> tuple[int, int]:
+        """Pairs of tokens and earlier tokens, of each microbatch."""
+        first, second = (
+            sum(_pairs(piece.start, piece.stop) for piece in half if piece is not None)
+            for half in self
+        )
+        return first, second
+
+
+def halve_prompts(
+    lengths: Sequence[int], num_tokens: int, num_rows: int
+) -> Halves | None:
+    """Divides prompts so that both microbatches have as much attention to compute.
+
+    As in DeepSeek's published prefill profile (deepseek-ai/profile-data): one prompt
+    may be split between them.
+
+    Args:
+      lengths: of the prompts, at least 1 each.
+      num_tokens: of a microbatch, at most.
+      num_rows: prompts or parts of one in a microbatch, at most.
+
+    Returns:
+      `Halves`; None if so many do not fit.
+
+    Examples:
+      >>> halves = halve_prompts([100], 80, 2)
+      >>> halves.first[-1][1:], halves.second[0][1:], halves.attention()
+      ((0, 71), (71, 100), (2556, 2494))
+    """
+    best, least = None, 2.0
+    for candidate in _candidates(lengths, num_tokens, num_rows):
+        first, second = candidate.attention()
+        uneven = abs(first - second) / max(1, first + second)
+        is_split = any(piece.start for piece in candidate.second if piece is not None)
+        cost = uneven + (_UNEVEN if is_split else 0.0)
+        if cost < least:
+            best, least = candidate, cost
+    return best
+
+
+def _candidates(
+    lengths: Sequence[int], num_tokens: int, num_rows: int
+) -> Iterator[Halves]:
+    """Ways that fit: no prompt split, or any one of them."""
+    for split in (None, *range(len(lengths))):
+        bins = _fill(lengths, split, num_tokens, num_rows)
+        if bins is None:
+            continue
+        if split is None:
+            rest = [[None] * (num_rows - len(each)) for each in bins]
+            yield Halves([*bins[0], *rest[0]], [*bins[1], *rest[1]])
+            continue
+        length = lengths[split]
+        for one, other in (bins, bins[::-1]):
+            if max(len(one), len(other)) >= num_rows:
+                continue
+            room, more = (
+                num_tokens - sum(lengths[p.prompt] for p in each)
+                for each in (one, other)
+            )
+            at = _cut(length, _total(one), _total(other))
+            at = min(max(at, length - more, 1), room, length - 1)
+            if at < max(1, length - more):
+                continue
+            gaps = [[None] * (num_rows - 1 - len(each)) for each in (one, other)]
+            head, tail = Piece(split, 0, at), Piece(split, at, length)
+            yield Halves([*one, *gaps[0], head], [tail, *other, *gaps[1]])
+
+
+def _fill(
+    lengths: Sequence[int], split: int | None, num_tokens: int, num_rows: int
+) -> list[list[Piece]] | None:
+    """All prompts but one, the longest first, each where there is less attention."""
+    bins: list[list[Piece]] = [[], []]
+    for prompt in np.argsort([-length for length in lengths], kind="stable").tolist():
+        if prompt == split:
+            continue
+        piece = Piece(prompt, 0, lengths[prompt])
+        for each in sorted(bins, key=_total):
+            tokens = sum(other.stop for other in each) + piece.stop
+            if tokens <= num_tokens and len(each) < num_rows:
+                each.append(piece)
+                break
+        else:
+            return None
+    return bins
+
+
+def _cut(length: int, before: int, after: int) -> int:
+    """Where to cut a prompt so that both sides come to the same, roughly.
+
+    The head's pairs and `before` are to be half of all.
+    """
+    wanted = (_pairs(0, length) + after - before) / 2
+    return round((max(0.0, 2 * wanted)) ** 0.5)
+
+
+def _total(pieces: Sequence[Piece]) -> int:
+    return sum(_pairs(piece.start, piece.stop) for piece in pieces)
+
+
+def _pairs(start: int, stop: int) -> int:
+    """Of tokens `start` to `stop`, each with itself and all before it."""
+    return (stop * (stop + 1) - start * (start + 1)) // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptArrays:
+    """One microbatch of a device as arrays; see `forward.Prompts`.
+
+    Attributes:
+      tokens: [T] int32.
+      positions: [T] int32.
+      rows: [T] int32.
+      prompts: [R] int32, the number of the prompt in each row; -1 for none.
+      last: [R] int32.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    rows: np.ndarray
+    prompts: np.ndarray
+    last: np.ndarray
+
+
+def as_arrays(
+    pieces: Sequence[Piece | None], prompts: Sequence[np.ndarray], num_tokens: int
+) -> PromptArrays:
+    """Packs the pieces of a microbatch one behind the other.
+
+    Args:
+      pieces: by row.
+      prompts: what they are pieces of.
+      num_tokens: of the microbatch; the rest is padding.
+    """
+    tokens, positions = (np.zeros(num_tokens, np.int32) for _ in range(2))
+    rows = np.full(num_tokens, -1, np.int32)
+    numbers, last = (np.full(len(pieces), -1, np.int32) for _ in range(2))
+    at = 0
+    for row, piece in enumerate(pieces):
+        if piece is None:
+            continue
+        end = at + piece.stop - piece.start
+        tokens[at:end] = prompts[piece.prompt][piece.start : piece.stop]
+        positions[at:end] = np.arange(piece.start, piece.stop)
+        rows[at:end] = row
+        numbers[row] = piece.prompt
+        if piece.stop == len(prompts[piece.prompt]):
+            last[row] = end - 1
+        at = end
+    return PromptArrays(tokens, positions, rows, numbers, last)

@@ -1,0 +1,176 @@
+"""A server's weights: drawn, or taken from those that were trained."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dualpipe_jax.deepseek.balancing import Buffers
+from dualpipe_jax.deepseek.layers import Head, Layer
+from dualpipe_jax.deepseek.model import DeepSeek
+from dualpipe_jax.deepseek.serve.config import ServeConfig
+from dualpipe_jax.deepseek.serve.forward import PARAM_SPECS, ServeParams
+from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
+from dualpipe_jax.deepseek.stages import DeepSeekPipeline
+from dualpipe_jax.deepseek.trees import map_with_names, parameters
+from dualpipe_jax.params import PipelineParams
+from dualpipe_jax.train.checkpoint import Checkpoints
+from eplb_jax import ExpertWeights, rebalance_experts
+
+P = PartitionSpec
+PyTree = Any
+
+
+def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
+    """Weights of a model that was never trained, experts in the order of their slots.
+
+    Args:
+      config: of the server.
+      seed: of what is drawn.
+    """
+    arch = config.architecture
+    *keys, embed_key, head_key = jax.random.split(
+        jax.random.key(seed), arch.num_layers + 2
+    )
+    layers = []
+    for layer, key in enumerate(keys):
+        is_dense = arch.is_dense(layer)
+        module = Layer(
+            arch, config.parallel(1), has_dense=is_dense, has_moe=not is_dense, key=key
+        )
+        layers.append(parameters(module))
+        if not is_dense:
+            layers[-1]["moe"]["bias"] = jnp.zeros(arch.num_experts, jnp.float32)
+    embed = jax.random.normal(embed_key, (arch.vocab_size, arch.dim)) * arch.init_std
+    return _in_slots(config, embed, parameters(Head(arch, head_key)), layers)
+
+
+def trained_params(
+    config: ServeConfig, model: DeepSeekPipeline, params: PipelineParams, bias: Any
+) -> ServeParams:
+    """Weights that were trained; the multi-token prediction module stays behind.
+
+    Args:
+      config: of the server.
+      model: that the parameters are laid out for.
+      params: of a `TrainState`.
+      bias: [MoE layers, experts] float32, of its buffers.
+    """
+    arch, layers = config.architecture, []
+    for layer in range(arch.num_layers):
+        stage, slot = model.layout.place[layer]
+        tree = jax.tree.map(lambda leaf, at=stage: leaf[at], params.stages[slot])
+        other = "moe" if arch.is_dense(layer) else "dense"
+        tree = {name: part for name, part in tree.items() if name != other}
+        if not arch.is_dense(layer):
+            own = bias[layer - arch.num_dense_layers]
+            tree["moe"] = tree["moe"] | {"bias": own}
+        layers.append(tree)
+    head = {name: part for name, part in params.head.items() if name != "mtp"}
+    return _in_slots(config, params.embed, head, layers)
+
+
+def load_checkpoint(
+    config: ServeConfig,
+    folder: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    say: Callable[[str], Any] = print,
+) -> tuple[ServeParams, np.ndarray | None]:
+    """The latest checkpoint of a training run, for `Engine`.
+
+    What the optimizer keeps is not read.
+
+    Args:
+      config: of the server.
+      folder: of the run.
+      mesh: where the weights go, with the axis `ep`; by default the first devices.
+      say: is told of checkpoints that are damaged.
+
+    Returns:
+      params: for `Engine`.
+      placement: [layers, slots] int32 for the load that training saw, for
+        `Engine.place`; None if it saw none.
+
+    Raises:
+      ValueError: there is no checkpoint, none that can be read, or it is of another
+        model.
+    """
+    mesh = make_serve_mesh(config) if mesh is None else mesh
+    arch = config.architecture
+    single = DeepSeek(architecture=arch).build_unpipelined()
+    found = []
+
+    def plan(info: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+        model = single.written_by(info)
+        found.append(model)
+        shapes = jax.eval_shape(
+            lambda: {
+                "params": model.init(jax.random.key(0)),
+                "buffers": model.init_buffers()._asdict(),
+            }
+        )
+        return jax.tree.map(lambda leaf: _divided(leaf, mesh), shapes), lambda x: x
+
+    checkpoints = Path(folder) / "checkpoints"
+    if not checkpoints.is_dir():
+        raise ValueError(f"no checkpoint in {folder}; train a model there first.")
+    with Checkpoints(checkpoints, say) as opened:
+        _, state, _ = opened.restore(plan, partial=True)
+    model, buffers = found[-1], Buffers(**state["buffers"])
+    make = functools.partial(trained_params, config, model)
+    shardings = ServeParams(*(NamedSharding(mesh, spec) for spec in PARAM_SPECS))
+    params = jax.jit(make, out_shardings=shardings)(state["params"], buffers.bias)
+    if not float(buffers.loads.weight) > 0:
+        return params, None
+    loads_LE = model.balancer.estimate(buffers)[: arch.num_moe_layers]
+    placement = rebalance_experts(
+        loads_LE,
+        config.num_slots,
+        arch.num_groups,
+        config.num_nodes,
+        config.num_devices,
+    )
+    return params, np.asarray(placement.physical_to_logical_map)
+
+
+def _divided(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Over the devices along the widest axis that they divide, or on each of them."""
+    fits = [at for at, size in enumerate(leaf.shape) if size % mesh.size == 0]
+    axes: list[str | None] = [None] * len(leaf.shape)
+    if fits:
+        axes[max(fits, key=lambda at: leaf.shape[at])] = "ep"
+    sharding = NamedSharding(mesh, P(*axes))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _in_slots(
+    config: ServeConfig, embed: jax.Array, head: PyTree, layers: list[PyTree]
+) -> ServeParams:
+    """With the experts apart, by slot, and in the dtype that they compute in."""
+    # As `ExpertBalancer.init` places them.
+    slot_S = jnp.arange(config.num_slots, dtype=jnp.int32)
+    expert_S = slot_S % config.architecture.num_experts
+    rest, experts = [], []
+    for tree in layers:
+        if "moe" in tree:
+            logical = tree["moe"]["experts"]
+            moe = {name: v for name, v in tree["moe"].items() if name != "experts"}
+            tree = tree | {"moe": moe}
+            slots = [logical[name][expert_S] for name in ExpertWeights._fields]
+            experts.append(ExpertWeights(*slots))
+        rest.append(tree)
+
+    def cast(names: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+        is_router = {"router", "bias"} & set(names)
+        return leaf if is_router else leaf.astype(config.compute_dtype)
+
+    return map_with_names(cast, ServeParams(embed, head, rest, experts))
