@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.arrays import take_or_zero
+from eplb_jax.axes import Axis, all_gather, axis_index, psum
 from eplb_jax.exchange import Segments, Transport, exchange
 from eplb_jax.routing import count_experts
 
@@ -35,7 +36,8 @@ class Dispatch(NamedTuple):
     """Where the rows of this device's choices go, and what arrives here.
 
     Attributes:
-      order: [tokens * k] int32, the choices by slot, those without one last.
+      order: [rows sent] int32, the choices by slot; those without one come last, and
+        are left out where fewer rows are sent.
       inverse: [tokens * k] int32, the place of each choice in that order.
       segments: rows from device to device; None on one device.
       to_group: [rows] int32, which received row each row of the buffer is.
@@ -60,8 +62,9 @@ def plan_dispatch(
     num_slots: int,
     *,
     num_devices: int = 1,
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
     num_rows: int | None = None,
+    num_sent: int | None = None,
 ) -> Dispatch:
     """Plans the way of every choice of every token.
 
@@ -69,24 +72,27 @@ def plan_dispatch(
       slots: [tokens, k] int32, see `choose_slots`; -1 goes nowhere.
       num_slots: slots of all devices.
       num_devices: devices that the slots are divided among, in order.
-      axis_name: mesh axis of the devices, inside `jax.shard_map`; None on one device.
+      axis_name: mesh axis of the devices, inside `jax.shard_map`, or groups of them;
+        None on one device.
       num_rows: rows of a device's buffer; None: as many as can come, which is
         num_devices * tokens * min(k, slots of a device). Rows that stay empty cost
         memory and no arithmetic (`grouped_matmul`).
+      num_sent: rows that a device sends; None: as many as there are choices. For
+        choices most of which go nowhere.
 
     Returns:
       A `Dispatch`.
 
     Raises:
       ValueError: for devices that do not divide the slots, several devices without an
-        axis, and `num_rows` below 1.
+        axis, and `num_rows` or `num_sent` below 1.
 
     Examples:
       >>> plan = plan_dispatch(jnp.array([[2, 0], [0, -1]]), 3)
       >>> plan.order.tolist(), plan.group_sizes.tolist(), int(plan.overflow)
       ([1, 2, 0, 3], [2, 0, 1], 0)
     """
-    _check_plan(num_slots, num_devices, axis_name, num_rows)
+    _check_plan(num_slots, num_devices, axis_name, num_rows, num_sent)
     num_tokens, k = slots.shape
     slot_N = slots.reshape(-1)
     key_N = jnp.where(slot_N < 0, num_slots, slot_N)
@@ -98,16 +104,19 @@ def plan_dispatch(
     if axis_name is None:
         count_DDI, me = count_S[None, None], 0
     else:
-        count_DDI = lax.all_gather(count_S, axis_name)
+        count_DDI = all_gather(count_S, axis_name)
         count_DDI = count_DDI.reshape(num_devices, num_devices, per_device)
-        me = lax.axis_index(axis_name)
+        me = axis_index(axis_name)
     if num_rows is None:
         num_rows = num_devices * num_tokens * min(k, per_device)
 
+    num_sent = len(order_N) if num_sent is None else min(num_sent, len(order_N))
     asked_DD = count_DDI.sum(axis=2, dtype=jnp.int32)
-    before_DD = jnp.cumsum(asked_DD, axis=0) - asked_DD
-    sizes_DD = jnp.clip(num_rows - before_DD, 0, asked_DD)
     starts_DD = jnp.cumsum(asked_DD, axis=1) - asked_DD
+    sent_DD = jnp.clip(num_sent - starts_DD, 0, asked_DD)
+    starts_DD = jnp.minimum(starts_DD, num_sent)
+    before_DD = jnp.cumsum(sent_DD, axis=0) - sent_DD
+    sizes_DD = jnp.clip(num_rows - before_DD, 0, sent_DD)
     places_DD = jnp.cumsum(sizes_DD, axis=0) - sizes_DD
     # What arrives here: by device, then by slot; and grouped: by slot, then by device.
     arrived_DI = count_DDI[:, me]
@@ -118,13 +127,13 @@ def plan_dispatch(
     grouped_DI = (jnp.cumsum(flat_ID) - flat_ID).reshape(arrived_DI.T.shape).T
 
     def total(count: jax.Array) -> jax.Array:
-        return count if axis_name is None else lax.psum(count, axis_name)
+        return count if axis_name is None else psum(count, axis_name)
 
     segments = None
     if axis_name is not None:
         segments = Segments(sizes_DD, starts_DD, places_DD)
     return Dispatch(
-        order=order_N,
+        order=order_N[:num_sent],
         inverse=inverse_N,
         segments=segments,
         to_group=_shifted((received_DI - grouped_DI).T, arrived_DI.T, num_rows),
@@ -139,7 +148,7 @@ def send(
     x: jax.Array,
     plan: Dispatch,
     *,
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
     transport: Transport = "auto",
     payload: Payload = "plain",
 ) -> jax.Array:
@@ -180,7 +189,7 @@ def combine(
     plan: Dispatch,
     num_tokens: int,
     *,
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
     transport: Transport = "auto",
 ) -> jax.Array:
     """Brings the results back to the tokens that asked for them, and adds them up.
@@ -208,7 +217,7 @@ def send_choices(
     values: jax.Array,
     plan: Dispatch,
     *,
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
     transport: Transport = "auto",
 ) -> jax.Array:
     """Brings something of each choice, its weight for instance, to the choice's slot.
@@ -235,7 +244,7 @@ def fetch(
     rows: jax.Array,
     plan: Dispatch,
     *,
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
     transport: Transport = "auto",
 ) -> jax.Array:
     """Brings the results back choice by choice, for who weights them himself.
@@ -261,11 +270,11 @@ def fetch(
 def _send(
     x: jax.Array,
     plan: Dispatch,
-    axis_name: str | None,
+    axis_name: Axis | None,
     transport: Transport,
     payload: Payload,
 ) -> jax.Array:
-    token_N = plan.order // (len(plan.order) // len(x))
+    token_N = plan.order // (len(plan.inverse) // len(x))
     if payload == "plain":
         return _to_slots(x[token_N], plan, axis_name, transport)
     tile_T = x.astype(jnp.float32).reshape(len(x), -1, _TILE)
@@ -295,7 +304,7 @@ def _as_bytes(x: jax.Array) -> jax.Array:
 def _send_forward(
     x: jax.Array,
     plan: Dispatch,
-    axis_name: str | None,
+    axis_name: Axis | None,
     transport: Transport,
     payload: Payload,
 ) -> Any:
@@ -303,7 +312,7 @@ def _send_forward(
 
 
 def _send_backward(
-    axis_name: str | None,
+    axis_name: Axis | None,
     transport: Transport,
     payload: Payload,
     saved: Any,
@@ -323,7 +332,7 @@ def _combine(
     rows: jax.Array,
     plan: Dispatch,
     num_tokens: int,
-    axis_name: str | None,
+    axis_name: Axis | None,
     transport: Transport,
 ) -> jax.Array:
     return _sum_at_tokens(rows, plan, num_tokens, axis_name, transport)
@@ -333,7 +342,7 @@ def _combine_forward(
     rows: jax.Array,
     plan: Dispatch,
     num_tokens: int,
-    axis_name: str | None,
+    axis_name: Axis | None,
     transport: Transport,
 ) -> Any:
     return _combine(rows, plan, num_tokens, axis_name, transport), plan
@@ -341,7 +350,7 @@ def _combine_forward(
 
 def _combine_backward(
     num_tokens: int,
-    axis_name: str | None,
+    axis_name: Axis | None,
     transport: Transport,
     plan: Dispatch,
     ct: jax.Array,
@@ -356,19 +365,19 @@ _combine.defvjp(_combine_forward, _combine_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _send_choices(
-    values: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+    values: jax.Array, plan: Dispatch, axis_name: Axis | None, transport: Transport
 ) -> jax.Array:
     return _to_slots(values[plan.order], plan, axis_name, transport)
 
 
 def _send_choices_forward(
-    values: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+    values: jax.Array, plan: Dispatch, axis_name: Axis | None, transport: Transport
 ) -> Any:
     return _send_choices(values, plan, axis_name, transport), plan
 
 
 def _send_choices_backward(
-    axis_name: str | None, transport: Transport, plan: Dispatch, ct: jax.Array
+    axis_name: Axis | None, transport: Transport, plan: Dispatch, ct: jax.Array
 ) -> Any:
     return _fetch(ct, plan, axis_name, transport), None
 
@@ -378,19 +387,19 @@ _send_choices.defvjp(_send_choices_forward, _send_choices_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _fetch(
-    rows: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+    rows: jax.Array, plan: Dispatch, axis_name: Axis | None, transport: Transport
 ) -> jax.Array:
     return _from_slots(rows, plan, axis_name, transport)
 
 
 def _fetch_forward(
-    rows: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+    rows: jax.Array, plan: Dispatch, axis_name: Axis | None, transport: Transport
 ) -> Any:
     return _fetch(rows, plan, axis_name, transport), plan
 
 
 def _fetch_backward(
-    axis_name: str | None, transport: Transport, plan: Dispatch, ct: jax.Array
+    axis_name: Axis | None, transport: Transport, plan: Dispatch, ct: jax.Array
 ) -> Any:
     return _send_choices(ct, plan, axis_name, transport), None
 
@@ -402,7 +411,7 @@ def _sum_at_tokens(
     rows_M: jax.Array,
     plan: Dispatch,
     num_tokens: int,
-    axis_name: str | None,
+    axis_name: Axis | None,
     transport: Transport,
 ) -> jax.Array:
     row_N = _from_slots(rows_M, plan, axis_name, transport)
@@ -411,7 +420,7 @@ def _sum_at_tokens(
 
 
 def _to_slots(
-    rows_N: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+    rows_N: jax.Array, plan: Dispatch, axis_name: Axis | None, transport: Transport
 ) -> jax.Array:
     """Rows in sending order -> rows by slot."""
     if axis_name is None or plan.segments is None:
@@ -423,7 +432,7 @@ def _to_slots(
 
 
 def _from_slots(
-    rows_M: jax.Array, plan: Dispatch, axis_name: str | None, transport: Transport
+    rows_M: jax.Array, plan: Dispatch, axis_name: Axis | None, transport: Transport
 ) -> jax.Array:
     """Rows by slot -> rows choice by choice."""
     received = take_or_zero(rows_M, plan.from_group)
@@ -445,7 +454,11 @@ def _shifted(shift: jax.Array, sizes: jax.Array, num_rows: int) -> jax.Array:
 
 
 def _check_plan(
-    num_slots: int, num_devices: int, axis_name: str | None, num_rows: int | None
+    num_slots: int,
+    num_devices: int,
+    axis_name: Axis | None,
+    num_rows: int | None,
+    num_sent: int | None,
 ) -> None:
     if num_devices < 1 or num_slots % num_devices:
         raise ValueError(
@@ -455,5 +468,6 @@ def _check_plan(
         raise ValueError(
             f"{num_devices=} needs axis_name, the mesh axis that they are on."
         )
-    if num_rows is not None and num_rows < 1:
-        raise ValueError(f"{num_rows=} must be at least 1; None always suffices.")
+    for name, value in (("num_rows", num_rows), ("num_sent", num_sent)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1; None suffices.")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.arrays import take_or_zero
+from eplb_jax.axes import Axis, all_gather, axis_index, ragged_all_to_all
 from eplb_jax.varying import vary_alike
 
 Transport = Literal["auto", "ragged", "gather"]
@@ -48,7 +49,7 @@ def exchange(
     rows: jax.Array,
     segments: Segments,
     num_received: int,
-    axis_name: str,
+    axis_name: Axis,
     transport: Transport = "auto",
 ) -> jax.Array:
     """Sends segments of rows to the devices of a mesh axis; call in `jax.shard_map`.
@@ -57,7 +58,7 @@ def exchange(
       rows: [rows, ...], this device's.
       segments: who sends what to whom.
       num_received: rows of the result.
-      axis_name: the mesh axis.
+      axis_name: the mesh axis, or groups of its devices.
       transport: `"ragged"` is `lax.ragged_all_to_all`, `"gather"` works on every
         backend, `"auto"` is the former when lowered for CUDA and the latter elsewhere.
 
@@ -92,7 +93,7 @@ def _exchange(
     rows: jax.Array,
     segments: Segments,
     num_received: int,
-    axis_name: str,
+    axis_name: Axis,
     transport: Transport,
 ) -> jax.Array:
     by = {"ragged": _by_ragged, "gather": _by_gather}
@@ -111,7 +112,7 @@ def _forward(
     rows: jax.Array,
     segments: Segments,
     num_received: int,
-    axis_name: str,
+    axis_name: Axis,
     transport: Transport,
 ) -> Any:
     received = _exchange(rows, segments, num_received, axis_name, transport)
@@ -119,7 +120,7 @@ def _forward(
 
 
 def _backward(
-    num_received: int, axis_name: str, transport: Transport, saved: Any, ct: jax.Array
+    num_received: int, axis_name: Axis, transport: Transport, saved: Any, ct: jax.Array
 ) -> Any:
     segments, num_sent = saved
     back = segments.reversed()
@@ -130,27 +131,27 @@ _exchange.defvjp(_forward, _backward)
 
 
 def _by_ragged(
-    rows: jax.Array, segments: Segments, *, num_received: int, axis_name: str
+    rows: jax.Array, segments: Segments, *, num_received: int, axis_name: Axis
 ) -> jax.Array:
-    me = lax.axis_index(axis_name)
+    me = axis_index(axis_name)
     room = jnp.zeros((num_received, *rows.shape[1:]), rows.dtype)
     room, rows, segments = vary_alike(room, rows, segments)
-    return lax.ragged_all_to_all(
+    return ragged_all_to_all(
         rows,
         room,
         segments.starts[me],
         segments.sizes[me],
         segments.places[me],
         segments.sizes[:, me],
-        axis_name=axis_name,
+        axis=axis_name,
     )
 
 
 def _by_gather(
-    rows: jax.Array, segments: Segments, *, num_received: int, axis_name: str
+    rows: jax.Array, segments: Segments, *, num_received: int, axis_name: Axis
 ) -> jax.Array:
-    me = lax.axis_index(axis_name)
-    all_rows = lax.all_gather(rows, axis_name)
+    me = axis_index(axis_name)
+    all_rows = all_gather(rows, axis_name)
     row_M = jnp.arange(num_received, dtype=jnp.int32)
     place_D = segments.places[:, me]
     # An empty segment shares its place with the next one, which is the one meant.

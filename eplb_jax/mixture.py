@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from eplb_jax.axes import Axis, Groups, all_gather, axis_index, psum
 from eplb_jax.dispatch import (
     Payload,
     combine,
@@ -26,6 +28,8 @@ from eplb_jax.physical import physical_weights
 from eplb_jax.replicas import ReplicaChoice, choose_slots
 from eplb_jax.routing import ROUTING
 from eplb_jax.tables import ExpertTables
+
+Route = Literal["direct", "by_node"]
 
 # Names of what a layer must keep so that computing it again exchanges nothing: for
 # `jax.checkpoint_policies.save_only_these_names(*EXCHANGED)`.
@@ -65,6 +69,11 @@ class ExpertParallel:
       weigh: where results get the weights of their choices. `"experts"` sends these
         along; `"tokens"` sends nothing more, but a backward pass would have to keep
         all results: for serving.
+      route: `"direct"` sends a token to each of its slots. `"by_node"` sends it once to
+        each node that has any of them, to the device with the sender's place there,
+        which hands it on inside its node and adds up what comes back (DeepSeek-V3
+        report, arXiv:2412.19437, section 3.2.2): fewer bytes between nodes, and more
+        exchanges.
     """
 
     axis_name: str | None = None
@@ -76,6 +85,7 @@ class ExpertParallel:
     payload: Payload = "plain"
     remat: bool = False
     weigh: Literal["experts", "tokens"] = "experts"
+    route: Route = "direct"
 
 
 ONE_DEVICE = ExpertParallel()
@@ -148,15 +158,101 @@ def mix_experts(
                 axis_name=p.axis_name,
                 transport=p.transport,
             )
+    # A router sees padding too, and may have made NaN of it.
+    weights = jnp.where(experts >= 0, weights, 0.0)
+    mix = _mix_by_node if p.route == "by_node" and p.num_nodes > 1 else _mix_slots
+    return mix(
+        x, slots, weights, expert_weights, num_slots, p, p.axis_name, implementation
+    )
+
+
+def _mix_by_node(
+    x: jax.Array,
+    slots: jax.Array,
+    weights: jax.Array,
+    expert_weights: ExpertWeights,
+    num_slots: int,
+    p: ExpertParallel,
+    axis: Axis | None,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `_mix_slots`, over the devices of all nodes: a token is sent to nodes, as to
+    slots, and a node's devices do the same with the slots that it has.
+    """
+    assert isinstance(axis, str)
+    num_nodes, per_node = p.num_nodes, num_slots // p.num_nodes
+    across = Groups.across_nodes(axis, p.num_devices, num_nodes)
+    node = Groups.nodes(axis, p.num_devices, num_nodes)
+    way = {"axis_name": across, "transport": p.transport}
+    plan = plan_dispatch(
+        _nodes_of(slots, per_node, num_nodes),
+        num_nodes,
+        num_devices=num_nodes,
+        axis_name=across,
+    )
+    plan = checkpoint_name(plan, "moe_plan")
+    with jax.named_scope("dispatch"):
+        rows = send(x, plan, payload=p.payload, **way)
+        # From 1, since an empty row is zero.
+        known = jnp.concatenate([(slots + 1).astype(jnp.float32), weights], axis=1)
+        known = send(known, plan, **way)
+        rows, known = checkpoint_name((rows, known), "moe_rows")
+    slot_MK, weight_MK = jnp.split(known, 2, axis=1)
+    slot_MK = slot_MK.astype(jnp.int32) - 1 - axis_index(across) * per_node
+    is_here_MK = (slot_MK >= 0) & (slot_MK < per_node)
+    results, counts_S, overflow = _mix_slots(
+        rows,
+        jnp.where(is_here_MK, slot_MK, -1),
+        jnp.where(is_here_MK, weight_MK, 0.0),
+        expert_weights,
+        per_node,
+        dataclasses.replace(p, num_devices=p.num_devices // num_nodes),
+        node,
+        implementation,
+    )
+    with jax.named_scope("combine"):
+        outputs = combine(results, plan, len(x), **way).astype(x.dtype)
+    # Each device tells what its node has counted.
+    slot_counts = all_gather(counts_S, across).reshape(-1)
+    slot_counts = psum(slot_counts, node) // len(node.members[0])
+    return outputs, slot_counts, psum(plan.overflow, node) + psum(overflow, across)
+
+
+def _nodes_of(slots_TK: jax.Array, per_node: int, num_nodes: int) -> jax.Array:
+    """[T, n] int32, the nodes that a token's slots are on, each once; -1 for none."""
+    node_TK = jnp.where(slots_TK < 0, -1, slots_TK // per_node)
+    num_choices = slots_TK.shape[1]
+    if num_nodes < num_choices:
+        node_N = jnp.arange(num_nodes, dtype=jnp.int32)
+        is_asked_TN = (node_TK[:, :, None] == node_N[None, None]).any(axis=1)
+        return jnp.where(is_asked_TN, node_N[None], -1)
+    is_same_TKK = node_TK[:, :, None] == node_TK[:, None]
+    is_before_KK = np.tri(num_choices, k=-1, dtype=bool)
+    is_again_TK = (is_same_TKK & is_before_KK[None]).any(axis=2)
+    return jnp.where(is_again_TK, -1, node_TK)
+
+
+def _mix_slots(
+    x: jax.Array,
+    slots: jax.Array,
+    weights: jax.Array,
+    expert_weights: ExpertWeights,
+    num_slots: int,
+    p: ExpertParallel,
+    axis: Axis | None,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `mix_experts`, for choices of slots of the devices of an axis."""
     plan = plan_dispatch(
         slots,
         num_slots,
         num_devices=p.num_devices,
-        axis_name=p.axis_name,
+        axis_name=axis,
         num_rows=p.num_rows,
+        num_sent=p.num_rows if p.route == "by_node" else None,
     )
     plan = checkpoint_name(plan, "moe_plan")
-    way = {"axis_name": p.axis_name, "transport": p.transport}
+    way = {"axis_name": axis, "transport": p.transport}
 
     def multiply(rows: jax.Array, weight: jax.Array) -> jax.Array:
         weight = weight.astype(rows.dtype)
@@ -164,8 +260,6 @@ def mix_experts(
             rows, weight, plan.group_sizes, implementation=implementation
         )
 
-    # A router sees padding too, and may have made NaN of it.
-    weights = jnp.where(experts >= 0, weights, 0.0)
     sends_weights = p.weigh == "experts"
     with jax.named_scope("dispatch"):
         rows, weights_M1 = send(x, plan, payload=p.payload, **way), None
@@ -191,8 +285,9 @@ def mix_experts(
         if sends_weights:
             outputs = combine(results, plan, len(x), **way)
         else:
-            choice_TKD = fetch(results, plan, **way).reshape(*experts.shape, -1)
-            outputs = jnp.einsum("tkd,tk->td", choice_TKD.astype(jnp.float32), weights)
+            choice_TKD = fetch(results, plan, **way).reshape(*slots.shape, -1)
+            # No product of matrices, which would not be fused with the gather.
+            outputs = (choice_TKD.astype(jnp.float32) * weights[..., None]).sum(axis=1)
         outputs = outputs.astype(x.dtype)
     return outputs, plan.slot_counts, plan.overflow
 

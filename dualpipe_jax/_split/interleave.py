@@ -71,7 +71,7 @@ def interleave(forward: Any, backward: Any, num_needed: int) -> Any | None:
         return None
     forward_pass, backward_pass = passes
     turns = _turns(forward_pass, backward_pass)
-    turns.append(_Turn(None, _fill(turns, backward_pass)))
+    turns.append(_Turn([], _fill(turns, backward_pass)))
     eqns, outs = _in_order(_tidy(turns), [*forward.outvars, *backward.outvars])
     invars = [*forward.invars, *backward.invars]
     return compat.new_jaxpr(invars, outs, eqns, forward)
@@ -91,7 +91,7 @@ def interleave_forwards(
 
     Returns:
       A jaxpr from the inputs of both, but the handed ones, to the outputs of both, but
-      the handed ones; None as for `interleave`.
+      the handed ones; None as for `interleave`, and where the second pass would wait.
     """
     first, second = _on_its_own(dce(first)), _on_its_own(dce(second))
     if any(real_effects(eqn) for eqn in (*first.eqns, *second.eqns)):
@@ -105,8 +105,21 @@ def interleave_forwards(
     if not ahead.sends and not behind.sends:
         return None
     outs = [*first.outvars[:kept], *second.outvars]
-    eqns, outs = _in_order(_tidy(_turns(behind, ahead)), outs)
+    turns = _tidy(_turns(behind.joined(), ahead.joined()))
+    if not _is_in_order(turns):  # it is handed things later than it needs them
+        return None
+    eqns, outs = _in_order(turns, outs)
     return compat.new_jaxpr([*first.invars, *second.invars[:given]], outs, eqns, first)
+
+
+def _is_in_order(turns: Sequence[_Turn]) -> bool:
+    """Whether nothing is read before it is made."""
+    waiting = {v for turn in turns for eqn in turn.all() for v in eqn.outvars}
+    for eqn in (eqn for turn in turns for eqn in turn.all()):
+        if not waiting.isdisjoint(filter(is_var, eqn.invars)):
+            return False
+        waiting.difference_update(eqn.outvars)
+    return True
 
 
 def _substitute(jaxpr: Any, values: Mapping[Any, Any]) -> Any:
@@ -125,28 +138,32 @@ class _Pass:
 
     Attributes:
       eqns: all of it.
-      sends: the large exchanges, in their order.
+      sends: the large exchanges, in their order; several and what is between them
+        where that multiplies nothing.
       pieces: one more than there are sends; a piece runs between two of them.
       free: what no input cotangent needs.
     """
 
     eqns: list[Any]
-    sends: list[Any]
+    sends: list[list[Any]]
     pieces: list[list[Any]]
     free: list[Any]
 
     def made(self) -> dict[Any, int]:
         """The piece that makes each variable; results of an exchange come after it."""
-        found = {
-            v: level
-            for level, piece in enumerate(self.pieces)
-            for eqn in piece
-            for v in eqn.outvars
-        }
-        found.update(
-            (v, level + 1) for level, e in enumerate(self.sends) for v in e.outvars
-        )
-        return found
+        parts = [*enumerate(self.pieces), *enumerate(self.sends, 1)]
+        return {v: k for k, part in parts for eqn in part for v in eqn.outvars}
+
+    def joined(self) -> _Pass:
+        """With the exchanges joined that are two hops of one way."""
+        sends, pieces = [], [self.pieces[0]]
+        for send, piece in zip(self.sends, self.pieces[1:], strict=True):
+            if sends and not any(map(_multiplies, pieces[-1])):
+                sends[-1] = [*sends[-1], *pieces.pop(), *send]
+            else:
+                sends.append(send)
+            pieces.append(piece)
+        return dataclasses.replace(self, sends=sends, pieces=pieces)
 
     @classmethod
     def of_forward(
@@ -189,7 +206,8 @@ class _Pass:
                 until[v] = min(until.get(v, len(sends)), level - is_send)
             if not is_send:
                 pieces[level].append(eqn)
-        return cls(jaxpr.eqns, sends, [piece[::-1] for piece in pieces], [])
+        pieces = [piece[::-1] for piece in pieces]
+        return cls(jaxpr.eqns, [[eqn] for eqn in sends], pieces, [])
 
     @classmethod
     def of_backward(cls, jaxpr: Any, num_needed: int) -> _Pass:
@@ -212,18 +230,19 @@ class _Pass:
                 pieces[level].append(eqn)
             for v in filter(is_var, eqn.invars):
                 until[v] = min(until.get(v, len(sends)), level)
-        return cls(jaxpr.eqns, sends, [piece[::-1] for piece in pieces], free[::-1])
+        pieces = [piece[::-1] for piece in pieces]
+        return cls(jaxpr.eqns, [[eqn] for eqn in sends], pieces, free[::-1])
 
 
 @dataclasses.dataclass
 class _Turn:
     """Communication of one pass, and the equations that run beside it."""
 
-    send: Any | None
+    send: list[Any]
     eqns: list[Any]
 
     def all(self) -> list[Any]:
-        return self.eqns if self.send is None else [self.send, *self.eqns]
+        return [*self.send, *self.eqns]
 
 
 def _turns(forward: _Pass, backward: _Pass) -> list[_Turn]:
@@ -231,10 +250,10 @@ def _turns(forward: _Pass, backward: _Pass) -> list[_Turn]:
     beside exchange k of the forward pass. Or, of two forward passes, the one that is
     behind and the one ahead.
     """
-    turns = [_Turn(None, list(backward.pieces[0]))]
+    turns = [_Turn([], _nth(backward.pieces, 0))]
     for k in range(max(len(forward.pieces), len(backward.pieces))):
-        turns.append(_Turn(_nth(backward.sends, k), _nth(forward.pieces, k) or []))
-        turns.append(_Turn(_nth(forward.sends, k), _nth(backward.pieces, k + 1) or []))
+        turns.append(_Turn(_nth(backward.sends, k), _nth(forward.pieces, k)))
+        turns.append(_Turn(_nth(forward.sends, k), _nth(backward.pieces, k + 1)))
     return turns
 
 
@@ -255,9 +274,9 @@ def _fill(turns: list[_Turn], backward: _Pass) -> list[Any]:
     at = {id(eqn): t for t, turn in enumerate(turns) for eqn in turn.all()}
     free = {id(eqn): eqn for eqn in backward.free}
     for t, turn in enumerate(turns):
-        if turn.send is None:
+        if not turn.send:
             continue
-        time = _NETWORK * _sent(turn.send)
+        time = _time(turn.send)
         gap = time - sum(cost[id(eqn)] for eqn in turn.eqns)
         later = [eqn for other in turns[t + 1 :] for eqn in other.eqns]
         for eqn in [*free.values(), *(e for e in later if id(e) in order)]:
@@ -307,16 +326,16 @@ def _small_first(turns: Sequence[_Turn]) -> list[_Turn]:
         first: dict[int, Any] = {}
         for eqn in turn.eqns:
             is_small = eqn.primitive.name in _EXCHANGES
-            if turn.send is None or not is_small or not read.intersection(eqn.outvars):
+            if not turn.send or not is_small or not read.intersection(eqn.outvars):
                 continue
             needed = _closure(eqn, makers)
-            if id(turn.send) in needed:
+            if any(id(each) in needed for each in turn.send):
                 continue
             time = sum(map(_cost, needed.values()))
-            if time <= _WORTH * _NETWORK * _sent(turn.send):
+            if time <= _WORTH * _time(turn.send):
                 first |= needed
         if first:
-            result.append(_Turn(None, [e for e in turn.eqns if id(e) in first]))
+            result.append(_Turn([], [e for e in turn.eqns if id(e) in first]))
             turn.eqns = [eqn for eqn in turn.eqns if id(eqn) not in first]
         result.append(turn)
     return result
@@ -380,6 +399,18 @@ def _sent(eqn: Any) -> int:
     return min(nbytes(eqn.invars[0].aval), nbytes(eqn.outvars[0].aval))
 
 
+def _multiplies(eqn: Any) -> bool:
+    """Whether it is a product of matrices, a kernel, or a loop that may hold either."""
+    name = eqn.primitive.name
+    return name in ("dot_general", "pallas_call", "while", "scan", "ragged_dot_general")
+
+
+def _time(eqns: Sequence[Any]) -> float:
+    """Of exchanges and what is between them, in the unit of `_cost`."""
+    exchanges = [eqn for eqn in eqns if eqn.primitive.name in _EXCHANGES]
+    return _NETWORK * sum(map(_sent, exchanges))
+
+
 def _cost(eqn: Any) -> float:
     """Time, as bytes of memory traffic; what is no product is fused mostly."""
     written = sum(nbytes(v.aval) for v in eqn.outvars)
@@ -412,5 +443,6 @@ def _on_its_own(jaxpr: Any) -> Any:
     return compat.new_jaxpr(invars, outs, eqns, jaxpr)
 
 
-def _nth(items: Sequence[Any], n: int) -> Any | None:
-    return items[n] if n < len(items) else None
+def _nth(items: Sequence[list[Any]], n: int) -> list[Any]:
+    """A copy of item n, or nothing."""
+    return list(items[n]) if n < len(items) else []

@@ -10,6 +10,7 @@ from dualpipe_jax.deepseek.config import DeepSeekConfig
 from eplb_jax import ExpertBalancer, ExpertParallel
 from eplb_jax.dispatch import Payload
 from eplb_jax.load import moving_average
+from eplb_jax.mixture import Route
 
 Phase = Literal["prefill", "decode"]
 
@@ -58,6 +59,7 @@ class ServeConfig:
       prompt_length: tokens of a prompt at most; None: `context_length`.
       prefill_tokens: of one prefill on a device, even; None: as many as
         `prompts_per_device` of the longest ones have.
+      route: see `eplb_jax.ExpertParallel`.
       payload: see `eplb_jax.dispatch.send`.
       buffer_factor: see `DeepSeek`; what finds no room counts as zero. None: nothing
         is ever lost.
@@ -85,6 +87,7 @@ class ServeConfig:
     prompts_per_device: int = 2
     prompt_length: int | None = None
     prefill_tokens: int | None = None
+    route: Route = "direct"
     payload: Payload = "plain"
     buffer_factor: float | None = None
     rebalance: RebalanceConfig | None = dataclasses.field(
@@ -186,4 +189,5 @@ class ServeConfig:
             num_rows=num_rows,
             payload=self.payload,
             weigh="tokens",
+            route=self.route,
         )
