@@ -70,6 +70,7 @@ def prefill() -> ServeConfig:
         requests_per_device=4,
         context_length=4096,
         prompts_per_device=4,
+        route="by_node",
         payload="fp8",
         buffer_factor=1.25,
     )

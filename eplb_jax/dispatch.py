@@ -24,6 +24,7 @@ from eplb_jax.arrays import take_or_zero
 from eplb_jax.axes import Axis, all_gather, axis_index, psum
 from eplb_jax.exchange import Segments, Transport, exchange
 from eplb_jax.routing import count_experts
+from eplb_jax.varying import is_typed
 
 Payload = Literal["plain", "fp8"]
 
@@ -126,9 +127,13 @@ def plan_dispatch(
     flat_ID = arrived_DI.T.reshape(-1)
     grouped_DI = (jnp.cumsum(flat_ID) - flat_ID).reshape(arrived_DI.T.shape).T
 
-    def total(count: jax.Array) -> jax.Array:
-        return count if axis_name is None else psum(count, axis_name)
-
+    # What everyone has counted is here: no need to add it up over the devices.
+    slot_counts = count_DDI.sum(axis=0, dtype=jnp.int32).reshape(-1)
+    overflow = (asked_DD - sizes_DD).sum(dtype=jnp.int32)
+    if axis_name is not None and is_typed(count_S):
+        # Unless types are to tell that all devices have the same.
+        slot_counts = psum(count_S, axis_name)
+        overflow = psum((asked_DD - sizes_DD)[me].sum(dtype=jnp.int32), axis_name)
     segments = None
     if axis_name is not None:
         segments = Segments(sizes_DD, starts_DD, places_DD)
@@ -139,8 +144,8 @@ def plan_dispatch(
         to_group=_shifted((received_DI - grouped_DI).T, arrived_DI.T, num_rows),
         from_group=_shifted(grouped_DI - received_DI, arrived_DI, num_rows),
         group_sizes=arrived_DI.sum(axis=0, dtype=jnp.int32),
-        slot_counts=total(count_S),
-        overflow=total((asked_DD - sizes_DD)[me].sum(dtype=jnp.int32)),
+        slot_counts=slot_counts,
+        overflow=overflow,
     )
 
 

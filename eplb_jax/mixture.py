@@ -212,9 +212,7 @@ def _mix_by_node(
     )
     with jax.named_scope("combine"):
         outputs = combine(results, plan, len(x), **way).astype(x.dtype)
-    # Each device tells what its node has counted.
     slot_counts = all_gather(counts_S, across).reshape(-1)
-    slot_counts = psum(slot_counts, node) // len(node.members[0])
     return outputs, slot_counts, psum(plan.overflow, node) + psum(overflow, across)
 
 

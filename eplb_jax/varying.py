@@ -43,3 +43,8 @@ def _axes(value: Any) -> frozenset[str]:
     # jax 0.10 and later keep it in `manual_axis_type`; others called it `vma`.
     kind = getattr(type_, "manual_axis_type", None)
     return frozenset(kind.varying if kind else getattr(type_, "vma", ()))
+
+
+def is_typed(value: jax.Array) -> bool:
+    """Whether an array's type says that devices have different values of it."""
+    return bool(_axes(value))

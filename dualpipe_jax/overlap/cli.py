@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="as for train, or FILE.py:FUNCTION; its train step is compiled for GPUs "
-        "that need not be there. Or the text of a scheduled module, FILE.hlo",
+        help="as for train or serve; its step is compiled for GPUs that need not be "
+        "there. Or the text of a scheduled module, FILE.hlo",
     )
     parser.add_argument(
         "--gpu", choices=sorted(GPUS), default="h100", help="(%(default)s)"
@@ -81,15 +81,12 @@ def _report(args: argparse.Namespace) -> OverlapReport:
         compiled = Path(args.config).read_text(encoding="utf-8")
     else:
         # The training job is not needed to read a module.
-        from dualpipe_jax.train import load_config, make_programs
+        from dualpipe_jax.train.config import StepConfig, load_as
 
-        config = load_config(args.config)
+        config = load_as(StepConfig, args.config)
         mesh = gpu_mesh(args.gpu, config.mesh_shape, gpus_per_host=args.gpus_per_node)
-        programs = make_programs(config, mesh)
-        tokens = programs.abstract_tokens
-        lowered = programs.train_step.lower(programs.abstract_state, tokens, tokens)
         compiled = compile_overlapped(
-            lowered,
+            config.lower_step(mesh),
             gpu=args.gpu,
             gpus_per_node=args.gpus_per_node,
             efficiency=args.efficiency,

@@ -14,7 +14,9 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from jax.sharding import Mesh
 
 from dualpipe_jax.generators.names import SCHEDULES
 from dualpipe_jax.schedule import Schedule
@@ -22,6 +24,20 @@ from dualpipe_jax.train.model import ModelConfig
 
 AXES = ("pp", "dp", "ep")
 Config = TypeVar("Config")
+
+
+@runtime_checkable
+class StepConfig(Protocol):
+    """A configuration of a step that can be compiled for any mesh of its size."""
+
+    @property
+    def mesh_shape(self) -> dict[str, int]:
+        """Sizes of the mesh's axes."""
+        ...
+
+    def lower_step(self, mesh: Mesh) -> Any:
+        """The step, lowered for the devices of a mesh."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +165,14 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.num_microbatches * self.microbatch_size * self.sequence_length
+
+    def lower_step(self, mesh: Mesh) -> Any:
+        """The train step, lowered for the devices of a mesh."""
+        from dualpipe_jax.train.step import make_programs
+
+        programs = make_programs(self, mesh)
+        tokens = programs.abstract_tokens
+        return programs.train_step.lower(programs.abstract_state, tokens, tokens)
 
     def to_json(self) -> str:
         """The configuration as readable text; functions are given by their name."""

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from dualpipe_jax._split.interleave import interleave
+from dualpipe_jax.interleaved import run_interleaved
 from dualpipe_jax.split_backward import SplitBackward
 
 DEVICES, LAYERS, TOKENS, WIDTH = 4, 3, 16, 8
@@ -215,3 +216,76 @@ def test_without_an_exchange_there_is_no_order_to_decide():
     jax.tree.map(np.testing.assert_array_equal, forward, (y, residuals))
     expected = plan.backward(w, residuals, y)
     jax.tree.map(np.testing.assert_array_equal, backward, expected)
+
+
+def test_two_forward_passes_as_one_after_the_other():
+    """The second reads, layer by layer, what the first has made."""
+
+    def first(layers, x):
+        handed = []
+        for layer in layers:
+            handed.append(jnp.tanh(x @ layer["a"]))
+            x = stage([layer], x)
+        return x, handed
+
+    def second(layers, x, handed):
+        for layer, each in zip(layers, handed, strict=True):
+            x = stage([layer], x + each)
+        return x
+
+    jaxprs = []
+
+    def run(layers, x, other):
+        def both():
+            return run_interleaved(first, second, layers, [x], [other], platform="cpu")
+
+        jaxprs.append(jax.make_jaxpr(both)().jaxpr)
+        alone, handed = first(layers, x)
+        return both(), (alone, second(layers, other, handed))
+
+    got, expected = on_devices(run, 3)(*operands()[:3])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        got,
+        expected,
+    )
+    sending = [
+        turn
+        for turn in turns_of(inlined(jaxprs[0]))
+        if any(e.primitive.name == "all_to_all" for e in turn)
+    ]
+    assert len(sending) == 4 * LAYERS
+    for turn in sending[:-1]:  # behind the last one there is nothing left
+        (send,) = (e for e in turn if e.primitive.name == "all_to_all")
+        beside = [e for e in turn if e is not send]
+        assert any(e.primitive.name == "dot_general" for e in beside)
+        assert not any(v in e.invars for e in beside for v in send.outvars)
+        assert not any(v in e.outvars for e in beside for v in send.invars)
+
+
+def test_what_is_handed_too_late_is_run_one_after_the_other():
+    def step(layers, x, other):
+        def first(layers, x):
+            y = stage(layers, x)
+            return y, y  # of its end, for the second's begin
+
+        def second(layers, x, handed):
+            return stage(layers, x + handed)
+
+        one, two = run_interleaved(first, second, layers, [x], [other])
+        return (one, two), (stage(layers, x), stage(layers, other + stage(layers, x)))
+
+    got, expected = on_devices(step, 3)(*operands()[:3])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        got,
+        expected,
+    )
+
+
+def inlined(jaxpr):
+    """The jaxpr that a call of another one holds, if it is all that there is."""
+    while len(jaxpr.eqns) == 1 and "jaxpr" in jaxpr.eqns[0].params:
+        jaxpr = jaxpr.eqns[0].params["jaxpr"]
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return jaxpr

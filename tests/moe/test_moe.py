@@ -151,6 +151,32 @@ def test_eight_devices(choice, seed, check_vma):
     assert stats.overflow == 0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_nodes": 2, "route": "by_node"},
+        # More nodes than choices, and 32 rows for the 18 that come on average.
+        {"num_nodes": 4, "route": "by_node", "weigh": "tokens", "num_rows": 32},
+        {"weigh": "tokens"},
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_other_ways_to_the_experts_and_back(changes):
+    parallel = ExpertParallel("ep", DEVICES, **changes)
+    tables = placement(6)
+    got, stats = outputs_and_gradients(
+        functools.partial(on_eight, tables), layer(parallel), X
+    )
+    assert stats.overflow == 0
+    check_close(got, reference())
+    _, direct = outputs_and_gradients(
+        functools.partial(on_eight, tables), layer(ExpertParallel("ep", DEVICES)), X
+    )
+    np.testing.assert_array_equal(stats.slot_counts, direct.slot_counts)
+    np.testing.assert_array_equal(stats.expert_counts, direct.expert_counts)
+
+
 def test_a_new_placement_compiles_nothing():
     traces = []
     model = layer(ExpertParallel("ep", DEVICES))

@@ -47,6 +47,11 @@ def test_a_function_of_a_module():
     assert config_module.load_config("configs.profiles:training") == by_name
     with pytest.raises(ValueError, match=r"prefill\(\) of .* returns a ServeConfig"):
         config_module.load_config("profiles:prefill")
+    # What can be compiled for a mesh is either.
+    for name in ("profiles:training", "profiles:prefill"):
+        config_module.load_as(config_module.StepConfig, name)
+    with pytest.raises(ValueError, match=r"returns a DeepSeekConfig; .* a StepConfig"):
+        config_module.load_as(config_module.StepConfig, "tiny:architecture")
     with pytest.raises(ValueError, match=r"'no.such.module' not found"):
         config_module.load_config("no.such.module:config")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from jax.sharding import Mesh
 
 from dualpipe_jax.deepseek.config import DeepSeekConfig
 from eplb_jax import ExpertBalancer, ExpertParallel
@@ -154,6 +156,17 @@ class ServeConfig:
         """Tokens that one step of `phase` computes on a device."""
         decoded = self.requests_per_device
         return self.tokens_a_prefill if self.phase == "prefill" else decoded
+
+    @property
+    def mesh_shape(self) -> dict[str, int]:
+        """Sizes of the mesh's axes."""
+        return {"ep": self.num_devices}
+
+    def lower_step(self, mesh: Mesh) -> Any:
+        """The step that `phase` names, lowered for the devices of a mesh."""
+        from dualpipe_jax.deepseek.serve.steps import make_serve_programs
+
+        return make_serve_programs(self, mesh).lower()
 
     @property
     def latent_width(self) -> int:
