@@ -82,15 +82,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = load_as(ServeConfig, args.config)
     defaults = {name: getattr(args, name) for name in _OPTIONS}
-    mesh = make_serve_mesh(config)
-    params, placement = load_checkpoint(config, args.run, mesh=mesh, say=console.print)
-    engine = Engine(config, params, mesh=mesh)
-    if placement is not None:
-        engine.place(placement)
-    with console.status("compiling"):
-        engine.compile()
-    num_refused = number = 0
+    number = num_refused = 0
     with _opened(args.prompts) as file:
+        engine = _start(config, args.run, console)
         # Who types is answered line by line; what is piped is served together.
         for lines in ([line] for line in file) if file.isatty() else [list(file)]:
             texts: dict[int, str] = {}
@@ -112,6 +106,18 @@ def run(args: argparse.Namespace) -> int:
     if args.metrics is not None:
         args.metrics.write_text(prometheus(engine.metrics()))
     return 1 if num_refused else 0
+
+
+def _start(config: ServeConfig, folder: Path, console: Console) -> Engine:
+    """An engine with a run's weights, placed for the load that it saw; compiled."""
+    mesh = make_serve_mesh(config)
+    params, placement = load_checkpoint(config, folder, mesh=mesh, say=console.print)
+    engine = Engine(config, params, mesh=mesh)
+    if placement is not None:
+        engine.place(placement)
+    with console.status("compiling"):
+        engine.compile()
+    return engine
 
 
 def stream(
