@@ -57,11 +57,18 @@ def prefill() -> ServeConfig:
     """EP32, prompts of 4K tokens, 16K tokens a GPU in two microbatches.
 
     The 32 redundant experts are the report's (arXiv:2412.19437, section 3.4.1), as are
-    eight GPUs a node.
+    eight GPUs a node and tokens that travel once to each node. Sixteen of its MoE
+    layers, which are all alike: they compile in minutes.
+
+    Command: `python -m dualpipe_jax overlap profiles:prefill --gpu h100`, where tokamax
+    is installed; compiles for GPUs that need not be there.
+    Runtime, result: has not run; benchmarks/results/ says what XLA makes of it.
     """
     return ServeConfig(
         name="profile_prefill",
-        architecture=architecture(),
+        architecture=dataclasses.replace(
+            architecture(), num_layers=16, num_dense_layers=0
+        ),
         phase="prefill",
         num_devices=32,
         num_nodes=4,
@@ -79,11 +86,15 @@ def prefill() -> ServeConfig:
 def decode() -> ServeConfig:
     """EP128, 128 requests a GPU with a context of 4K tokens, in two microbatches.
 
-    One redundant expert a GPU is ours: three slots on each.
+    One redundant expert a GPU is ours: three slots on each. The first 32 layers: in
+    bfloat16, all 61 with their caches do not fit a GPU of 80 GB.
+
+    Command: `python -m dualpipe_jax overlap profiles:decode --gpu h800`, as above.
+    Runtime, result: has not run; benchmarks/results/ says what XLA makes of it.
     """
     return ServeConfig(
         name="profile_decode",
-        architecture=architecture(),
+        architecture=dataclasses.replace(architecture(), num_layers=32),
         phase="decode",
         num_devices=128,
         num_nodes=16,

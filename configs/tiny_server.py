@@ -22,6 +22,6 @@ def config() -> ServeConfig:
         prompts_per_device=2,
         prompt_length=128,
         prefill_tokens=128,
-        rebalance=RebalanceConfig(every=8, max_moves=4, layers_per_plan=2),
+        rebalance=RebalanceConfig(every=64, max_moves=4, layers_per_plan=2),
         platform="cpu",
     )

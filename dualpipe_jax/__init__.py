@@ -27,6 +27,7 @@ from dualpipe_jax.simulator import Costs, Timeline, simulate
 from dualpipe_jax.tasks import Task
 
 if TYPE_CHECKING:
+    from dualpipe_jax.interleaved import run_interleaved
     from dualpipe_jax.memory import MemoryReport, memory_report
     from dualpipe_jax.overlap import (
         OverlapReport,
@@ -73,6 +74,7 @@ __all__ = [
     "pipeline_forward",
     "pipeline_value_and_grad",
     "rank_schedules",
+    "run_interleaved",
     "simulate",
     "split_vjp",
     "stack_stages",
@@ -91,6 +93,7 @@ _NEEDS_JAX = {
     "overlap_report": "dualpipe_jax.overlap",
     "pipeline_forward": "dualpipe_jax.pipeline",
     "pipeline_value_and_grad": "dualpipe_jax.pipeline",
+    "run_interleaved": "dualpipe_jax.interleaved",
     "split_vjp": "dualpipe_jax.split_backward",
     "stack_stages": "dualpipe_jax.pipeline",
 }

@@ -11,6 +11,7 @@ import pytest
 
 import dualpipe_jax
 import dualpipe_jax.deepseek
+import dualpipe_jax.deepseek.serve
 import dualpipe_jax.train
 import eplb_jax
 
@@ -44,6 +45,7 @@ FROZEN = {
         "pipeline_forward",
         "pipeline_value_and_grad",
         "rank_schedules",
+        "run_interleaved",
         "simulate",
         "split_vjp",
         "stack_stages",
@@ -65,6 +67,18 @@ FROZEN = {
         "refine_placement",
     ],
     dualpipe_jax.deepseek: ["DeepSeek", "DeepSeekConfig", "EplbConfig", "ServeConfig"],
+    dualpipe_jax.deepseek.serve: [
+        "Engine",
+        "RebalanceConfig",
+        "ServeConfig",
+        "ServeParams",
+        "ServePrograms",
+        "Token",
+        "initial_params",
+        "load_checkpoint",
+        "make_serve_programs",
+        "prometheus",
+    ],
     dualpipe_jax.train: [
         "ModelConfig",
         "OptimizerConfig",

@@ -30,7 +30,7 @@ class RebalanceConfig:
       decay: of the moving average of the load, a step.
     """
 
-    every: int = 10
+    every: int = 100
     layers_per_plan: int | None = None
     max_moves: int | None = None
     below: float = 0.95

@@ -71,6 +71,7 @@ class ServePrograms:
       abstract_params: shapes and shardings of the weights.
       abstract_state: the same of the state.
       abstract_prompts: the same of what `prefill` takes.
+      abstract_idle: the same of what `decode` takes beside the state.
       init: () -> `ServeState`, empty.
       prefill: (params, state, prompts of both microbatches) -> (state, tokens [2, R]
         that follow on the prompts that end there).
