@@ -13,9 +13,8 @@ is left but to overlap.
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core as jex_core
@@ -23,28 +22,14 @@ from jax.extend import core as jex_core
 from dualpipe_jax import compat
 from dualpipe_jax._split.flatten import Builder
 from dualpipe_jax._split.jaxprs import (
-    Kind,
     barrier_equation,
     dce,
     is_barrier,
     is_var,
-    kind,
-    live_vars,
-    nbytes,
     real_effects,
 )
-from dualpipe_jax.flops import equation_flops
+from dualpipe_jax._split.passes import EXCHANGES, Pass, cost_of, time_of
 
-# What exchanges rows between devices, with nothing of its own to compute.
-_EXCHANGES = frozenset({"all_to_all", "ragged_all_to_all"})
-
-# Costs are in bytes of memory traffic, of an H100: 989 TFLOP/s of bfloat16, 3.35 TB/s,
-# of which kernels reach 70 %, and 50 GB/s of network. Only their ratios matter, which
-# hardly differ between GPUs.
-_FLOPS_A_BYTE = 300
-_NETWORK = 47
-# Of the largest exchange: what is worth a turn of its own.
-_LARGE = 1 / 8
 # Of a turn's communication: what is worth being filled up, or filled with.
 _WORTH = 1 / 50
 
@@ -66,7 +51,7 @@ def interleave(forward: Any, backward: Any, num_needed: int) -> Any | None:
     forward, backward = _on_its_own(forward), _on_its_own(backward)
     if any(real_effects(eqn) for eqn in (*forward.eqns, *backward.eqns)):
         return None
-    passes = _Pass.of_forward(forward), _Pass.of_backward(backward, num_needed)
+    passes = Pass.of_forward(forward), Pass.of_backward(backward, num_needed)
     if not any(each.sends for each in passes):
         return None
     forward_pass, backward_pass = passes
@@ -100,8 +85,8 @@ def interleave_forwards(
     kept = len(first.outvars) - num_handed
     handed = dict(zip(second.invars[given:], first.outvars[kept:], strict=True))
     second = _substitute(second, handed)
-    ahead = _Pass.of_forward(first, first.invars[: num_weights[0]])
-    behind = _Pass.of_forward(second, second.invars[: num_weights[1]], ahead.made())
+    ahead = Pass.of_forward(first, first.invars[: num_weights[0]])
+    behind = Pass.of_forward(second, second.invars[: num_weights[1]], ahead.made())
     if not ahead.sends and not behind.sends:
         return None
     outs = [*first.outvars[:kept], *second.outvars]
@@ -132,108 +117,6 @@ def _substitute(jaxpr: Any, values: Mapping[Any, Any]) -> Any:
     return compat.new_jaxpr(jaxpr.invars, list(map(read, jaxpr.outvars)), eqns, jaxpr)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pass:
-    """One pass, cut at its large exchanges.
-
-    Attributes:
-      eqns: all of it.
-      sends: the large exchanges, in their order; several and what is between them
-        where that multiplies nothing.
-      pieces: one more than there are sends; a piece runs between two of them.
-      free: what no input cotangent needs.
-    """
-
-    eqns: list[Any]
-    sends: list[list[Any]]
-    pieces: list[list[Any]]
-    free: list[Any]
-
-    def made(self) -> dict[Any, int]:
-        """The piece that makes each variable; results of an exchange come after it."""
-        parts = [*enumerate(self.pieces), *enumerate(self.sends, 1)]
-        return {v: k for k, part in parts for eqn in part for v in eqn.outvars}
-
-    def joined(self) -> _Pass:
-        """With the exchanges joined that are two hops of one way."""
-        sends, pieces = [], [self.pieces[0]]
-        for send, piece in zip(self.sends, self.pieces[1:], strict=True):
-            if sends and not any(map(_multiplies, pieces[-1])):
-                sends[-1] = [*sends[-1], *pieces.pop(), *send]
-            else:
-                sends.append(send)
-            pieces.append(piece)
-        return dataclasses.replace(self, sends=sends, pieces=pieces)
-
-    @classmethod
-    def of_forward(
-        cls,
-        jaxpr: Any,
-        weights: Collection[Any] | None = None,
-        made: Mapping[Any, int] | None = None,
-    ) -> _Pass:
-        """Each equation as early as its operands are there.
-
-        Args:
-          jaxpr: the pass.
-          weights: inputs; what is made of them alone, to cut or to cast them, waits
-            until somebody wants it. None: it does not.
-          made: of a pass that is ahead, whose results this one reads.
-        """
-        sends = _large_exchanges(jaxpr)
-        number = {id(eqn): i for i, eqn in enumerate(sends)}
-        there: dict[Any, int] = dict(made or {})
-        still = set(weights or ())
-        levels: list[int | None] = []
-        for eqn in jaxpr.eqns:
-            reads = list(filter(is_var, eqn.invars))
-            if weights is not None and still.issuperset(reads):
-                still.update(eqn.outvars)
-                levels.append(None)
-                continue
-            level = max((there.get(v, 0) for v in reads), default=0)
-            if id(eqn) in number:
-                level = number[id(eqn)] + 1
-            levels.append(level)
-            there.update((v, level) for v in eqn.outvars)
-        until: dict[Any, int] = {}
-        pieces: list[list[Any]] = [[] for _ in range(len(sends) + 1)]
-        for eqn, level in reversed(list(zip(jaxpr.eqns, levels, strict=True))):
-            if level is None:
-                level = min(until.get(v, len(sends)) for v in eqn.outvars)
-            is_send = id(eqn) in number
-            for v in filter(is_var, eqn.invars):
-                until[v] = min(until.get(v, len(sends)), level - is_send)
-            if not is_send:
-                pieces[level].append(eqn)
-        pieces = [piece[::-1] for piece in pieces]
-        return cls(jaxpr.eqns, [[eqn] for eqn in sends], pieces, [])
-
-    @classmethod
-    def of_backward(cls, jaxpr: Any, num_needed: int) -> _Pass:
-        """Each equation as late as its users allow: less is kept for less long."""
-        sends = _large_exchanges(jaxpr)
-        number = {id(eqn): i for i, eqn in enumerate(sends)}
-        is_needed = [i < num_needed for i in range(len(jaxpr.outvars))]
-        needed = live_vars(jaxpr, is_needed, roots=sends, whole=True)
-        pieces: list[list[Any]] = [[] for _ in range(len(sends) + 1)]
-        free: list[Any] = []
-        until: dict[Any, int] = {}
-        for eqn in reversed(jaxpr.eqns):
-            if id(eqn) in number:
-                level = number[id(eqn)]
-            elif not any(v in needed for v in eqn.outvars):
-                free.append(eqn)
-                continue
-            else:
-                level = min(until.get(v, len(sends)) for v in eqn.outvars)
-                pieces[level].append(eqn)
-            for v in filter(is_var, eqn.invars):
-                until[v] = min(until.get(v, len(sends)), level)
-        pieces = [piece[::-1] for piece in pieces]
-        return cls(jaxpr.eqns, [[eqn] for eqn in sends], pieces, free[::-1])
-
-
 @dataclasses.dataclass
 class _Turn:
     """Communication of one pass, and the equations that run beside it."""
@@ -245,7 +128,7 @@ class _Turn:
         return [*self.send, *self.eqns]
 
 
-def _turns(forward: _Pass, backward: _Pass) -> list[_Turn]:
+def _turns(forward: Pass, backward: Pass) -> list[_Turn]:
     """Forward piece k beside exchange k of the backward pass, and backward piece k + 1
     beside exchange k of the forward pass. Or, of two forward passes, the one that is
     behind and the one ahead.
@@ -261,14 +144,14 @@ def _tidy(turns: Sequence[_Turn]) -> list[_Turn]:
     return _small_first([turn for turn in turns if turn.all()])
 
 
-def _fill(turns: list[_Turn], backward: _Pass) -> list[Any]:
+def _fill(turns: list[_Turn], backward: Pass) -> list[Any]:
     """Moves equations of the backward pass forward, to turns with too little to do.
 
     First those that are free, then those that a later turn would run. Returns the free
     ones that are left.
     """
-    cost = {id(eqn): _cost(eqn) for turn in turns for eqn in turn.eqns}
-    cost |= {id(eqn): _cost(eqn) for eqn in backward.free}
+    cost = {id(eqn): cost_of(eqn) for turn in turns for eqn in turn.eqns}
+    cost |= {id(eqn): cost_of(eqn) for eqn in backward.free}
     order = {id(eqn): i for i, eqn in enumerate(backward.eqns)}
     makers = {v: eqn for eqn in backward.eqns for v in eqn.outvars}
     at = {id(eqn): t for t, turn in enumerate(turns) for eqn in turn.all()}
@@ -276,7 +159,7 @@ def _fill(turns: list[_Turn], backward: _Pass) -> list[Any]:
     for t, turn in enumerate(turns):
         if not turn.send:
             continue
-        time = _time(turn.send)
+        time = time_of(turn.send)
         gap = time - sum(cost[id(eqn)] for eqn in turn.eqns)
         later = [eqn for other in turns[t + 1 :] for eqn in other.eqns]
         for eqn in [*free.values(), *(e for e in later if id(e) in order)]:
@@ -304,11 +187,11 @@ def _with_operands(
     """
 
     def is_there(each: Any) -> bool:
-        is_exchange = each.primitive.name in _EXCHANGES
+        is_exchange = each.primitive.name in EXCHANGES
         return at.get(id(each), sys.maxsize) <= turn - is_exchange
 
     found = _closure(eqn, makers, is_there)
-    if any(each.primitive.name in _EXCHANGES for each in found.values()):
+    if any(each.primitive.name in EXCHANGES for each in found.values()):
         return None
     return found
 
@@ -325,14 +208,14 @@ def _small_first(turns: Sequence[_Turn]) -> list[_Turn]:
         read = {v for eqn in turn.all() for v in eqn.invars if is_var(v)}
         first: dict[int, Any] = {}
         for eqn in turn.eqns:
-            is_small = eqn.primitive.name in _EXCHANGES
+            is_small = eqn.primitive.name in EXCHANGES
             if not turn.send or not is_small or not read.intersection(eqn.outvars):
                 continue
             needed = _closure(eqn, makers)
             if any(id(each) in needed for each in turn.send):
                 continue
-            time = sum(map(_cost, needed.values()))
-            if time <= _WORTH * _time(turn.send):
+            time = sum(map(cost_of, needed.values()))
+            if time <= _WORTH * time_of(turn.send):
                 first |= needed
         if first:
             result.append(_Turn([], [e for e in turn.eqns if id(e) in first]))
@@ -386,44 +269,6 @@ def _in_order(turns: Sequence[_Turn], outs: Sequence[Any]) -> tuple[list, list]:
             eqns.append(eqn.replace(invars=[read(a) for a in eqn.invars]))
         done = [v for v in made if last_use.get(v, -1) > t]
     return eqns, [read(a) for a in outs]
-
-
-def _large_exchanges(jaxpr: Any) -> list[Any]:
-    found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in _EXCHANGES]
-    largest = max(map(_sent, found), default=0)
-    return [eqn for eqn in found if _sent(eqn) >= _LARGE * largest]
-
-
-def _sent(eqn: Any) -> int:
-    """Bytes of an exchange: one of its two buffers may be larger than what travels."""
-    return min(nbytes(eqn.invars[0].aval), nbytes(eqn.outvars[0].aval))
-
-
-def _multiplies(eqn: Any) -> bool:
-    """Whether it is a product of matrices, a kernel, or a loop that may hold either."""
-    name = eqn.primitive.name
-    return name in ("dot_general", "pallas_call", "while", "scan", "ragged_dot_general")
-
-
-def _time(eqns: Sequence[Any]) -> float:
-    """Of exchanges and what is between them, in the unit of `_cost`."""
-    exchanges = [eqn for eqn in eqns if eqn.primitive.name in _EXCHANGES]
-    return _NETWORK * sum(map(_sent, exchanges))
-
-
-def _cost(eqn: Any) -> float:
-    """Time, as bytes of memory traffic; what is no product is fused mostly."""
-    written = sum(nbytes(v.aval) for v in eqn.outvars)
-    if eqn.primitive.name == "pallas_call":
-        # Its loops have trip counts that nobody knows before they run. The product of
-        # [m, k] and [k, n] takes 2 m k n, twice the root of its three arrays' sizes; a
-        # few groups, or a causal mask, halve it.
-        arrays = [a.aval for a in (*eqn.invars, *eqn.outvars)]
-        sizes = sorted(math.prod(getattr(a, "shape", ())) for a in arrays)[-3:]
-        return max(math.sqrt(math.prod(sizes)) / _FLOPS_A_BYTE, written)
-    if kind(eqn) == Kind.FIXED:  # gathers, scatters and sorts read, too
-        return 2 * written
-    return max(equation_flops(eqn) / _FLOPS_A_BYTE, written / 4)
 
 
 def _on_its_own(jaxpr: Any) -> Any:
