@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -73,11 +74,14 @@ def test_two_hundred_steps_with_experts_on_the_move_and_without(
 def test_a_device_that_is_left_changes_nothing(config, make_engine):
     prompts = small_server.prompts(16, config, seed=3)
     expected = make_engine(rebalance=None).generate(prompts, max_tokens=20)
-    engine = make_engine()
+    # Nobody plans anything by itself.
+    never = dataclasses.replace(config.rebalance, every=1000)
+    engine = make_engine(rebalance=never)
     written = {engine.submit(prompt, max_tokens=20): [] for prompt in prompts}
     for step in range(100):
         if step == 6:
             engine.set_capacity([1, 1, 1, 0, 1, 1, 1, 1])
+            assert engine.metrics()["num_stranded"] == 0
         for token in engine.step():
             written[token.request].append(token.token)
     np.testing.assert_array_equal(list(written.values()), expected)
@@ -159,10 +163,12 @@ def test_what_is_refused_leaves_the_others_alone(config, make_engine):
         ({"prompt": [1, 32]}, "from 1 to 32, but the model's are from 0 to 31"),
         ({"prompt": [1] * 11}, "11 tokens, but prompt_length=10"),
         ({"prompt": [1] * 9, "max_tokens": 216}, "do not fit context_length=224"),
-        ({"prompt": [1], "max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"prompt": [1], "max_tokens": 0}, "max_tokens=0 must be an integer"),
+        ({"prompt": [1], "max_tokens": 2.5}, "max_tokens=2.5 must be an integer"),
         ({"prompt": [1], "temperature": -1.0}, "temperature=-1.0 must be"),
         ({"prompt": [1], "temperature": np.nan}, "temperature=nan must be"),
-        ({"prompt": [1], "seed": -1}, "seed=-1 must lie"),
+        ({"prompt": [1], "seed": -1}, "seed=-1 must be an integer from 0"),
+        ({"prompt": [1], "seed": 0.5}, "seed=0.5 must be an integer from 0"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.submit(**{"max_tokens": 2} | arguments)
@@ -192,3 +198,62 @@ def test_weights_of_another_model(config):
     sizes = dataclasses.replace(config.architecture, num_layers=2)
     with pytest.raises(ValueError, match="another structure"):
         Engine(small_server.config(architecture=sizes), params)
+
+
+def test_no_token_is_lost_when_somebody_stops_listening(config, make_engine):
+    prompts = small_server.prompts(6, config, seed=9)
+    expected = make_engine().generate(prompts, max_tokens=4)
+    engine = make_engine()
+    numbers = [engine.submit(prompt, max_tokens=4) for prompt in prompts[1:]]
+    written = {number: [] for number in numbers}
+    for token in engine.run():
+        written[token.request].append(token.token)
+        if len(written[numbers[2]]) == 2:
+            break
+    (alone,) = engine.generate(prompts[:1], max_tokens=4)
+    np.testing.assert_array_equal(alone, expected[0])
+    cancelled = numbers.pop()
+    engine.cancel(cancelled)
+    for token in engine.run():
+        written[token.request].append(token.token)
+    for number, tokens in zip(numbers, expected[1:], strict=False):
+        assert written[number] == tokens.tolist()
+    assert len(written[cancelled]) < 4
+    with pytest.raises(ValueError, match=f"request={cancelled} is unknown"):
+        engine.cancel(cancelled)
+
+
+def test_weights_stay_the_callers(config):
+    params, _ = small_server.params(config)
+    engine = Engine(config, params)
+    kept = engine.programs.abstract_params.experts[0].gate.sharding
+    params = params._replace(
+        experts=[
+            type(each)(*(jax.device_put(leaf, kept) for leaf in each))
+            for each in params.experts
+        ]
+    )
+    engine = Engine(config, params)
+    engine.place([np.random.default_rng(0).permutation(24) % 16 for _ in range(2)])
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def test_devices_that_do_not_divide_the_experts():
+    """Only slots are divided: 16 experts in 18 slots on 3 devices, and on 1."""
+    changes = {
+        "architecture": dataclasses.replace(small_server.SIZES, num_layers=2),
+        "context_length": 16,
+        "num_redundant": 2,
+        "prompts_per_device": 2,
+    }
+    config = small_server.config(num_devices=3, **changes)
+    prompts = small_server.prompts(3, config, seed=10)
+    complete = small_server.reference(config, small_server.params(config)[1])
+    for devices in (3, 1):
+        engine = small_server.engine(
+            small_server.config(num_devices=devices, **changes)
+        )
+        for prompt, tokens in zip(
+            prompts, engine.generate(prompts, max_tokens=4), strict=True
+        ):
+            assert tokens.tolist() == complete(prompt, 4).tolist()

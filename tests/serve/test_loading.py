@@ -10,7 +10,13 @@ import pytest
 from rich.console import Console
 
 from dualpipe_jax import cli
-from dualpipe_jax.deepseek.serve import ServeConfig, load_checkpoint, prometheus
+from dualpipe_jax.deepseek.serve import (
+    Engine,
+    RebalanceConfig,
+    ServeConfig,
+    load_checkpoint,
+    prometheus,
+)
 from dualpipe_jax.deepseek.serve.cli import as_text, as_tokens
 from dualpipe_jax.train import Text, train
 from tests.deepseek import small
@@ -120,7 +126,7 @@ def test_what_cannot_be_loaded(folder, config, tmp_path):
         load_checkpoint(dataclasses.replace(config, architecture=other), folder)
 
 
-def test_serve_writes_completions_in_order(folder, capsys, tmp_path):
+def test_serve_writes_completions_in_order(folder, config, capsys, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [
         {"prompt": "one", "max_tokens": 3},
@@ -128,6 +134,7 @@ def test_serve_writes_completions_in_order(folder, capsys, tmp_path):
         {"prompt": "two", "max_tokens": 9, "temperature": 1.0, "seed": 4},
         {"prompt": "three", "max_tokens": 2, "tokens": 1},
         {"prompt": "ab", "max_tokens": "2"},
+        {"prompt": "ab", "temperature": 10**400},
         {"prompt": ""},
         {"prompt": "four", "max_tokens": 4},
     ]
@@ -138,16 +145,26 @@ def test_serve_writes_completions_in_order(folder, capsys, tmp_path):
     command += ["--run", str(folder), "--max-tokens", "12", "--metrics", str(metrics)]
     assert cli.main(command) == 1
     printed = capsys.readouterr()
-    written = printed.out.removesuffix("\n").split("\n")
-    assert len("".join(written)) >= len("onetwofour")
-    for start in ("one", "two", "four"):
-        assert f"\n{start}" in f"\n{printed.out}"
+    # The same by the engine itself, one after the other.
+    params, placement = load_checkpoint(config, folder)
+    engine = Engine(config, params)
+    engine.place(placement)
+    expected = ""
+    for prompt, options in (
+        ("one", {"max_tokens": 3}),
+        ("two", {"max_tokens": 9, "temperature": 1.0, "seed": 4}),
+        ("four", {"max_tokens": 4}),
+    ):
+        (tokens,) = engine.generate([list(prompt.encode())], **options)
+        expected += prompt + bytes(tokens.tolist()).decode(errors="replace") + "\n"
+    assert printed.out == expected
     for message in (
         "prompt 2 is refused: prompt has 16 tokens, but prompt_length=12",
         "prompt 4 is refused: 'tokens' is unknown",
         "prompt 5 is refused: max_tokens='2' must be a number",
-        "prompt 6 is refused: prompt has shape (0,)",
-        "prompt 8 is refused: '{' is no JSON",
+        "prompt 6 is refused: temperature=1000",
+        "prompt 7 is refused: prompt has shape (0,)",
+        "prompt 9 is refused: '{' is no JSON",
         "16 tokens in 1 prefills and 8 decode steps",
     ):
         assert message in printed.err
@@ -163,7 +180,8 @@ def test_serve_writes_completions_in_order(folder, capsys, tmp_path):
         (["tiny_server", "none.txt", "--run", "x"], "none.txt"),
     ],
 )
-def test_bad_input_in_one_line(arguments, message, capsys):
+def test_bad_input_in_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a prompt\n"))
     try:
         status = cli.main(["serve", *arguments])
     except SystemExit as exit_:
@@ -199,6 +217,8 @@ def test_server_settings_that_do_not_fit():
         ({"prefill_tokens": 100}, "prefill_tokens=100 must be at least prompt_length"),
         ({"prompts_per_device": 3}, "prompts_per_device=3 must be even"),
         ({"prefill_tokens": 129}, "tokens_a_prefill=129 must be even"),
+        ({"route": "by-node"}, "route='by-node' must be 'direct' or 'by_node'"),
+        ({"payload": "fp4"}, "payload='fp4' must be 'plain' or 'fp8'"),
         ({"compute_dtype": "float64"}, "must be 'float32' or 'bfloat16'"),
         (
             {
@@ -211,5 +231,9 @@ def test_server_settings_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(good, **change)
+    sizes = dataclasses.replace(good.architecture, dim=96)
+    with pytest.raises(ValueError, match="do not divide dim=96"):
+        dataclasses.replace(good, architecture=sizes, payload="fp8")
+    with pytest.raises(ValueError, match="every=0 must be at least 1"):
+        RebalanceConfig(every=0)
     assert isinstance(good, ServeConfig)
-    assert len(jax.devices()) == 8

@@ -77,16 +77,17 @@ def run(args: argparse.Namespace) -> int:
       The exit status: 1 if a prompt was refused; the others are served then.
 
     Raises:
-      ValueError: bad input, before anything is compiled.
+      ValueError: bad input; but for a file without prompts, before anything compiles.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = load_as(ServeConfig, args.config)
     defaults = {name: getattr(args, name) for name in _OPTIONS}
     number = num_refused = 0
     with _opened(args.prompts) as file:
-        engine = _start(config, args.run, console)
         # Who types is answered line by line; what is piped is served together.
-        for lines in ([line] for line in file) if file.isatty() else [list(file)]:
+        groups = ([line] for line in file) if file.isatty() else [list(file)]
+        engine = _start(config, args.run, console)
+        for lines in groups:
             texts: dict[int, str] = {}
             for found in read_prompts(lines, config, defaults, args.prompts):
                 number += 1
@@ -113,10 +114,10 @@ def _start(config: ServeConfig, folder: Path, console: Console) -> Engine:
     mesh = make_serve_mesh(config)
     params, placement = load_checkpoint(config, folder, mesh=mesh, say=console.print)
     engine = Engine(config, params, mesh=mesh)
-    if placement is not None:
-        engine.place(placement)
     with console.status("compiling"):
         engine.compile()
+    if placement is not None:
+        engine.place(placement)
     return engine
 
 

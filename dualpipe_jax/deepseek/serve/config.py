@@ -37,6 +37,10 @@ class RebalanceConfig:
     min_gain: float = 0.01
     decay: float = 0.9
 
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"{self.every=} must be at least 1 step.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
@@ -98,8 +102,15 @@ class ServeConfig:
     platform: str | None = None
 
     def __post_init__(self):
-        if self.phase not in get_args(Phase):
-            raise ValueError(f"{self.phase=} must be 'prefill' or 'decode'.")
+        for name, kind in (("phase", Phase), ("route", Route), ("payload", Payload)):
+            if getattr(self, name) not in get_args(kind):
+                known = " or ".join(map(repr, get_args(kind)))
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {known}.")
+        if self.payload == "fp8" and self.architecture.dim % 128:
+            raise ValueError(
+                f"payload='fp8' scales tiles of 128 channels, which do not divide "
+                f"dim={self.architecture.dim}; use payload='plain'."
+            )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"{self.compute_dtype=} must be 'float32' or 'bfloat16'.")
         for name in ("num_devices", "num_nodes", "context_length", "max_prompt"):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
@@ -26,6 +27,7 @@ from dualpipe_jax.deepseek.serve.requests import (
     Request,
     Slot,
     as_prompt,
+    check_options,
     prefill_arrays,
 )
 from dualpipe_jax.deepseek.serve.steps import HALVES, make_serve_programs
@@ -80,6 +82,9 @@ class Engine:
         like = self.programs.abstract_params
         _check_shapes(params, like)
         self.params: ServeParams = jax.tree.map(_put, params, like)
+        # Copies: these change in place, and the caller keeps what is his.
+        experts = jax.tree.map(jnp.copy, self.params.experts)
+        self.params = self.params._replace(experts=experts)
         self.state = self.programs.init()
         self.num_prefills = self.num_decode_steps = self.num_tokens = 0
         self.seconds = 0.0
@@ -90,7 +95,7 @@ class Engine:
         self._running: dict[Slot, Request] = {}
         self._waiting: collections.deque[Request] = collections.deque()
         self._numbers = itertools.count()
-        self._num_urgent = 0
+        self._undelivered: collections.deque[Token] = collections.deque()
 
     def compile(self) -> None:
         """Compiles all programs now; nothing compiles after that."""
@@ -114,7 +119,8 @@ class Engine:
           prompt: [n] integers.
           max_tokens: to write at most.
           temperature: 0 takes the likeliest token each time.
-          seed: decides what is drawn at a temperature, whatever else is served.
+          seed: decides what is drawn at a temperature, whatever else is served (unless
+            `buffer_factor` loses choices, which depends on all of them).
           stop_token: the token that ends it; it is written too.
 
         Returns:
@@ -125,10 +131,7 @@ class Engine:
             the model's, or a bad option. Other requests go on.
         """
         tokens = as_prompt(self.config, prompt, max_tokens)
-        if not (np.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"{temperature=} must be a number, at least 0.")
-        if not 0 <= seed < 2**31:
-            raise ValueError(f"{seed=} must lie between 0 and 2^31 - 1.")
+        check_options(temperature, seed)
         request = Request(
             next(self._numbers), tokens, max_tokens, temperature, seed, stop_token
         )
@@ -137,12 +140,17 @@ class Engine:
         return request.number
 
     def cancel(self, request: int) -> None:
-        """Ends a request early.
+        """Ends a request early; `run` yields nothing more of it.
 
         Raises:
           ValueError: there is no such request, or it is done.
         """
         found = self._requests.get(request)
+        kept = [token for token in self._undelivered if token.request != request]
+        is_delivered = len(kept) == len(self._undelivered)
+        self._undelivered = collections.deque(kept)
+        if found is None and not is_delivered:
+            return
         if found is None:
             raise ValueError(
                 f"{request=} is unknown: it was never submitted, or it is done."
@@ -165,14 +173,19 @@ class Engine:
         return tokens
 
     def run(self) -> Iterator[Token]:
-        """Steps until no request is left."""
-        while self._requests:
-            yield from self.step()
+        """Steps until no request is left; who stops in between may go on later."""
+        while self._undelivered or self._requests:
+            if not self._undelivered:
+                self._undelivered.extend(self.step())
+            while self._undelivered:
+                yield self._undelivered.popleft()
 
     def generate(
         self, prompts: Sequence[ArrayLike], *, max_tokens: int, **options
     ) -> list[np.ndarray]:
         """Completions of prompts, when all are done.
+
+        Other requests go on meanwhile; `run` yields their tokens afterwards.
 
         Args:
           prompts: each [n] integers.
@@ -191,9 +204,16 @@ class Engine:
             self.submit(prompt, max_tokens=max_tokens, **options): []
             for prompt in prompts
         }
-        for token in self.run():
-            if token.request in written:
-                written[token.request].append(token.token)
+        missing, others = set(written), []
+        while missing:
+            token = next(self.run())
+            if token.request not in written:
+                others.append(token)
+                continue
+            written[token.request].append(token.token)
+            if token.is_last:
+                missing.remove(token.request)
+        self._undelivered.extendleft(reversed(others))
         return [np.array(tokens, np.int32) for tokens in written.values()]
 
     def _admit(self) -> list[Admitted]:
@@ -264,8 +284,7 @@ class Engine:
         self.state, tokens = self.programs.decode(self.params, self.state, is_idle)
         self.num_decode_steps += 1
         plan = self.config.rebalance
-        is_due = plan is not None and self.num_decode_steps % plan.every == 0
-        if is_due or self._num_urgent:
+        if plan is not None and self.num_decode_steps % plan.every == 0:
             self._rebalance()
         tokens = np.asarray(tokens)
         running = list(self._running.items())
@@ -292,7 +311,13 @@ class Engine:
         )
         self.params = self.params._replace(experts=experts)
         self.state = self.state._replace(balancer=balancer)
-        self._num_urgent = max(0, self._num_urgent - 1)
+
+    def _leave_devices(self) -> None:
+        """Moves all experts away from devices of speed 0."""
+        balancer = self.config.balancer
+        at_once = balancer.layers_per_plan or balancer.num_layers
+        for _ in range(-(-balancer.num_layers // at_once)):
+            self._rebalance()
 
     def set_capacity(self, capacity: ArrayLike) -> None:
         """Tells the devices' speeds; all experts leave one of speed 0 at once.
@@ -307,11 +332,10 @@ class Engine:
           ValueError: values that are no speeds, or the devices left have too few slots
             for all experts; the old speeds stay.
         """
-        balancer = self.config.balancer
-        state = balancer.with_capacity(self.state.balancer, capacity)
+        state = self.config.balancer.with_capacity(self.state.balancer, capacity)
         self.state = self.state._replace(balancer=state)
-        at_once = balancer.layers_per_plan or balancer.num_layers
-        self._num_urgent = -(-balancer.num_layers // at_once)
+        if (np.asarray(capacity) == 0).any():
+            self._leave_devices()
 
     def place(self, placement: ArrayLike) -> None:
         """Moves the experts to a placement: of `rebalance_experts`, for known loads.
@@ -329,6 +353,8 @@ class Engine:
         experts = self.programs.move(self.params.experts, old.tables, tables)
         self.params = self.params._replace(experts=experts)
         self.state = self.state._replace(balancer=old._replace(tables=tables))
+        if (np.asarray(old.capacity) == 0).any():
+            self._leave_devices()
 
     def metrics(self) -> dict[str, float]:
         """What to log: the balancer's metrics, the queue, and what was done so far."""

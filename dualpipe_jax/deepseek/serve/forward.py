@@ -23,6 +23,7 @@ from dualpipe_jax.deepseek.serve.config import ServeConfig
 from eplb_jax import ExpertTables
 from eplb_jax.arrays import take_or_zero
 from eplb_jax.kernels import cross_compiling
+from eplb_jax.mixture import ONE_DEVICE
 
 P = PartitionSpec
 PyTree = Any
@@ -54,8 +55,8 @@ class Sampling(NamedTuple):
 
     Attributes:
       temperature: [B] float32; 0 takes the likeliest token.
-      seed: [B] int32; with the position it decides what is drawn, so that a request's
-        tokens do not depend on what is served beside it.
+      seed: [B] int32; with the position it decides what is drawn, so that this does not
+        depend on what is served beside it.
     """
 
     temperature: Any
@@ -131,12 +132,13 @@ class Forward:
 
         def make(layer: int) -> Layer:
             dense = arch.is_dense(layer)
-            parallel = self.config.parallel(self.num_tokens)
             module = Layer(
-                arch, parallel, has_dense=dense, has_moe=not dense, key=_key()
+                arch, ONE_DEVICE, has_dense=dense, has_moe=not dense, key=_key()
             )
             if module.moe is not None:
+                # Only slots are divided over the devices here.
                 module.moe.experts = None
+                module.moe.parallel = self.config.parallel(self.num_tokens)
             return module
 
         kinds = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ class Request:
     def write(self, token: int) -> bool:
         """Counts a token; returns whether it is the last."""
         self.num_written += 1
-        return token == self.stop_token or self.num_written == self.max_tokens
+        return token == self.stop_token or self.num_written >= self.max_tokens
 
 
 def as_prompt(config: ServeConfig, prompt: ArrayLike, max_tokens: int) -> np.ndarray:
@@ -79,14 +80,26 @@ def as_prompt(config: ServeConfig, prompt: ArrayLike, max_tokens: int) -> np.nda
             f"prompt has {tokens.size} tokens, but prompt_length={config.max_prompt}; "
             "shorten it."
         )
-    if max_tokens < 1:
-        raise ValueError(f"{max_tokens=} must be at least 1.")
+    if not isinstance(max_tokens, (int, np.integer)) or max_tokens < 1:
+        raise ValueError(f"{max_tokens=} must be an integer, at least 1.")
     if tokens.size + max_tokens > config.context_length:
         raise ValueError(
             f"the prompt's {tokens.size} tokens and {max_tokens=} do not fit "
             f"context_length={config.context_length}; ask for fewer."
         )
     return tokens.astype(np.int32)
+
+
+def check_options(temperature: float, seed: int) -> None:
+    """Raises a ValueError for options of `Engine.submit` that are none."""
+    try:
+        is_number = math.isfinite(np.float32(temperature)) and temperature >= 0
+    except (TypeError, ValueError, OverflowError):
+        is_number = False
+    if not is_number:
+        raise ValueError(f"{temperature=} must be a number, at least 0.")
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**31:
+        raise ValueError(f"{seed=} must be an integer from 0 to 2^31 - 1.")
 
 
 class Admitted(NamedTuple):

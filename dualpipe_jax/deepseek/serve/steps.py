@@ -103,6 +103,7 @@ class ServePrograms:
                 params, self.abstract_state, self.abstract_idle
             ),
             "rebalance": self.rebalance.lower(params.experts, balancer),
+            "move": self.move.lower(params.experts, balancer.tables, balancer.tables),
         }
         with futures.ThreadPoolExecutor() as pool:
             running = {

@@ -24,6 +24,7 @@ from dualpipe_jax.deepseek.trees import map_with_names, parameters
 from dualpipe_jax.params import PipelineParams
 from dualpipe_jax.train.checkpoint import Checkpoints
 from eplb_jax import ExpertWeights, rebalance_experts
+from eplb_jax.mixture import ONE_DEVICE
 
 P = PartitionSpec
 PyTree = Any
@@ -44,7 +45,7 @@ def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
     for layer, key in enumerate(keys):
         is_dense = arch.is_dense(layer)
         module = Layer(
-            arch, config.parallel(1), has_dense=is_dense, has_moe=not is_dense, key=key
+            arch, ONE_DEVICE, has_dense=is_dense, has_moe=not is_dense, key=key
         )
         layers.append(parameters(module))
         if not is_dense:
