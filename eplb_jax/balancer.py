@@ -376,6 +376,27 @@ class ExpertBalancer:
           plan: what was done.
         """
         state = self.observe(state, counts)
+        return self.rebalance(state, weights, axis_name=axis_name, transport=transport)
+
+    def rebalance(
+        self,
+        state: BalancerState,
+        weights: Sequence[PyTree],
+        *,
+        axis_name: str | None = None,
+        transport: Transport = "auto",
+    ) -> tuple[BalancerState, list[PyTree], Plan]:
+        """The same without observing: for a program of its own, between two steps.
+
+        Args:
+          state: see `update`.
+          weights: see `migrate`.
+          axis_name: see `migrate`.
+          transport: see `exchange`.
+
+        Returns:
+          See `update`.
+        """
         plan = self.plan(state)
         if axis_name is not None:
             plan = self.agree(plan, axis_name)

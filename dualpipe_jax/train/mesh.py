@@ -16,6 +16,21 @@ DATA_AXES = ("dp", "ep")
 BATCH = PartitionSpec(None, DATA_AXES)
 
 
+def ask_for_devices(count: int, platform: str | None) -> None:
+    """Tells jax, before it starts, what to run on; on a CPU, as so many devices.
+
+    Args:
+      count: of this process.
+      platform: None: what jax finds. JAX_PLATFORMS has the last word.
+    """
+    # Does what XLA's --xla_force_host_platform_device_count does. Once jax has its
+    # devices (in a notebook, say) it refuses, and those must do.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+    if platform and not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", platform)
+
+
 def make_mesh(config: TrainConfig) -> Mesh:
     """The config's mesh over the first devices, virtual ones on a CPU.
 
@@ -28,12 +43,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
             f"mesh={dict(config.mesh)} needs {needed} devices, which {processes} "
             "processes do not share evenly; start another number of processes."
         )
-    # Does what XLA's --xla_force_host_platform_device_count does. Once jax has its
-    # devices (in a notebook, say) it refuses, and those must do.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", needed // processes)
-    if config.platform and not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", config.platform)
+    ask_for_devices(needed // processes, config.platform)
     if jax.device_count() < needed:
         raise ValueError(
             f"mesh={dict(config.mesh)} needs {needed} devices, but jax has "

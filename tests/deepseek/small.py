@@ -93,6 +93,18 @@ def compile_quickly(jitted, *args):
     return jitted.lower(*args).compile({"xla_backend_optimization_level": 0})
 
 
+def compile_all_quickly(monkeypatch):
+    """The same for whatever is compiled from now on."""
+    compile_well = jax.stages.Lowered.compile
+    monkeypatch.setattr(
+        jax.stages.Lowered,
+        "compile",
+        lambda lowered, options=None: compile_well(
+            lowered, {**(options or {}), "xla_backend_optimization_level": 0}
+        ),
+    )
+
+
 def unpipelined_steps(config, num_steps):
     """The metrics of each step of the same model on one device, by `jax.grad` alone.
 

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -28,14 +27,7 @@ def run(config, folder, *, resume=False):
 @pytest.mark.slow
 def test_another_mesh_schedule_and_placement(tmp_path, monkeypatch):
     # Most of the time would go into optimizing programs that run for milliseconds.
-    compile_well = jax.stages.Lowered.compile
-    monkeypatch.setattr(
-        jax.stages.Lowered,
-        "compile",
-        lambda lowered, options=None: compile_well(
-            lowered, {**(options or {}), "xla_backend_optimization_level": 0}
-        ),
-    )
+    small.compile_all_quickly(monkeypatch)
     config = small.config(
         architecture={"num_layers": 2},
         schedule="1f1b",

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -64,14 +63,8 @@ def folder(tmp_path_factory):
         eval_every=3,
         checkpoint_every=3,
     )
-    compile_well = jax.stages.Lowered.compile
-
-    def compile_quickly(lowered, options=None):
-        quick = {"xla_backend_optimization_level": 0}
-        return compile_well(lowered, {**(options or {}), **quick})
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", compile_quickly)
+        small.compile_all_quickly(patch)
         train(config, text, folder, console=Console(file=io.StringIO()))
     return folder
 

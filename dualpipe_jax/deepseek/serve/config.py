@@ -180,6 +180,11 @@ class ServeConfig:
         return make_serve_programs(self, mesh).lower()
 
     @property
+    def axis_name(self) -> str | None:
+        """Of the mesh; None on one device, which exchanges nothing."""
+        return "ep" if self.num_devices > 1 else None
+
+    @property
     def latent_width(self) -> int:
         """Numbers that the cache keeps of a token in a layer."""
         return self.architecture.kv_rank + self.architecture.rope_dim
@@ -207,7 +212,7 @@ class ServeConfig:
             mean = num_tokens * self.architecture.experts_per_token
             num_rows = math.ceil(self.buffer_factor * mean)
         return ExpertParallel(
-            axis_name="ep" if self.num_devices > 1 else None,
+            axis_name=self.axis_name,
             num_devices=self.num_devices,
             num_nodes=self.num_nodes,
             num_rows=num_rows,

@@ -81,10 +81,9 @@ class Engine:
         self.programs = make_serve_programs(config, mesh)
         like = self.programs.abstract_params
         _check_shapes(params, like)
-        self.params: ServeParams = jax.tree.map(_put, params, like)
+        placed: ServeParams = jax.tree.map(_put, params, like)
         # Copies: these change in place, and the caller keeps what is his.
-        experts = jax.tree.map(jnp.copy, self.params.experts)
-        self.params = self.params._replace(experts=experts)
+        self.params = placed._replace(experts=jax.tree.map(jnp.copy, placed.experts))
         self.state = self.programs.init()
         self.num_prefills = self.num_decode_steps = self.num_tokens = 0
         self.seconds = 0.0
@@ -147,11 +146,11 @@ class Engine:
         """
         found = self._requests.get(request)
         kept = [token for token in self._undelivered if token.request != request]
-        is_delivered = len(kept) == len(self._undelivered)
+        was_awaited = len(kept) < len(self._undelivered)
         self._undelivered = collections.deque(kept)
-        if found is None and not is_delivered:
-            return
         if found is None:
+            if was_awaited:
+                return
             raise ValueError(
                 f"{request=} is unknown: it was never submitted, or it is done."
             )
@@ -313,7 +312,9 @@ class Engine:
         self.state = self.state._replace(balancer=balancer)
 
     def _leave_devices(self) -> None:
-        """Moves all experts away from devices of speed 0."""
+        """Moves all experts away from devices of speed 0, if there are any."""
+        if (np.asarray(self.state.balancer.capacity) > 0).all():
+            return
         balancer = self.config.balancer
         at_once = balancer.layers_per_plan or balancer.num_layers
         for _ in range(-(-balancer.num_layers // at_once)):
@@ -334,8 +335,7 @@ class Engine:
         """
         state = self.config.balancer.with_capacity(self.state.balancer, capacity)
         self.state = self.state._replace(balancer=state)
-        if (np.asarray(capacity) == 0).any():
-            self._leave_devices()
+        self._leave_devices()
 
     def place(self, placement: ArrayLike) -> None:
         """Moves the experts to a placement: of `rebalance_experts`, for known loads.
@@ -353,8 +353,7 @@ class Engine:
         experts = self.programs.move(self.params.experts, old.tables, tables)
         self.params = self.params._replace(experts=experts)
         self.state = self.state._replace(balancer=old._replace(tables=tables))
-        if (np.asarray(old.capacity) == 0).any():
-            self._leave_devices()
+        self._leave_devices()
 
     def metrics(self) -> dict[str, float]:
         """What to log: the balancer's metrics, the queue, and what was done so far."""

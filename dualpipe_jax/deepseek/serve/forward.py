@@ -27,7 +27,8 @@ from eplb_jax.mixture import ONE_DEVICE
 
 P = PartitionSpec
 PyTree = Any
-_NOWHERE = 2**31 - 1
+# An index out of any array's range; negative ones would count from behind.
+NOWHERE = 2**31 - 1
 
 
 class ServeParams(NamedTuple):
@@ -130,8 +131,7 @@ class Forward:
         """The structure of each layer's module, without its arrays."""
         arch = self.config.architecture
 
-        def make(layer: int) -> Layer:
-            dense = arch.is_dense(layer)
+        def make(dense: bool) -> Layer:
             module = Layer(
                 arch, ONE_DEVICE, has_dense=dense, has_moe=not dense, key=_key()
             )
@@ -141,12 +141,12 @@ class Forward:
                 module.moe.parallel = self.config.parallel(self.num_tokens)
             return module
 
-        kinds = {
-            is_dense: nnx.graphdef(nnx.eval_shape(lambda layer=layer: make(layer)))
-            for layer in range(arch.num_layers)
-            for is_dense in [arch.is_dense(layer)]
+        is_dense = [arch.is_dense(layer) for layer in range(arch.num_layers)]
+        graphs = {
+            dense: nnx.graphdef(nnx.eval_shape(functools.partial(make, dense)))
+            for dense in set(is_dense)
         }
-        return [kinds[arch.is_dense(layer)] for layer in range(arch.num_layers)]
+        return [graphs[dense] for dense in is_dense]
 
     @functools.cached_property
     def _head(self) -> Any:
@@ -332,7 +332,7 @@ class _Rows(NamedTuple):
     def of(cls, prompts: Prompts, num_positions: int) -> _Rows:
         num_rows, num_tokens = len(prompts.slots), len(prompts.tokens)
         place_T = prompts.rows * num_positions + prompts.positions
-        place_T = jnp.where(prompts.rows < 0, _NOWHERE, place_T)
+        place_T = jnp.where(prompts.rows < 0, NOWHERE, place_T)
         empty = jnp.full(num_rows * num_positions, num_tokens, jnp.int32)
         token = empty.at[place_T].set(
             jnp.arange(num_tokens, dtype=jnp.int32), mode="drop"

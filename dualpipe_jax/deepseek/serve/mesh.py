@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-
 import jax
 from jax.sharding import AxisType, Mesh
 
 from dualpipe_jax.deepseek.serve.config import ServeConfig
+from dualpipe_jax.train.mesh import ask_for_devices
 
 
 def make_serve_mesh(config: ServeConfig) -> Mesh:
@@ -17,11 +15,7 @@ def make_serve_mesh(config: ServeConfig) -> Mesh:
     Raises:
       ValueError: there are too few devices.
     """
-    # As `dualpipe_jax.train.mesh.make_mesh` does, and for the same reasons.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", config.num_devices)
-    if config.platform and not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", config.platform)
+    ask_for_devices(config.num_devices, config.platform)
     devices = jax.devices()
     if len(devices) < config.num_devices:
         raise ValueError(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dualpipe_jax import compat
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.forward import (
+    NOWHERE,
     PARAM_SPECS,
     Forward,
     Loads,
@@ -35,7 +36,6 @@ from eplb_jax import BalancerState, ExpertBalancer, ExpertTables, migrate
 P = PartitionSpec
 PyTree = Any
 HALVES = 2
-_NOWHERE = 2**31 - 1
 
 
 class ServeState(NamedTuple):
@@ -94,17 +94,8 @@ class ServePrograms:
 
     def compile(self) -> ServePrograms:
         """The same, compiled ahead of the first step; nothing compiles after that."""
-        params, balancer = self.abstract_params, self.abstract_state.balancer
-        lowered = {
-            "prefill": self.prefill.lower(
-                params, self.abstract_state, self.abstract_prompts
-            ),
-            "decode": self.decode.lower(
-                params, self.abstract_state, self.abstract_idle
-            ),
-            "rebalance": self.rebalance.lower(params.experts, balancer),
-            "move": self.move.lower(params.experts, balancer.tables, balancer.tables),
-        }
+        names = ("prefill", "decode", "rebalance", "move")
+        lowered = {name: self.lower(name) for name in names}
         with futures.ThreadPoolExecutor() as pool:
             running = {
                 name: pool.submit(compile_for, each, self.mesh)
@@ -114,13 +105,18 @@ class ServePrograms:
                 self, **{name: each.result() for name, each in running.items()}
             )
 
-    def lower(self) -> Any:
-        """The step that `config.phase` names, lowered."""
-        if self.config.phase == "prefill":
-            arguments = (self.abstract_state, self.abstract_prompts)
-            return self.prefill.lower(self.abstract_params, *arguments)
-        arguments = (self.abstract_state, self.abstract_idle)
-        return self.decode.lower(self.abstract_params, *arguments)
+    def lower(self, name: str | None = None) -> Any:
+        """A program, lowered: by its name, or the step that `config.phase` names."""
+        name = name or self.config.phase
+        params, state = self.abstract_params, self.abstract_state
+        tables = state.balancer.tables
+        arguments = {
+            "prefill": (params, state, self.abstract_prompts),
+            "decode": (params, state, self.abstract_idle),
+            "rebalance": (params.experts, state.balancer),
+            "move": (params.experts, tables, tables),
+        }
+        return getattr(self, name).lower(*arguments[name])
 
 
 def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServePrograms:
@@ -177,7 +173,7 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
     return ServePrograms(
         config=config,
         mesh=mesh,
-        abstract_params=on_mesh(steps.init_params, PARAM_SPECS),
+        abstract_params=on_mesh(lambda: initial_params(config), PARAM_SPECS),
         abstract_state=abstract_state,
         abstract_prompts=on_mesh(steps.no_prompts, (over, over)),
         abstract_idle=on_mesh(steps.no_requests, halves),
@@ -281,24 +277,21 @@ class _Steps:
     def rebalance(
         self, experts: PyTree, state: BalancerState
     ) -> tuple[PyTree, BalancerState]:
-        axis_name = "ep" if self.config.num_devices > 1 else None
-        plan = self.balancer.plan(state)
-        if axis_name is not None:
-            plan = self.balancer.agree(plan, axis_name)
-        experts = self.balancer.migrate(experts, state, plan, axis_name=axis_name)
-        return experts, self.balancer.switch(state, plan)
+        state, experts, _ = self.balancer.rebalance(
+            state, experts, axis_name=self.config.axis_name
+        )
+        return experts, state
 
     def move(
         self, experts: PyTree, old: ExpertTables, new: ExpertTables
     ) -> list[PyTree]:
-        axis_name = "ep" if self.config.num_devices > 1 else None
         return [
             migrate(
                 each,
                 old.layer(layer),
                 new.layer(layer),
                 num_devices=self.config.num_devices,
-                axis_name=axis_name,
+                axis_name=self.config.axis_name,
             )
             for layer, each in enumerate(experts)
         ]
@@ -322,7 +315,7 @@ class _Steps:
         for half in range(HALVES):
             # Negative indices would count from behind.
             at_T, at_R = (
-                jnp.where(slot // held == half, slot % held, _NOWHERE)
+                jnp.where(slot // held == half, slot % held, NOWHERE)
                 for slot in (slot_T, ended_R)
             )
             caches.append(
@@ -349,10 +342,14 @@ class _Steps:
 
     # Of all devices together.
 
+    @property
+    def _held(self) -> int:
+        """Requests of a half."""
+        return self.config.requests_per_device // HALVES * self.config.num_devices
+
     def init(self) -> ServeState:
         """No request."""
-        c = self.config
-        held = c.requests_per_device // HALVES * c.num_devices
+        c, held = self.config, self._held
         shape = (held, c.context_length, c.latent_width)
         return ServeState(
             tokens=jnp.zeros((HALVES, held), jnp.int32),
@@ -368,10 +365,6 @@ class _Steps:
             balancer=self.balancer.init(),
             overflow=jnp.zeros((), jnp.int32),
         )
-
-    def init_params(self) -> ServeParams:
-        """Weights that were never trained."""
-        return initial_params(self.config)
 
     def no_prompts(self) -> tuple[Prompts, Prompts]:
         c = self.config
@@ -392,9 +385,7 @@ class _Steps:
         return each, each
 
     def no_requests(self) -> jax.Array:
-        c = self.config
-        held = c.requests_per_device // HALVES * c.num_devices
-        return jnp.ones((HALVES, held), bool)
+        return jnp.ones((HALVES, self._held), bool)
 
 
 def _greedy(shape: tuple[int, ...]) -> Sampling:
