@@ -61,6 +61,10 @@ COMMANDS = {
     "simulate": Command(
         "dualpipe_jax.cli:simulate_command", "makespan, bubbles and activations"
     ),
+    "bubbles": Command(
+        "dualpipe_jax._bubbles_cli:add_arguments",
+        "the schedules' bubbles over the number of microbatches",
+    ),
     "choose": Command(
         "dualpipe_jax._choose_cli:add_arguments",
         "rank the schedules by step time under a memory limit, and say why",
@@ -254,6 +258,18 @@ def read_fields(
             )
         found.add(name)
         yield name, part, value
+
+
+def read_integers(option: str, text: str) -> list[int]:
+    """Reads `16,32`.
+
+    Raises:
+      ValueError: a part is no integer.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} must be such as 16 or 16,32.") from None
 
 
 def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:

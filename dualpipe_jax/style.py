@@ -47,6 +47,7 @@ SCHEDULES = {
 POLICIES = {"never": GREY, "once": SKY, "upstream": ORANGE, "refine": GREEN}
 # Communication: under compute, and while compute waits for it.
 HIDDEN, EXPOSED = "#b8cfe0", VERMILION
+OTHER = "#d0d0d0"  # compute that belongs to no phase
 # From bad to good, ever lighter: what is dark wants to be looked at.
 SCALE = ("#67000d", "#b23a0e", VERMILION, "#f0a868", "#fbe3c8", "#fffaf2")
 

@@ -23,6 +23,10 @@ ROOMS = {
     "simulator": ({"simulator"}, {"schedule"}),
     "show": ({"show", "_picture", "_render"}, {"schedule", "simulator", "style"}),
     "lowering": ({"lowering", "_slots", "_ticks"}, {"schedule", "simulator"}),
+    "figures": (
+        {"figures", "_tracks"},
+        {"schedule", "generators", "simulator", "show", "lowering", "style"},
+    ),
     "split_backward": (
         {"split_backward", "interleaved", "compat", "flops", "_split"},
         set(),
@@ -79,9 +83,9 @@ ROOMS = {
         },
     ),
     # Its command compiles the training job's step.
-    "overlap": ({"overlap"}, {"topology"}),
+    "overlap": ({"overlap"}, {"topology", "figures"}),
     "cli": (
-        {"cli", "__main__", "_choose_cli"},
+        {"cli", "__main__", "_choose_cli", "_bubbles_cli"},
         {
             "bytes",
             "schedule",
@@ -90,6 +94,7 @@ ROOMS = {
             "show",
             "lowering",
             "choose",
+            "figures",
             "train",
             "deepseek",
         },
@@ -111,6 +116,7 @@ JAX_FREE = (
     "simulator",
     "show",
     "lowering",
+    "figures",
     "partition",
     "choose",
 )
