@@ -47,6 +47,10 @@ COMMANDS = {
         "dualpipe_jax.deepseek.serve.cli:add_arguments",
         "complete prompts with a model that train has trained",
     ),
+    "report": Command(
+        "dualpipe_jax.train.report_cli:add_arguments",
+        "a training run as one page of HTML",
+    ),
     "overlap": Command(
         "dualpipe_jax.overlap.cli:add_arguments",
         "what of a compiled step's communication runs under compute",

@@ -168,7 +168,8 @@ class Balancer:
 
         Returns:
           The buffers, and `balancedness`: mean over devices over maximum, mean over
-          layers, of this step's tokens on the placement that it ran with. With EPLB
+          layers, of this step's tokens on the placement that it ran with, and
+          `balancedness_layers`, [layers], that of each. With EPLB
           also `balancedness_unplaced`, of the same tokens without any placement, and
           `balancedness_next`, of the estimated load on the next step's placement.
         """
@@ -179,9 +180,10 @@ class Balancer:
         after = Buffers(bias, loads, buffers.placement)
 
         def measure(loads_LE: jax.Array, placement_LS: jax.Array) -> jax.Array:
-            return balancedness(loads_LE, placement_LS, self.num_devices).mean()
+            return balancedness(loads_LE, placement_LS, self.num_devices)
 
-        metrics = {"balancedness": measure(counts_LE, buffers.placement)}
+        now_L = measure(counts_LE, buffers.placement)
+        metrics = {"balancedness": now_L.mean(), "balancedness_layers": now_L}
         if self.eplb is not None:
             estimate_LE = self.estimate(after)
             placement = lax.cond(
@@ -192,8 +194,8 @@ class Balancer:
             )
             after = after._replace(placement=placement)
             unplaced = self._in_order(self.num_experts)
-            metrics["balancedness_unplaced"] = measure(counts_LE, unplaced)
-            metrics["balancedness_next"] = measure(estimate_LE, placement)
+            metrics["balancedness_unplaced"] = measure(counts_LE, unplaced).mean()
+            metrics["balancedness_next"] = measure(estimate_LE, placement).mean()
         return after, metrics
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import math
 import os
+import platform
 import signal
 import threading
 import time
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -24,6 +27,7 @@ from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from dualpipe_jax.train.progress import TrainProgress
+from dualpipe_jax.train.report import LiveReport
 from dualpipe_jax.train.state import TrainState
 from dualpipe_jax.train.step import Programs, make_programs
 
@@ -35,6 +39,8 @@ ARTEFACTS = (
     "schedule.png",
     "loss.png",
     "sample.txt",
+    "run.json",
+    "report.html",
     "checkpoints",
 )
 PROMPT_TOKENS = 64
@@ -133,8 +139,12 @@ def train(
             started = time.perf_counter()
             step, stopped_by = int(state.step), None
             log = MetricsLog(folder / "metrics.jsonl", step) if main else None
+            report = None
+            if main:
+                report = LiveReport(folder, _facts(config, programs, text, compile_s))
             with (
                 log or contextlib.nullcontext(),
+                report or contextlib.nullcontext(),
                 TrainProgress(console, config.num_steps, step) as progress,
             ):
                 steps = _steps(config, programs, state, position, text)
@@ -143,6 +153,8 @@ def train(
                     record["pipeline_bubble_ratio"] = timeline.bubble_ratio
                     if log:
                         log.write(record)
+                    if report:
+                        report.update()
                     progress.update(record)
                     checkpoints.poll()
                     if step % config.checkpoint_every == 0:
@@ -165,6 +177,11 @@ def train(
                 (folder / "sample.txt").write_text("".join(sample))
         except OSError as error:  # a full disk must not end a run that is done
             console.print(f"not everything could be written: {error}")
+    if report:
+        ended = f"stopped by {stopped_by}; --resume continues" if stopped_by else "done"
+        report.finish(ended)
+        if report.failure:
+            console.print(f"the report could not be written: {report.failure}")
     return Result(
         step=step,
         metrics=metrics,
@@ -174,6 +191,24 @@ def train(
         save_failure=checkpoints.failure,
         sample=sample,
     )
+
+
+def _facts(
+    config: TrainConfig, programs: Programs, text: data.Text, compile_s: float
+) -> dict[str, Any]:
+    """What run.json says of a run beside its config."""
+    device, number = programs.mesh.devices.flat[0], config.num_devices
+    names = ("jax", "jaxlib", "flax", "optax")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {
+        "compile_s": compile_s,
+        "devices": f"{number} x {device.device_kind} ({device.platform})",
+        "processes": jax.process_count(),
+        "data": text.source,
+        "unit": text.unit,
+        "model": programs.description,
+        "versions": {"python": platform.python_version(), **versions},
+    }
 
 
 def _steps(
@@ -197,7 +232,8 @@ def _steps(
         )
         state, metrics = programs.train_step(state, *batch)
         position += math.prod(shape)
-        record = {"step": step} | {k: float(v) for k, v in metrics.items()}
+        record: dict[str, Any] = {"step": step}
+        record |= {k: _plain(v) for k, v in metrics.items()}
         seconds = time.perf_counter() - started
         if not math.isfinite(record["loss"]):
             raise FloatingPointError(
@@ -209,6 +245,12 @@ def _steps(
             loss = programs.held_out_loss(state, *held_out)
             record["held_out_loss"] = float(loss)
         yield state, position, record
+
+
+def _plain(value: Any) -> float | list[float]:
+    """A metric for JSON; of those of many layers, four decimals are plenty."""
+    array = np.asarray(value)
+    return array.astype(float).round(4).tolist() if array.ndim else float(array)
 
 
 def _save(

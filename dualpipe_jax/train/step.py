@@ -265,7 +265,10 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         abstract_tokens=tokens,
         init=jax.jit(functools.partial(init_with, model), out_shardings=shardings),
         train_step=jax.jit(
-            train_step, donate_argnums=0, out_shardings=(shardings, None)
+            train_step,
+            donate_argnums=0,
+            # Every process reads the metrics, those with an axis too.
+            out_shardings=(shardings, NamedSharding(mesh, P())),
         ),
         held_out_loss=jax.jit(held_out_loss),
         buffers=functools.partial(about_step, "buffers"),

@@ -152,5 +152,5 @@ def _unpipelined_steps(model_config, count, num_steps):
     step = compile_quickly(step, *state, *batch(of_run, 0), np.int32(1))
     for number in range(num_steps):
         *state, metrics = step(*state, *batch(of_run, number), np.int32(number + 1))
-        record.append({name: float(value) for name, value in metrics.items()})
+        record.append({k: np.asarray(value).tolist() for k, value in metrics.items()})
     return record

@@ -48,7 +48,7 @@ def make_counts(num_steps):
 
 
 def mean_over_max(loads_LE, placement_LS):
-    """Balancedness, slot by slot; mean over layers."""
+    """Balancedness of each layer, slot by slot."""
     values = []
     for loads, slots in zip(loads_LE.astype(np.float64), placement_LS, strict=True):
         replicas = np.bincount(slots, minlength=len(loads))
@@ -57,7 +57,7 @@ def mean_over_max(loads_LE, placement_LS):
             at = slot // (len(slots) // DEVICES)
             device[at] += loads[expert] / replicas[expert]
         values.append(device.mean() / device.max())
-    return np.mean(values)
+    return np.array(values)
 
 
 def test_each_layer_is_placed_every_few_steps_for_the_load_seen():
@@ -82,9 +82,10 @@ def test_each_layer_is_placed_every_few_steps_for_the_load_seen():
         np.testing.assert_array_equal(buffers.placement, placement)
         np.testing.assert_array_equal(buffers.bias, bias)
         want = {
-            "balancedness": mean_over_max(counts, before),
-            "balancedness_unplaced": mean_over_max(counts, identity),
-            "balancedness_next": mean_over_max(estimate, placement),
+            "balancedness": mean_over_max(counts, before).mean(),
+            "balancedness_layers": mean_over_max(counts, before),
+            "balancedness_unplaced": mean_over_max(counts, identity).mean(),
+            "balancedness_next": mean_over_max(estimate, placement).mean(),
         }
         assert metrics.keys() == want.keys()
         for name, value in want.items():
@@ -101,9 +102,11 @@ def test_without_redundant_experts_slots_stay_experts():
         buffers, metrics = state.observe(buffers, counts, jnp.int32(step))
         np.testing.assert_array_equal(buffers.placement, identity)
         assert state.tables(buffers) is None
-        assert metrics.keys() == {"balancedness"}
+        assert metrics.keys() == {"balancedness", "balancedness_layers"}
         want = mean_over_max(counts, identity)
-        np.testing.assert_allclose(metrics["balancedness"], want, rtol=1e-6)  # float32
+        got = metrics["balancedness_layers"]
+        np.testing.assert_allclose(got, want, rtol=1e-6)  # float32
+        np.testing.assert_allclose(metrics["balancedness"], got.mean(), rtol=1e-6)
 
 
 def test_a_new_number_of_slots_is_placed_for_the_load_seen():

@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -89,6 +90,35 @@ def test_a_run_leaves_its_config_and_pictures(finished):
     assert "dualpipe on pp=2" in printed and ", counting; compiled" in printed
     assert "step 8/8" in printed and "tokens/s" in printed and "bubble" in printed
     assert not (folder / "sample.txt").exists()
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["state"] == "done" and facts["devices"] == "2 x cpu (cpu)"
+    assert facts["compile_s"] > 0 and facts["versions"]["jax"] == jax.__version__
+    page = (folder / "report.html").read_text()
+    assert "8 of 8 steps; done" in page and 'http-equiv="refresh"' not in page
+    assert "DualPipe, 2 ranks, 4 microbatches" in page and "counting" in page
+
+
+def test_the_page_of_a_run_is_there_while_it_runs(tmp_path, after_step):
+    pages = []
+
+    def look(step):
+        path = tmp_path / "report.html"
+        pages.append(path.read_text() if path.exists() else "")
+
+    after_step(look)
+    run(tmp_path, num_steps=3)
+    # Written after the first step, and not every ten milliseconds.
+    assert pages[0] == "" and pages[1] == pages[2]
+    assert "1 of 3 steps; not finished" in pages[1]
+    assert 'http-equiv="refresh"' in pages[1]
+    page = (tmp_path / "report.html").read_text()
+    assert "3 of 3 steps; done" in page and 'http-equiv="refresh"' not in page
+
+
+def test_metrics_with_an_axis_are_lists():
+    values = {"loss": np.float32(2.5), "layers": np.float32([0.123456, 1])}
+    got = {name: loop._plain(value) for name, value in values.items()}
+    assert json.dumps(got) == '{"loss": 2.5, "layers": [0.1235, 1.0]}'
 
 
 def test_a_resumed_run_continues_bit_for_bit(finished, tmp_path, after_step):
@@ -234,11 +264,12 @@ def test_a_disk_that_is_full_ends_no_run(finished, tmp_path, fill_the_disk):
 @leaves_errors
 def test_a_last_checkpoint_that_fails_is_told(tmp_path, fill_the_disk, after_step):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    fill_the_disk(20_000, first=8)
+    fill_the_disk(5_000, first=8)
     result, printed = run(tmp_path)
     assert result.step == 8 and result.save_failure
     assert "the checkpoint of step 8 could not be written" in printed
-    assert "not everything could be written: " in printed  # the picture is larger
+    assert "not everything could be written: " in printed  # pictures are larger
+    assert "the report could not be written: OSError: " in printed
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     after_step(lambda step: None)
     assert run(tmp_path, resume=True)[0].save_failure is None

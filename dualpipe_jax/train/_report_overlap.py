@@ -1,0 +1,76 @@
+"""What of a run's communication is hidden, for its page: measured, or estimated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dualpipe_jax.train import _page
+
+PROFILE, ESTIMATE = "profile", "overlap.json"
+_HEAD = ("loop", "one run", "compute", "communication", "hidden", "exposed", "hidden %")
+_MOST = 12  # loops; a step has many that hardly count
+
+
+def section(folder: Path, *, live: bool = False) -> list[str]:
+    """The section's HTML. `live`: without a profile, which takes long to read."""
+    parts = []
+    if (folder / PROFILE).is_dir() and not live:
+        parts += profile(folder / PROFILE)
+    if (folder / ESTIMATE).is_file():
+        parts += estimate(folder / ESTIMATE)
+    if not parts:
+        parts.append(
+            _page.paragraph(
+                "Nothing is known of this run's overlap. train --profile measures it; "
+                "python -m dualpipe_jax overlap CONFIG --json > "
+                f"{folder.name}/{ESTIMATE} estimates it for GPUs.",
+                "faint",
+            )
+        )
+    return ["<h2>Communication under compute</h2>", *parts]
+
+
+def profile(folder: Path) -> list[str]:
+    """What the profiler recorded. Filled once `dualpipe_jax.trace` reads it."""
+    return [_page.paragraph(f"A profile is in {folder.name}/.", "faint")]
+
+
+def estimate(path: Path) -> list[str]:
+    """The table of `overlap CONFIG --json`.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        loops = sorted(
+            found["loops"], key=lambda loop: loop["name"] != found["steady_state"]
+        )
+        rows = [_row(loop) for loop in loops[:_MOST]]
+        said = (
+            f"Estimated for {found['gpu']}, {found['gpus_per_node']} a node, by "
+            "python -m dualpipe_jax overlap; the steady state first."
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not what overlap --json prints ({type(error).__name__}: "
+            f"{error}); write it anew, or remove it."
+        ) from None
+    return [_page.paragraph(said, "faint"), _page.table(_HEAD, rows)]
+
+
+def _row(loop: dict[str, Any]) -> list[str]:
+    times = [
+        loop["makespan_s"],
+        loop["compute"]["seconds"],
+        loop["communication_s"],
+        loop["hidden_s"],
+        loop["exposed_s"],
+    ]
+    return [
+        f"{loop['name']} ({loop['kind']})",
+        *(f"{1e3 * seconds:.3f} ms" for seconds in times),
+        f"{loop['hidden_fraction']:.1%}",
+    ]
