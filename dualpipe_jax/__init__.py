@@ -25,6 +25,7 @@ from dualpipe_jax.partition import Partition, partition_layers
 from dualpipe_jax.schedule import Schedule
 from dualpipe_jax.simulator import Costs, Timeline, simulate
 from dualpipe_jax.tasks import Task
+from dualpipe_jax.trace import TraceReport, read_trace
 
 if TYPE_CHECKING:
     from dualpipe_jax.interleaved import run_interleaved
@@ -60,6 +61,7 @@ __all__ = [
     "StageMemory",
     "Task",
     "Timeline",
+    "TraceReport",
     "compile_overlapped",
     "dualpipe",
     "dualpipev",
@@ -74,6 +76,7 @@ __all__ = [
     "pipeline_forward",
     "pipeline_value_and_grad",
     "rank_schedules",
+    "read_trace",
     "run_interleaved",
     "simulate",
     "split_vjp",

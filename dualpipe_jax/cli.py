@@ -61,6 +61,10 @@ COMMANDS = {
     "simulate": Command(
         "dualpipe_jax.cli:simulate_command", "makespan, bubbles and activations"
     ),
+    "trace": Command(
+        "dualpipe_jax.trace.cli:add_arguments",
+        "what a profile says of the overlap: PyTorch's, JAX's, or our own",
+    ),
     "choose": Command(
         "dualpipe_jax._choose_cli:add_arguments",
         "rank the schedules by step time under a memory limit, and say why",
@@ -115,6 +119,7 @@ def _add_arguments(parser: argparse.ArgumentParser, target: str) -> None:
 def schedule_command(parser: argparse.ArgumentParser) -> None:
     """`schedule KIND --ranks P --microbatches M [--format ...] [--out FILE]`."""
     _add_schedule_arguments(parser)
+    _add_lowered(parser)
     parser.add_argument(
         "--format",
         choices=list(show.FORMATS),
@@ -125,7 +130,12 @@ def schedule_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_schedule(args: argparse.Namespace) -> int:
-    timeline = simulate(_schedule(args), parse_costs(args.costs))
+    schedule, costs = _schedule(args), parse_costs(args.costs)
+    timeline = simulate(schedule, costs)
+    if args.lowered:
+        from dualpipe_jax.lowering import lower
+
+        timeline = simulate(lower(schedule), costs)
     if args.out is not None:
         show.save(timeline, args.out, args.format)
         return 0
@@ -138,11 +148,7 @@ def _run_schedule(args: argparse.Namespace) -> int:
 def simulate_command(parser: argparse.ArgumentParser) -> None:
     """`simulate KIND --ranks P --microbatches M [--costs ...] [--lowered] [--json]`."""
     _add_schedule_arguments(parser)
-    parser.add_argument(
-        "--lowered",
-        action="store_true",
-        help="simulate the lowered program, with the waits that its permutes cause",
-    )
+    _add_lowered(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(handler=_run_simulate)
 
@@ -254,6 +260,14 @@ def read_fields(
             )
         found.add(name)
         yield name, part, value
+
+
+def _add_lowered(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lowered",
+        action="store_true",
+        help="simulate the lowered program, with the waits that its permutes cause",
+    )
 
 
 def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:

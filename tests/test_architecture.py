@@ -20,7 +20,13 @@ ROOMS = {
     "schedule": ({"schedule", "tasks", "_validate"}, set()),
     "generators": ({"generators"}, {"schedule"}),
     "simulator": ({"simulator"}, {"schedule"}),
-    "show": ({"show", "_picture", "_render"}, {"schedule", "simulator"}),
+    "phases": ({"phases"}, set()),
+    "tables": ({"_tables"}, set()),
+    "trace": ({"trace"}, {"phases", "tables", "simulator"}),
+    "show": (
+        {"show", "_chrome", "_phase_layout", "_picture", "_render"},
+        {"schedule", "simulator", "trace"},
+    ),
     "lowering": ({"lowering", "_slots", "_ticks"}, {"schedule", "simulator"}),
     "split_backward": (
         {"split_backward", "interleaved", "compat", "flops", "_split"},
@@ -77,7 +83,7 @@ ROOMS = {
         },
     ),
     # Its command compiles the training job's step.
-    "overlap": ({"overlap"}, {"topology"}),
+    "overlap": ({"overlap"}, {"phases", "tables", "topology", "trace"}),
     "cli": (
         {"cli", "__main__", "_choose_cli"},
         {
@@ -106,6 +112,9 @@ JAX_FREE = (
     "schedule",
     "generators",
     "simulator",
+    "phases",
+    "tables",
+    "trace",
     "show",
     "lowering",
     "partition",

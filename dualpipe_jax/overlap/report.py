@@ -136,10 +136,11 @@ class OverlapReport:
           What `json.dump` writes.
         """
         loop = self.steady_state if name is None else self.loop(name)
-        trace = chrome.trace(self._program, loop.name, f"{self.module}: {loop.name}")
+        title = f"{self.module}: {loop.name}"
+        trace = chrome.trace(self._program, loop.name, title)
         if path is not None:
-            Path(path).write_text(json.dumps(trace) + "\n", encoding="utf-8")
-        return trace
+            Path(path).write_text(trace.dumps(), encoding="utf-8")
+        return trace.as_json()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as `to_json` writes it."""
