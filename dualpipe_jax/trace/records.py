@@ -154,9 +154,10 @@ def streams_of(spans: Iterable[Span]) -> tuple[Stream, ...]:
 
 def kernels_of(spans: Iterable[Span]) -> tuple[Kernel, ...]:
     """By name, the dearest first."""
-    totals: collections.Counter[tuple[str, bool]] = collections.Counter()
+    totals: dict[tuple[str, bool], float] = collections.defaultdict(float)
     counts: collections.Counter[tuple[str, bool]] = collections.Counter()
     for span in spans:
         totals[span.name, span.is_comm] += span.end_us - span.begin_us
         counts[span.name, span.is_comm] += 1
-    return tuple(Kernel(*key, counts[key], us) for key, us in totals.most_common())
+    dearest = sorted(totals.items(), key=lambda item: -item[1])
+    return tuple(Kernel(*key, counts[key], us) for key, us in dearest)
