@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         pipeline_value_and_grad,
         stack_stages,
     )
+    from dualpipe_jax.profiling import profile
     from dualpipe_jax.split_backward import split_vjp
     from dualpipe_jax.topology import gpu_compiler_options, gpu_mesh
 
@@ -75,6 +76,7 @@ __all__ = [
     "partition_layers",
     "pipeline_forward",
     "pipeline_value_and_grad",
+    "profile",
     "rank_schedules",
     "read_trace",
     "run_interleaved",
@@ -96,6 +98,7 @@ _NEEDS_JAX = {
     "overlap_report": "dualpipe_jax.overlap",
     "pipeline_forward": "dualpipe_jax.pipeline",
     "pipeline_value_and_grad": "dualpipe_jax.pipeline",
+    "profile": "dualpipe_jax.profiling",
     "run_interleaved": "dualpipe_jax.interleaved",
     "split_vjp": "dualpipe_jax.split_backward",
     "stack_stages": "dualpipe_jax.pipeline",

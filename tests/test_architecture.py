@@ -59,6 +59,7 @@ ROOMS = {
             "schedule",
             "generators",
             "overlap",
+            "profiling",
             "topology",
             "simulator",
             "show",
@@ -80,8 +81,10 @@ ROOMS = {
             "train",
             "split_backward",
             "overlap",
+            "profiling",
         },
     ),
+    "profiling": ({"profiling"}, {"overlap", "phases", "trace"}),
     # Its command compiles the training job's step.
     "overlap": ({"overlap"}, {"phases", "tables", "topology", "trace"}),
     "cli": (

@@ -45,6 +45,7 @@ FROZEN = {
         "partition_layers",
         "pipeline_forward",
         "pipeline_value_and_grad",
+        "profile",
         "rank_schedules",
         "read_trace",
         "run_interleaved",
