@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,16 @@ class StepProfiler:
       num_steps: how many; 0 profiles nothing.
       first: the run's next step.
       last: the run's last step.
-      compiled: the program that a step runs.
+      compiled: the programs that a step runs.
     """
 
     def __init__(
-        self, folder: Path, num_steps: int, first: int, last: int, compiled: Any
+        self,
+        folder: Path,
+        num_steps: int,
+        first: int,
+        last: int,
+        compiled: Sequence[Any],
     ):
         self._folder, self._compiled = folder, compiled
         start = max(first, min(first + _WARM_UP, last - num_steps + 1))
@@ -43,7 +48,7 @@ class StepProfiler:
     def around(self, step: int) -> Iterator[None]:
         """Runs a step, under the profiler if it is one of those."""
         if step in self._steps and step == self._steps[0]:
-            self._running.enter_context(profile(self._folder, self._compiled))
+            self._running.enter_context(profile(self._folder, *self._compiled))
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
         if step in self._steps and step == self._steps[-1]:

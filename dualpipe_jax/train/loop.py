@@ -148,7 +148,7 @@ def train(
                     profile_steps if main else 0,
                     first=step + 1,
                     last=config.num_steps,
-                    compiled=programs.compiled,
+                    compiled=[programs.compiled] if programs.compiled else [],
                 ) as profiler,
             ):
                 steps = _steps(config, programs, state, position, text, profiler)
