@@ -81,6 +81,7 @@ class Collector:
         elif event.get("ph") == "X" and isinstance(event.get("ts"), int | float):
             args = event.get("args")
             self._complete(event, args if isinstance(args, dict) else {})
+        # Else it takes no time: a counter, an arrow, or nothing that a profiler writes.
 
     def _name(self, event: dict[str, Any]) -> None:
         args = event.get("args")
@@ -94,7 +95,8 @@ class Collector:
         category, name = str(event.get("cat", "")), str(event.get("name", ""))
         pid, tid = str(event.get("pid")), str(event.get("tid"))
         begin = float(event["ts"])
-        end = begin + float(event.get("dur") or 0.0)
+        duration = event.get("dur")
+        end = begin + (duration if isinstance(duration, int | float) else 0.0)
         if is_kernel(category):
             device = str(args.get("device", pid))
             where = f"GPU {device}" if device.isdecimal() else device
@@ -120,10 +122,12 @@ class Collector:
         op = self._op(name, args)
         if is_container(op.opcode or str(args.get("hlo_op", ""))):
             return
-        told = " ".join(
-            [name, str(args.get("hlo_op", "")), op.opcode, str(args.get("kind", ""))]
+        told = [name, str(args.get("hlo_op", "")), op.opcode, str(args.get("kind", ""))]
+        # XLA may name a fusion after a collective that it reads.
+        is_comm = op.opcode != "fusion" and (
+            self.rule(" ".join(filter(None, dict.fromkeys(told))))
+            or "Collective name" in args
         )
-        is_comm = self.rule(told) or "Collective name" in args
         found = named_phase(str(args.get("phase", ""))) or phase(op.op_name)
         name = self.interned.setdefault(name, name)
         self.kernels.append(

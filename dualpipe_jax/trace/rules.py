@@ -15,7 +15,7 @@ COMMUNICATION = (
     r"memcpy ptop|memcpyp2p",
 )
 # XLA:CPU and TPU show these around what runs inside them.
-_CONTAINERS = re.compile(r"(while|conditional|call|async-(start|update|done))(\.|$)")
+_CONTAINERS = re.compile(r"(while|conditional|call)(\.|$)")
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime", "hip_driver", "runtime")
 

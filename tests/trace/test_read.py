@@ -165,7 +165,8 @@ def jax_gpu_events():
 def test_jax_on_a_gpu(write):
     path = write(jax_gpu_events())
     scope = "jit(step)/transpose(jvp(mlp))/mul"
-    write_names(path.parent, {"jit_step": {"fusion.3": Op("fusion", scope)}})
+    ops = {"fusion.3": Op("fusion", scope), "all-to-all-start.1": Op("async-start", "")}
+    write_names(path.parent, {"jit_step": ops})
     report = read_trace(path)
     assert [(s.name, s.stream, s.is_comm, s.phase) for s in report.spans] == [
         ("fusion_3", "Stream #20(Compute)", False, "mlp(B)"),
@@ -255,10 +256,11 @@ def test_odd_events_are_passed_over(write):
     odd = [
         {"ph": "X", "cat": "kernel", "name": "no time"},
         {"ph": "X", "cat": "kernel", "name": "no args", "ts": 1, "args": None},
+        {"ph": "X", "cat": "kernel", "name": "dur", "ts": 2, "dur": "long"},
         {"ph": "M", "name": "process_name", "pid": [1]},
         {"ph": ["X"]},
     ]
-    assert [s.name for s in read_trace(write(odd)).spans] == ["no args"]
+    assert [s.name for s in read_trace(write(odd)).spans] == ["no args", "dur"]
 
 
 @pytest.mark.slow
@@ -286,3 +288,12 @@ def test_intervals():
     assert intervals.length(some) == 3.5
     assert intervals.intersection(some, [(1, 3.5)]) == [(1, 2.5), (3, 3.5)]
     assert intervals.intersection(some, []) == []
+
+
+def test_a_fusion_that_is_named_after_a_collective_computes(write):
+    args = {"hlo_op": "ppermute_add_fusion", "hlo_module": "jit_f"}
+    event = {"ph": "X", "name": "ppermute_add_fusion", "pid": 1, "tid": 2, "ts": 0}
+    path = write([event | {"dur": 5, "args": args}])
+    op = Op("fusion", "jit(f)/attn/add")
+    write_names(path.parent, {"jit_f": {"ppermute_add_fusion": op}})
+    assert [s.is_comm for s in read_trace(path).spans] == [False]
