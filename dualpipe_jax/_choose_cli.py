@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from dualpipe_jax._bytes import parse_bytes
 from dualpipe_jax.choose import Remat, StageMemory, rank_schedules
-from dualpipe_jax.cli import parse_costs, read_fields
+from dualpipe_jax.cli import parse_costs, read_fields, read_integers
 from dualpipe_jax.generators.names import SCHEDULES
 
 _ACTIVATIONS = ("residuals", "crossing", "message", "workspace", "pair_workspace")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     limit = held.pop("limit")
     ranking = rank_schedules(
         args.ranks,
-        _integers("--microbatches", args.microbatches),
+        read_integers("--microbatches", args.microbatches),
         parse_costs(args.costs),
         StageMemory(**activations, **held),
         limit=limit,
@@ -117,10 +117,3 @@ def _fields(
     if missing := [name for name in required if name not in found]:
         raise ValueError(f"{option} {text!r} lacks {', '.join(missing)}; give bytes.")
     return found
-
-
-def _integers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} {text!r} must be such as 16 or 16,32.") from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dualpipe_jax._bytes import format_bytes, parse_bytes
 from dualpipe_jax._picture import KINDS
+from dualpipe_jax.style import FAINT
 
 if TYPE_CHECKING:
     from dualpipe_jax._choose_result import RankedSchedule, Ranking
@@ -214,9 +215,9 @@ def html(ranking: Ranking) -> str:
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = [f"<table><tr>{cells}</tr>"]
     for each, row in zip(ranking.candidates, rows, strict=True):
-        style = "" if each.fits else ' style="color:#6b6b6b"'
+        faint = "" if each.fits else f' style="color:{FAINT}"'
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        lines.append(f'<tr{style} title="{escape(each.reason)}">{cells}</tr>')
+        lines.append(f'<tr{faint} title="{escape(each.reason)}">{cells}</tr>')
     lines.append(f"</table><p>{escape(_caption(ranking))}</p><ul>")
     lines += [f"<li>{escape(line)}</li>" for line in ranking.reason.splitlines()]
     return "\n".join([*lines, "</ul>"])

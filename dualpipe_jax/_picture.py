@@ -14,15 +14,9 @@ from typing import NamedTuple
 
 from dualpipe_jax.schedule import OPS, Task
 from dualpipe_jax.simulator import Span, Timeline
+from dualpipe_jax.style import EMPTY, FAINT, INK, PAPER
+from dualpipe_jax.style import OPS as COLOURS
 
-# Okabe and Ito's colours, which the colour-blind tell apart. Direction 0 is the
-# lighter one of each pair; near-black text is readable on all of them.
-COLOURS = {
-    "F": ("#ffdb94", "#e69f00"),
-    "B": ("#94d9c4", "#009e73"),
-    "I": ("#c4e4f7", "#56b4e9"),
-    "W": ("#eecbdd", "#cc79a7"),
-}
 NAMES = {
     "F": "Forward",
     "B": "Backward",
@@ -36,7 +30,6 @@ KINDS = {
     "zb1p": "ZB1P",
     "gpipe": "GPipe",
 }
-INK, FAINT, EMPTY = "#1a1a1a", "#6b6b6b", "#f0f0f0"
 
 _ROW, _GAP, _FONT = 22.0, 3.0, 10.0
 _LEFT, _RIGHT, _TOP = 58.0, 24.0, 52.0
@@ -176,7 +169,7 @@ def _step_boxes(
                 part,
                 _ROW,
                 fill=colour_of(timeline, task),
-                edge="#ffffff",
+                edge=PAPER,
                 edge_width=0.6,
                 tip=f"Rank {rank}: {describe(timeline, task)}"
                 f"{', overlapped' * (len(step) == 2)}, {start:.6g} to {end:.6g}",
@@ -228,7 +221,7 @@ def _legend(timeline: Timeline, y: float, boxes: list[Box], texts: list[Text]) -
     def entry(fills: list[str], name: str, border: bool = False) -> None:
         nonlocal x
         for k, fill in enumerate(fills):
-            boxes.append(Box(x + 16 * k, y, 16, 14, fill, "#ffffff", 0.6))
+            boxes.append(Box(x + 16 * k, y, 16, 14, fill, PAPER, 0.6))
         if border:
             boxes.append(Box(x, y, 16 * len(fills), 14, edge=INK, edge_width=1.4))
         x += 16 * len(fills) + 6

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
 from xml.sax.saxutils import escape, quoteattr
 
+from dualpipe_jax import style
 from dualpipe_jax._picture import Picture
 
 
@@ -18,7 +18,7 @@ def to_svg(picture: Picture) -> str:
         f"aria-label={quoteattr(picture.title)} "
         'font-family="Helvetica, Arial, DejaVu Sans, sans-serif">',
         f"<title>{escape(picture.title)}</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<rect width="{width}" height="{height}" fill="{style.PAPER}"/>',
     ]
     for box in picture.boxes:
         edge = (
@@ -50,18 +50,11 @@ def to_png(picture: Picture, dpi: int = 200) -> bytes:
     Raises:
       ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.collections import PatchCollection
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError as error:
-        raise ImportError(
-            "PNG pictures need matplotlib; pip install 'dualpipe-jax[viz]', or draw "
-            "an SVG instead."
-        ) from error
     # At 100 pixels an inch a pixel is 0.72 points.
-    figure = Figure(figsize=(picture.width / 100, picture.height / 100), dpi=dpi)
+    figure = style.figure(picture.width / 100, picture.height / 100, layout="none")
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, picture.width))
     axes.set_ylim(picture.height, 0)
     axes.set_axis_off()
@@ -90,6 +83,4 @@ def to_png(picture: Picture, dpi: int = 200) -> bytes:
             verticalalignment="baseline",
             parse_math=False,
         )
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
-    return stream.getvalue()
+    return style.png(figure, dpi)

@@ -65,6 +65,10 @@ COMMANDS = {
         "dualpipe_jax.trace.cli:add_arguments",
         "what a profile says of the overlap: PyTorch's, JAX's, or our own",
     ),
+    "bubbles": Command(
+        "dualpipe_jax._bubbles_cli:add_arguments",
+        "the schedules' bubbles over the number of microbatches",
+    ),
     "choose": Command(
         "dualpipe_jax._choose_cli:add_arguments",
         "rank the schedules by step time under a memory limit, and say why",
@@ -268,6 +272,18 @@ def _add_lowered(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="simulate the lowered program, with the waits that its permutes cause",
     )
+
+
+def read_integers(option: str, text: str) -> list[int]:
+    """Reads `16,32`.
+
+    Raises:
+      ValueError: a part is no integer.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} must be such as 16 or 16,32.") from None
 
 
 def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:

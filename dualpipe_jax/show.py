@@ -10,7 +10,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from dualpipe_jax import _chrome, _picture, _render
+from dualpipe_jax import _chrome, _picture, _render, style
 from dualpipe_jax.schedule import Schedule, Step
 from dualpipe_jax.simulator import Timeline, simulate
 
@@ -100,10 +100,10 @@ def html(shown: Schedule | Timeline) -> str:
 <meta charset="utf-8">
 <title>{escape(_picture.title_of(timeline))}</title>
 <style>
-body {{ font-family: Helvetica, Arial, sans-serif; margin: 1.5em; color: #1a1a1a;
-  background: #ffffff }}
+body {{ font-family: Helvetica, Arial, sans-serif; margin: 1.5em; color: {style.INK};
+  background: {style.PAPER} }}
 td, th {{ padding: 0.15em 0.9em; text-align: right }}
-th {{ border-bottom: 1px solid #6b6b6b }}
+th {{ border-bottom: 1px solid {style.FAINT} }}
 </style>
 </head>
 <body>

@@ -6,32 +6,30 @@ is drawn.
 
 from __future__ import annotations
 
-import colorsys
 import itertools
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from dualpipe_jax import style
+from eplb_jax.over_time import balancedness_figure, replay_figure
 from eplb_jax.quality import balancedness, slot_loads
 from eplb_jax.replay import Outcome, in_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_INK = "#1f2933"
-_MUTED = "#7b8794"
-_SINGLE = (0.90, 0.92, 0.94)
+__all__ = [
+    "balancedness_figure",
+    "placement_figure",
+    "placement_text",
+    "replay_figure",
+    "replay_text",
+]
+
 _GPUS_A_ROW = 40
 _GAP = 0.6
-_GOLDEN = 0.61803398875  # hues of experts next to each other differ most
-# Okabe and Ito's colours, told apart by colour-blind eyes too.
-_LINES = {
-    "never": "#999999",
-    "once": "#56b4e9",
-    "upstream": "#e69f00",
-    "refine": "#009e73",
-}
 
 
 def placement_text(
@@ -107,7 +105,6 @@ def placement_figure(
       >>> len(figure.axes)
       2
     """
-    figure_type, patches = _matplotlib()
     weight_E, expert_GK, used_GK = _layer(
         weight, physical_to_logical_map, num_gpus, device_capacity
     )
@@ -123,11 +120,9 @@ def placement_figure(
     width = float(np.clip(0.42 * length, 6.5, 22))
     cell = width / length
     slots_height = float(np.clip(per_gpu * cell * 0.75, 0.6, 8)) + 0.5
-    figure = figure_type(
-        figsize=(width, num_rows * (slots_height + 2.4) + 0.8), layout="constrained"
-    )
-    every_axes = figure.subplots(
-        2 * num_rows, 1, height_ratios=[2.4, slots_height] * num_rows
+    figure = style.figure(width, num_rows * (slots_height + 2.4) + 0.8)
+    every_axes = style.axes(
+        figure, 2 * num_rows, height_ratios=[2.4, slots_height] * num_rows
     )
     top_of_loads = 1.08 * max(used_GK.sum(axis=1).max(), before_G.max(), 1)
     for row in range(num_rows):
@@ -136,24 +131,22 @@ def placement_figure(
         x_G = gpu_G - gpu_G[0] + _GAP * (gpu_G // per_node - gpu_G[0] // per_node)
         top, bottom = every_axes[2 * row : 2 * row + 2]
         _draw_loads(top, x_G, before_G[gpu_G], used_GK[gpu_G], expert_GK[gpu_G], colors)
-        _draw_slots(
-            bottom, patches, x_G, gpu_G, per_node, expert_GK[gpu_G], colors, cell
-        )
+        _draw_slots(bottom, x_G, gpu_G, per_node, expert_GK[gpu_G], colors, cell)
         top.set_ylim(0, top_of_loads)
         for axes in (top, bottom):
             axes.set_xlim(-0.8, length - 0.8)
-    every_axes[0].legend(loc="upper right", fontsize=8, frameon=False)
+    style.legend(every_axes[0], loc="upper right")
     every_axes[-1].set_xlabel(
-        "GPU   (a colour: an expert with several replicas; grey: with one)", fontsize=9
+        "GPU   (a colour: an expert with several replicas; grey: with one)"
     )
     placement = expert_GK.reshape(1, -1)
     now = balancedness(weight_E[None], placement, num_gpus, device_capacity)
     was = balancedness(weight_E[None], before_S[None], num_gpus)
-    figure.suptitle(
+    style.heading(
+        figure,
         f"{title}{': ' if title else ''}balancedness {float(now[0]):.3f}, "
         f"{float(was[0]):.3f} with experts in order",
-        fontsize=11, x=0.01, ha="left", color=_INK,
-    )  # fmt: skip
+    )
     return figure
 
 
@@ -163,63 +156,70 @@ def _draw_loads(
     before_G: np.ndarray,
     used_GK: np.ndarray,
     expert_GK: np.ndarray,
-    colors: dict[int, Any],
+    colors: dict[int, str],
 ) -> None:
-    axes.bar(
-        x_G, before_G, 0.92, color="none", edgecolor=_MUTED, linewidth=0.9,
-        linestyle=(0, (2, 2)), label="experts in order",
-    )  # fmt: skip
     floor_G = np.zeros(len(x_G))
     for used_G, expert_G in zip(used_GK.T, expert_GK.T, strict=True):
         color = [colors[expert] for expert in expert_G]
         axes.bar(
-            x_G, used_G, 0.78, floor_G, color=color, edgecolor="white", linewidth=0.5
+            x_G,
+            used_G,
+            0.78,
+            floor_G,
+            color=color,
+            edgecolor=style.PAPER,
+            linewidth=0.5,
         )
         floor_G += used_G
-    axes.axhline(1, color=_INK, linewidth=1)
-    axes.set_ylabel("load of the GPU\n(fair share = 1)", fontsize=9)
+    # What the experts in order would come to, over the bars, which often are higher.
+    over = np.maximum(before_G, floor_G)
+    axes.vlines(x_G, floor_G, over, color=style.FAINT, linewidth=0.8, linestyle=":")
+    axes.hlines(
+        before_G, x_G - 0.46, x_G + 0.46, color=style.INK, linewidth=1.4,
+        label="experts in order",
+    )  # fmt: skip
+    axes.axhline(1, color=style.FAINT, linewidth=0.8, zorder=0.5)
+    axes.set_ylabel("load of the GPU\n(fair share = 1)")
     axes.set_xticks([])
-    _undress(axes)
 
 
 def _draw_slots(
     axes: Any,
-    patches: Any,
     x_G: np.ndarray,
     gpu_G: np.ndarray,
     per_node: int,
     expert_GK: np.ndarray,
-    colors: dict[int, Any],
+    colors: dict[int, str],
     cell: float,
 ) -> None:
+    from matplotlib.patches import Rectangle
+
     per_gpu = expert_GK.shape[1]
     font = float(np.clip(72 * cell * 0.30, 4, 9))
     for x, expert_K in zip(x_G, expert_GK, strict=True):
         for k, expert in enumerate(expert_K):
             face = colors[expert]
             axes.add_patch(
-                patches.Rectangle(
-                    (x - 0.46, k - 0.44), 0.92, 0.88, facecolor=face, edgecolor=_MUTED,
-                    linewidth=0.4,
+                Rectangle(
+                    (x - 0.46, k - 0.44), 0.92, 0.88, facecolor=face,
+                    edgecolor=style.GRID, linewidth=0.4,
                 )
             )  # fmt: skip
             if expert >= 0:
-                is_dark = np.dot(face, (0.3, 0.6, 0.1)) < 0.5
                 axes.text(
                     x, k, str(expert), ha="center", va="center", fontsize=font,
-                    color="white" if is_dark else _INK,
+                    color=style.ink_on(face),
                 )  # fmt: skip
     for node in np.unique(gpu_G // per_node):
         x_of_node = x_G[gpu_G // per_node == node]
         axes.text(
             x_of_node.mean(), -0.72, f"node {node}", ha="center", va="bottom",
-            fontsize=9, color=_INK,
+            fontsize=style.TEXT, color=style.INK,
         )  # fmt: skip
     axes.set_ylim(per_gpu - 0.5, -1.3)
     axes.set_yticks([])
-    axes.set_ylabel("slots", fontsize=9)
+    axes.set_ylabel("slots")
     axes.set_xticks(x_G, [str(gpu) for gpu in gpu_G])
-    _undress(axes)
     axes.spines[:].set_visible(False)
 
 
@@ -261,55 +261,6 @@ def replay_text(names: tuple[str, ...], outcomes: dict[str, Outcome]) -> str:
     return "\n".join([*lines, line.rstrip()])
 
 
-def replay_figure(names: tuple[str, ...], outcomes: dict[str, Outcome]) -> Figure:
-    """A replay as a picture: balancedness above, slots moved below, over the windows.
-
-    Args:
-      names: of the windows.
-      outcomes: of `replay`.
-
-    Returns:
-      A matplotlib `Figure`; save it with `figure.savefig(path)`.
-
-    Examples:
-      >>> outcome = Outcome(np.array([0.5]), np.array([0.25]), np.array([0.125]))
-      >>> len(replay_figure(("a", "b"), {"once": outcome}).axes)
-      2
-    """
-    figure_type, _ = _matplotlib()
-    steps = np.arange(len(names) - 1)
-    width = float(np.clip(1.1 * len(names) + 2, 6.5, 20))
-    figure = figure_type(figsize=(width, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    bar = 0.8 / len(outcomes)
-    for i, (name, outcome) in enumerate(outcomes.items()):
-        color = _LINES.get(name, _INK)
-        label = f"{name}: mean {outcome.balancedness.mean():.3f}"
-        top.plot(steps, outcome.balancedness, "o-", color=color, label=label)
-        top.fill_between(
-            steps, outcome.worst, outcome.balancedness, color=color, alpha=0.10, lw=0
-        )
-        offset = (i - (len(outcomes) - 1) / 2) * bar
-        bottom.bar(steps + offset, 100 * outcome.moved, bar * 0.9, color=color)
-    top.set_ylim(0, 1.02)
-    top.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=len(outcomes), frameon=False
-    )
-    top.set_ylabel("balancedness on the next window\n(band: down to the worst layer)")
-    bottom.set_ylabel("slots moved (%)")
-    labels = [f"{old}\n→ {new}" for old, new in itertools.pairwise(names)]
-    bottom.set_xticks(steps, labels, fontsize=8)
-    if max(len(name) for name in names) > 8:
-        for label in bottom.get_xticklabels():
-            label.set(rotation=30, ha="right", rotation_mode="anchor")
-    top.grid(axis="y", color="#e4e7eb")
-    bottom.grid(axis="y", color="#e4e7eb")
-    for axes in (top, bottom):
-        axes.set_axisbelow(True)
-    _undress(top, bottom)
-    return figure
-
-
 def _layer(
     weight: Any,
     physical_to_logical_map: Any,
@@ -341,33 +292,9 @@ def _counts(expert_GK: np.ndarray, num_experts: int) -> np.ndarray:
     return np.bincount(expert_GK[expert_GK >= 0], minlength=num_experts)
 
 
-def _colors(expert_GK: np.ndarray, num_experts: int) -> dict[int, Any]:
+def _colors(expert_GK: np.ndarray, num_experts: int) -> dict[int, str]:
     count_E = _counts(expert_GK, num_experts)
-    colors: dict[int, Any] = {-1: "white"}
+    colors = {-1: style.PAPER} | dict.fromkeys(range(num_experts), style.GRID)
     several = [expert for expert in range(num_experts) if count_E[expert] > 1]
-    hue_of = {expert: i * _GOLDEN % 1 for i, expert in enumerate(several)}
-    for expert in range(num_experts):
-        if expert in hue_of:
-            light = 0.62 - 0.16 * (expert % 3) / 2
-            colors[expert] = colorsys.hls_to_rgb(hue_of[expert], light, 0.62)
-        else:
-            shade = 0.05 * (expert % 2)
-            colors[expert] = tuple(value - shade for value in _SINGLE)
+    colors |= {expert: style.distinct(i) for i, expert in enumerate(several)}
     return colors
-
-
-def _undress(*every_axes: Any) -> None:
-    for axes in every_axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(length=0, labelsize=8, colors=_INK)
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        from matplotlib import patches
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Pictures need matplotlib; install it with `pip install matplotlib`."
-        ) from error
-    return Figure, patches

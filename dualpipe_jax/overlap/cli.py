@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loop", metavar="NAME", help="show and trace this one, not the steady state"
     )
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="draw the estimated timeline: .png, .svg or .pdf",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--trace",
@@ -62,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     report = _report(args)
     if args.trace is not None:
         report.chrome_trace(args.loop, args.trace)
+    if args.figure is not None:
+        report.figure(args.loop).savefig(args.figure, dpi=150)
     if args.json:
         print(report.to_json())
     elif sys.stdout.isatty() and importlib.util.find_spec("rich"):

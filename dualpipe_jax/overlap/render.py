@@ -54,9 +54,8 @@ def summary(report: OverlapReport, name: str | None = None) -> str:
     is_steady = loop is report.steady_state and loop.kind in ("while", "guard")
     kind = "steady state" if is_steady else loop.kind
     said = (
-        f"{report.module}, {kind} {loop.name}: {loop.hidden_fraction:.1%} of "
-        f"{_ms(loop.communication_s)} communication hidden, {_ms(loop.exposed_s)} "
-        f"exposed; one run {_ms(loop.makespan_s)}, compute {_ms(loop.compute.seconds)}"
+        f"{report.module}, {kind} {loop.name}: {hidden(loop)}; one run "
+        f"{_ms(loop.makespan_s)}, compute {_ms(loop.compute.seconds)}"
     )
     bare = loop.without_gemms
     said += (
@@ -66,6 +65,14 @@ def summary(report: OverlapReport, name: str | None = None) -> str:
     if bare:
         said += f" ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())})"
     return said
+
+
+def hidden(loop: LoopReport) -> str:
+    """How much of a computation's communication is hidden, in a few words."""
+    return (
+        f"{loop.hidden_fraction:.1%} of {_ms(loop.communication_s)} communication "
+        f"hidden, {_ms(loop.exposed_s)} exposed"
+    )
 
 
 def rich_table(report: OverlapReport, name: str | None = None):

@@ -7,18 +7,23 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
+from dualpipe_jax.figures import Span, timeline
 from dualpipe_jax.overlap import chrome, hlo, render
 from dualpipe_jax.overlap.assumptions import assumptions
 from dualpipe_jax.overlap.links import Links
 from dualpipe_jax.overlap.program import GUARD, Program
 from dualpipe_jax.overlap.records import CollectiveReport, LoopReport, read_loop
+from dualpipe_jax.overlap.spans import spans_of
 from dualpipe_jax.overlap.timeline import Compute, Done, Timeline
 from dualpipe_jax.overlap.work import Roofline
 from dualpipe_jax.topology import GPUS, Gpu
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class OverlapReport:
@@ -141,6 +146,24 @@ class OverlapReport:
         if path is not None:
             Path(path).write_text(trace.dumps(), encoding="utf-8")
         return trace.as_json()
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """What `figures.timeline` draws: one run of the steady state."""
+        return spans_of(self._program, self.steady_state.name)
+
+    def figure(self, name: str | None = None) -> Figure:
+        """One run of a computation (the steady state) as a picture, compute and links.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+        """
+        loop = self.steady_state if name is None else self.loop(name)
+        return timeline(
+            spans_of(self._program, loop.name),
+            title=f"{self.module}: {loop.name}",
+            note=f"estimated for {self.gpu.name}: {render.hidden(loop)}",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as `to_json` writes it."""

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dualpipe_jax import style
+
 
 class MetricsLog:
     """Appends one JSON object a step to a file, at once.
@@ -70,25 +72,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def draw_loss(records: list[dict[str, Any]], path: Path, *, unit: str = "byte") -> None:
     """Draws the loss of every step and the held-out losses into an image file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(*_series(records, "loss"), label="train", color="#4878a8", linewidth=1)
+    figure = style.figure(7, 4)
+    (axes,) = style.axes(figure, grid="both")
+    axes.plot(*_series(records, "loss"), label="train", color=style.BLUE, linewidth=1)
     axes.plot(
         *_series(records, "held_out_loss"),
         label="held out",
-        color="#c44e52",
+        color=style.VERMILION,
         marker="o",
         markersize=4,
     )
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss, nats a {unit}")
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    style.legend(axes)
     figure.savefig(path, dpi=150)
 
 

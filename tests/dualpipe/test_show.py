@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_jax import _picture, show
+from dualpipe_jax import _picture, show, style
 from dualpipe_jax.generators.dualpipe import dualpipe
 from dualpipe_jax.generators.dualpipev import dualpipev
 from dualpipe_jax.generators.gpipe import gpipe
@@ -44,7 +44,7 @@ def task_boxes(picture):
 def test_boxes_are_to_scale_and_bubbles_stay_empty(make, costs):
     timeline = simulate(make(4, 8), Costs(*costs))
     picture = _picture.draw(timeline)
-    bands = [b for b in picture.boxes if b.fill == _picture.EMPTY and not b.edge_width]
+    bands = [b for b in picture.boxes if b.fill == style.EMPTY and not b.edge_width]
     assert len(bands) == 4
     scale = bands[0].width / timeline.makespan
     for rank, boxes in enumerate(task_boxes(picture)):
@@ -77,7 +77,7 @@ def test_readme_figure_holds_everything():
             assert x == pytest.approx(box.x + box.width / 2)
             assert len(number) * 6 < box.width  # 10 px digits are about 6 px wide
             light = task.microbatch < 10
-            assert box.fill == _picture.COLOURS[task.op][0 if light else 1]
+            assert box.fill == style.OPS[task.op][0 if light else 1]
     borders = [box for box in picture.boxes if box.fill == "none"]
     pairs = sum(len(step) == 2 for _, _, step in schedule)
     assert len(borders) == pairs + 1  # and one in the legend
@@ -95,7 +95,7 @@ def test_legend_names_only_what_is_there():
 
 
 def test_colours_differ_and_can_be_read():
-    colours = [c for pair in _picture.COLOURS.values() for c in pair] + [_picture.EMPTY]
+    colours = [c for pair in style.OPS.values() for c in pair] + [style.EMPTY]
     assert len(set(colours)) == len(colours)
 
     def luminance(colour):
@@ -105,10 +105,10 @@ def test_colours_differ_and_can_be_read():
         ]
         return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    ink = luminance(_picture.INK)
+    ink = luminance(style.INK)
     for colour in colours:  # WCAG 2.2, success criterion 1.4.3
         assert (luminance(colour) + 0.05) / (ink + 0.05) >= 4.5
-    for light, dark in _picture.COLOURS.values():
+    for light, dark in style.OPS.values():
         assert luminance(light) > luminance(dark)
 
 

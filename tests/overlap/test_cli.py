@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe_jax import cli
+from dualpipe_jax import cli, overlap_report
+from dualpipe_jax._tracks import split, union
 from dualpipe_jax.overlap.cli import parse_trips
 from tests.overlap.modules import (
     copy,
@@ -42,6 +43,29 @@ def test_json_trace_and_options(path, capsys, tmp_path):
     (permute,) = read["loops"][0]["collectives"]
     assert (permute["link"], permute["under"]["kernels"]) == ("nvlink", 9)
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_the_figure_is_the_estimated_timeline(path, capsys, tmp_path):
+    drawn = tmp_path / "overlap.png"
+    assert cli.main(["overlap", path, "--figure", str(drawn)]) == 0
+    assert drawn.read_bytes()[1:4] == b"PNG"
+    report = overlap_report(Path(path).read_text(), gpu="h100")
+    done = report.timeline()
+    assert [(s.begin, s.end) for s in report.spans] == [
+        pytest.approx((1e6 * span.begin, 1e6 * span.end)) for span in done.spans
+    ]
+    assert {(s.track, s.is_comm) for s in report.spans} == {
+        ("Compute", False),
+        ("Network", True),
+    }
+    said = report.figure().axes[0].get_title(loc="left")
+    hidden = report.steady_state.hidden_fraction
+    assert f"{hidden:.1%} of" in said
+    assert said.partition(": ")[2] in report.summary()
+    computing = union((s.begin, s.end) for s in report.spans if not s.is_comm)
+    (permute,) = [(s.begin, s.end) for s in report.spans if s.is_comm]
+    under = sum(b - a for (a, b), hid in split(permute, computing) if hid)
+    assert under == pytest.approx(1e6 * report.steady_state.hidden_s)
 
 
 @pytest.mark.parametrize(
