@@ -62,7 +62,7 @@ COMMANDS = {
         "dualpipe_jax.cli:simulate_command", "makespan, bubbles and activations"
     ),
     "trace": Command(
-        "dualpipe_jax.trace.cli:add_arguments",
+        "dualpipe_jax._trace_cli:add_arguments",
         "what a profile says of the overlap: PyTorch's, JAX's, or our own",
     ),
     "bubbles": Command(

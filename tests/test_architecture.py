@@ -94,7 +94,7 @@ ROOMS = {
     # Its command compiles the training job's step.
     "overlap": ({"overlap"}, {"figures", "phases", "tables", "topology", "trace"}),
     "cli": (
-        {"cli", "__main__", "_choose_cli", "_bubbles_cli"},
+        {"cli", "__main__", "_choose_cli", "_bubbles_cli", "_trace_cli"},
         {
             "bytes",
             "schedule",
@@ -106,6 +106,7 @@ ROOMS = {
             "figures",
             "train",
             "deepseek",
+            "trace",
         },
     ),
 }

@@ -90,3 +90,12 @@ def test_jupyter_shows_tables(report):
     page = report._repr_html_()
     assert page.count("<table>") == 3 and "attn(W)" in page
     assert "per_token_cast_to_fp8_with_channels&lt;" in page
+
+
+def test_the_figure(tmp_path, capsys):
+    drawn = tmp_path / "trace.svg"
+    assert cli.main(["trace", str(PUBLISHED), "--figure", str(drawn)]) == 0
+    assert drawn.read_text().count("<path") > 100
+    arguments = ["--figure", str(drawn), "--device", "GPU 7"]
+    assert cli.main(["trace", str(PUBLISHED), *arguments]) == 2
+    assert "device='GPU 7' is not in the trace" in capsys.readouterr().err

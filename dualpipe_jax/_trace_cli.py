@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
 
+from dualpipe_jax import figures
 from dualpipe_jax.trace.report import read_trace
 
 
@@ -31,6 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that the profile marks, or 1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="draw the timeline of a device, its communication hidden or exposed, as "
+        "PNG, SVG or PDF",
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", help="for --figure, such as 'GPU 1' (the first)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,9 +55,21 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       ValueError: bad input.
     """
-    report = read_trace(args.file, args.communication)
+    with _status(f"reading {args.file}"):
+        report = read_trace(args.file, args.communication)
+    if args.figure is not None:
+        figures.timeline(report, device=args.device).savefig(args.figure)
     if args.json:
         print(json.dumps(report.as_json(args.chunks)))
     else:
         print(report.text(args.chunks))
     return 0
+
+
+def _status(text: str) -> AbstractContextManager:
+    """Says on a terminal what takes a while."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        return contextlib.nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
