@@ -25,6 +25,7 @@ from dualpipe_jax.partition import Partition, partition_layers
 from dualpipe_jax.schedule import Schedule
 from dualpipe_jax.simulator import Costs, Timeline, simulate
 from dualpipe_jax.tasks import Task
+from dualpipe_jax.trace import TraceReport, read_trace
 
 if TYPE_CHECKING:
     from dualpipe_jax.interleaved import run_interleaved
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         pipeline_value_and_grad,
         stack_stages,
     )
+    from dualpipe_jax.profiling import profile
     from dualpipe_jax.split_backward import split_vjp
     from dualpipe_jax.topology import gpu_compiler_options, gpu_mesh
 
@@ -60,6 +62,7 @@ __all__ = [
     "StageMemory",
     "Task",
     "Timeline",
+    "TraceReport",
     "compile_overlapped",
     "dualpipe",
     "dualpipev",
@@ -73,7 +76,9 @@ __all__ = [
     "partition_layers",
     "pipeline_forward",
     "pipeline_value_and_grad",
+    "profile",
     "rank_schedules",
+    "read_trace",
     "run_interleaved",
     "simulate",
     "split_vjp",
@@ -93,6 +98,7 @@ _NEEDS_JAX = {
     "overlap_report": "dualpipe_jax.overlap",
     "pipeline_forward": "dualpipe_jax.pipeline",
     "pipeline_value_and_grad": "dualpipe_jax.pipeline",
+    "profile": "dualpipe_jax.profiling",
     "run_interleaved": "dualpipe_jax.interleaved",
     "split_vjp": "dualpipe_jax.split_backward",
     "stack_stages": "dualpipe_jax.pipeline",

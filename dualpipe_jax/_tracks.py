@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dualpipe_jax import style
+from dualpipe_jax.trace.intervals import Interval, length, union
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 _LETTER, _WIDTH = 0.075, 12.0
 _GAP = 0.002  # of the time that is drawn; no more is seen as one
 _MANY = 3000  # spans; as shapes they would make an SVG of megabytes
-
-Interval = tuple[float, float]
 
 
 class Span(NamedTuple):
@@ -120,22 +119,6 @@ def _stream_name(stream: Any) -> str:
     return f"Stream {stream}" if str(stream).isdigit() else str(stream)
 
 
-def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time as intervals that are apart, in order.
-
-    Examples:
-      >>> union([(4, 6), (0, 2), (1, 3), (6, 7)])
-      [(0, 3), (4, 7)]
-    """
-    merged: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((begin, end))
-    return merged
-
-
 def split(
     interval: Interval, covers: Sequence[Interval]
 ) -> list[tuple[Interval, bool]]:
@@ -160,10 +143,6 @@ def split(
     if now < end:
         parts.append(((now, end), False))
     return parts
-
-
-def _length(intervals: Iterable[Interval]) -> float:
-    return math.fsum(end - begin for begin, end in intervals)
 
 
 def colour_of(phase: str) -> str:
@@ -229,8 +208,8 @@ def _draw(
             b - a for t in talking for (a, b), under in split(t, computing) if under
         )
         below += (
-            f"; {_length(talking) / per_unit:.1f} {unit} of communication, "
-            f"{100 * hidden / _length(talking):.1f} % under compute"
+            f"; {length(talking) / per_unit:.1f} {unit} of communication, "
+            f"{100 * hidden / length(talking):.1f} % under compute"
         )
     _legend(figure, legend)
     style.heading(figure, title, note or below)
@@ -239,8 +218,8 @@ def _draw(
 
 def _rank(spans: Sequence[Span]) -> tuple[bool, float]:
     """Puts tracks that compute above those that communicate, the busiest first."""
-    comm = _length((s.begin, s.end) for s in spans if s.is_comm)
-    busy = _length((s.begin, s.end) for s in spans)
+    comm = length((s.begin, s.end) for s in spans if s.is_comm)
+    busy = length((s.begin, s.end) for s in spans)
     return comm > busy / 2, -busy
 
 
@@ -250,7 +229,7 @@ def _legend_order(entry: tuple[str, str]) -> tuple[int, str]:
 
 
 def _label(
-    axes: Any, spans: Sequence[Span], row: int, length: float, per_unit: float
+    axes: Any, spans: Sequence[Span], row: int, whole: float, per_unit: float
 ) -> None:
     """Writes each phase where it goes on for long enough."""
     runs: list[tuple[str, float, float, bool]] = []
@@ -259,12 +238,12 @@ def _label(
         if (
             runs
             and (label, span.is_comm) == (runs[-1][0], runs[-1][3])
-            and span.begin - runs[-1][2] < _GAP * length
+            and span.begin - runs[-1][2] < _GAP * whole
         ):
             runs[-1] = (label, runs[-1][1], max(span.end, runs[-1][2]), span.is_comm)
         else:
             runs.append((label, span.begin, span.end, span.is_comm))
-    inches = (_WIDTH - 1.2) / length
+    inches = (_WIDTH - 1.2) / whole
     for label, begin, end, _ in runs:
         if (end - begin) * inches > _LETTER * len(label):
             axes.text(

@@ -65,6 +65,10 @@ COMMANDS = {
     "simulate": Command(
         "dualpipe_jax.cli:simulate_command", "makespan, bubbles and activations"
     ),
+    "trace": Command(
+        "dualpipe_jax._trace_cli:add_arguments",
+        "what a profile says of the overlap: PyTorch's, JAX's, or our own",
+    ),
     "bubbles": Command(
         "dualpipe_jax._bubbles_cli:add_arguments",
         "the schedules' bubbles over the number of microbatches",
@@ -123,6 +127,7 @@ def _add_arguments(parser: argparse.ArgumentParser, target: str) -> None:
 def schedule_command(parser: argparse.ArgumentParser) -> None:
     """`schedule KIND --ranks P --microbatches M [--format ...] [--out FILE]`."""
     _add_schedule_arguments(parser)
+    _add_lowered(parser)
     parser.add_argument(
         "--format",
         choices=list(show.FORMATS),
@@ -133,7 +138,12 @@ def schedule_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_schedule(args: argparse.Namespace) -> int:
-    timeline = simulate(_schedule(args), parse_costs(args.costs))
+    schedule, costs = _schedule(args), parse_costs(args.costs)
+    timeline = simulate(schedule, costs)
+    if args.lowered:
+        from dualpipe_jax.lowering import lower
+
+        timeline = simulate(lower(schedule), costs)
     if args.out is not None:
         show.save(timeline, args.out, args.format)
         return 0
@@ -146,11 +156,7 @@ def _run_schedule(args: argparse.Namespace) -> int:
 def simulate_command(parser: argparse.ArgumentParser) -> None:
     """`simulate KIND --ranks P --microbatches M [--costs ...] [--lowered] [--json]`."""
     _add_schedule_arguments(parser)
-    parser.add_argument(
-        "--lowered",
-        action="store_true",
-        help="simulate the lowered program, with the waits that its permutes cause",
-    )
+    _add_lowered(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(handler=_run_simulate)
 
@@ -262,6 +268,14 @@ def read_fields(
             )
         found.add(name)
         yield name, part, value
+
+
+def _add_lowered(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lowered",
+        action="store_true",
+        help="simulate the lowered program, with the waits that its permutes cause",
+    )
 
 
 def read_integers(option: str, text: str) -> list[int]:

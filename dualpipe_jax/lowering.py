@@ -354,4 +354,4 @@ def _(program: Program, costs: Costs = Costs()) -> Timeline:  # noqa: B008
             for pair, time in done.items():
                 for rank in pair:
                     now[rank] = max(now[rank], time)
-    return measure(schedule, spans)
+    return measure(schedule, spans, costs)

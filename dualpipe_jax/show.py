@@ -6,12 +6,11 @@ Every function takes a `Timeline`, or a `Schedule`, which is simulated at unit c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from dualpipe_jax import _picture, _render, style
+from dualpipe_jax import _chrome, _picture, _render, style
 from dualpipe_jax.schedule import Schedule, Step
 from dualpipe_jax.simulator import Timeline, simulate
 
@@ -123,41 +122,18 @@ th {{ border-bottom: 1px solid {style.FAINT} }}
 
 
 def chrome_trace(shown: Schedule | Timeline, microseconds_per_unit: float = 1e3) -> str:
-    """A Chrome trace for Perfetto or chrome://tracing: one track a rank.
+    """A Chrome trace for Perfetto or chrome://tracing: each rank's steps and streams.
+
+    A rank has three tracks: its steps, such as `F 3 & B 1`; and, in DeepSeek's names,
+    the phases inside them on a compute and a communication stream. The simulator knows
+    no phases: they share a step's duration as in DeepSeek's published profile. What
+    goes to another rank is on the communication stream as `PP`.
 
     Args:
       shown: what to export.
       microseconds_per_unit: how long one unit of cost is; a millisecond by default.
     """
-    timeline = _timeline(shown)
-    events: list[dict] = [
-        {
-            "name": "process_name",
-            "ph": "M",
-            "pid": 0,
-            "args": {"name": _picture.title_of(timeline)},
-        }
-    ]
-    for rank, spans in enumerate(timeline.spans):
-        meta = {"ph": "M", "pid": 0, "tid": rank}
-        events += [
-            {"name": "thread_name", **meta, "args": {"name": f"Rank {rank}"}},
-            {"name": "thread_sort_index", **meta, "args": {"sort_index": rank}},
-        ]
-        events += [
-            {
-                "name": " & ".join(f"{task.op} {task.microbatch}" for task in step),
-                "cat": "&".join(task.op for task in step),
-                "ph": "X",
-                "pid": 0,
-                "tid": rank,
-                "ts": start * microseconds_per_unit,
-                "dur": (end - start) * microseconds_per_unit,
-                "args": {str(task): _picture.describe(timeline, task) for task in step},
-            }
-            for step, start, end in spans
-        ]
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"
+    return _chrome.trace(_timeline(shown), microseconds_per_unit).dumps()
 
 
 def _csv(shown: Schedule | Timeline) -> str:

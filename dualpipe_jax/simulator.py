@@ -74,6 +74,7 @@ class Timeline:
     Attributes:
       schedule: what was simulated.
       spans: for each rank a tuple of (step, start, end), in the rank's order.
+      costs: what it was simulated at.
 
     Examples:
       >>> from dualpipe_jax.generators.dualpipe import dualpipe
@@ -86,6 +87,7 @@ class Timeline:
 
     schedule: Schedule
     spans: tuple[tuple[Span, ...], ...]
+    costs: Costs
 
     @functools.cached_property
     def makespan(self) -> float:
@@ -132,9 +134,11 @@ class Timeline:
         return show.html_fragment(self)
 
 
-def measure(schedule: Schedule, spans: Iterable[Iterable[Span]]) -> Timeline:
+def measure(
+    schedule: Schedule, spans: Iterable[Iterable[Span]], costs: Costs
+) -> Timeline:
     """The timeline of what a simulation found, for each rank (step, start, end)."""
-    return Timeline(schedule, tuple(map(tuple, spans)))
+    return Timeline(schedule, tuple(map(tuple, spans)), costs)
 
 
 def peak_activations(steps: Iterable[Step]) -> int:
@@ -204,4 +208,4 @@ def _(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
         spans[rank].append((step, start, end))
         for task in step:
             ends[result_of(task)] = (end, rank)
-    return measure(schedule, spans)
+    return measure(schedule, spans, costs)

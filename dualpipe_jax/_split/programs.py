@@ -19,6 +19,7 @@ from dualpipe_jax._split.fuse import fuse
 from dualpipe_jax._split.interleave import interleave
 from dualpipe_jax._split.jaxprs import prune, trace
 from dualpipe_jax._split.loops import sink, split
+from dualpipe_jax._split.naming import name_weights
 
 PyTree = Any
 
@@ -216,13 +217,15 @@ def trace_programs(fn, params, inputs, has_aux, early_reductions, platform=None)
         Policy(late_heavy=False),
         late_equations=late,
     )
-    whole = sink(step.late)
     num_input_cts = sum(map(_has_cotangent, in_avals[num_params:]))
+    whole = sink(step.late)
+    is_input_ct = [i < num_input_cts for i in range(len(whole.outvars))]
+    whole = name_weights(whole, is_input_ct)
     free = [Status.FREE] * len(step.crossing)
     halves = split(
         whole,
         [*both, *free, *[Status.EARLY] * len(ct_avals)],
-        [i < num_input_cts for i in range(len(whole.outvars))],
+        is_input_ct,
         Policy(late_heavy=True, early_reductions=early_reductions),
     )
     w, read_by_w = prune(fuse(halves.late))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from dualpipe_jax.overlap.phases import last_part, phase, phase_of
+from dualpipe_jax.overlap.phases import last_part, phase_of
 from dualpipe_jax.overlap.program import Program
 from dualpipe_jax.overlap.timeline import Compute
+from dualpipe_jax.phases import phase
+from dualpipe_jax.trace.write import ChromeTrace
+
+_TRACKS = {
+    "": "Compute",
+    "nvlink": "NVLink",
+    "network": "Network",
+    "local": "Local copies",
+}
 
 
-def trace(program: Program, computation: str, title: str) -> dict[str, Any]:
+def trace(program: Program, computation: str, title: str) -> ChromeTrace:
     """One run of a computation: a track for compute, and one for each link."""
     done = program.timeline(computation)
     names = {
@@ -18,51 +25,39 @@ def trace(program: Program, computation: str, title: str) -> dict[str, Any]:
         if isinstance(event, Compute)
     }
     found = program.collectives(computation)
-    tracks = {"": ("Compute", 0), "nvlink": ("NVLink", 1), "network": ("Network", 2)}
-    tracks["local"] = ("Local copies", 3)
+    made = ChromeTrace()
+    device = made.device(title)
     used = {span.queue for span in done.spans} | {""}
-    events: list[dict[str, Any]] = [_meta("process_name", 0, title)]
-    for queue, (label, track) in tracks.items():
-        if queue in used:
-            events.append(_meta("thread_name", track, label))
-            events.append(
-                {
-                    "name": "thread_sort_index",
-                    "ph": "M",
-                    "pid": 0,
-                    "tid": track,
-                    "args": {"sort_index": track},
-                }
-            )
+    streams = {
+        queue: made.stream(device, label)
+        for queue, label in _TRACKS.items()
+        if queue in used
+    }
     for span in done.spans:
-        args: dict[str, Any] = {"instruction": span.name}
+        args = {"instruction": span.name}
         if span.queue:
             label = phase_of(program, computation, span.name)
-            kind, traffic = found[span.name][0].kind, found[span.name][1]
             args |= {
-                "kind": kind,
-                "bytes": traffic.num_bytes,
+                "kind": found[span.name][0].kind,
+                "bytes": found[span.name][1].num_bytes,
                 "exposed_us": done.exposed[span.name] * 1e6,
             }
         else:
             work, op_name = names[span.name].work, names[span.name].op_name
             label = phase(op_name) or last_part(op_name) or span.name
-            kind = "gemm" if work.gemms else "kernel"
-            args |= {"flops": work.flops, "bytes": work.num_bytes, "op_name": op_name}
-        events.append(
-            {
-                "name": label,
-                "cat": kind,
-                "ph": "X",
-                "pid": 0,
-                "tid": tracks[span.queue][1],
-                "ts": span.begin * 1e6,
-                "dur": (span.end - span.begin) * 1e6,
-                "args": args,
+            args |= {
+                "kind": "gemm" if work.gemms else "kernel",
+                "flops": work.flops,
+                "bytes": work.num_bytes,
+                "op_name": op_name,
             }
+        made.kernel(
+            device,
+            streams[span.queue],
+            label,
+            span.begin * 1e6,
+            (span.end - span.begin) * 1e6,
+            phase=label,
+            **args,
         )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _meta(name: str, track: int, value: str) -> dict[str, Any]:
-    return {"name": name, "ph": "M", "pid": 0, "tid": track, "args": {"name": value}}
+    return made

@@ -1,50 +1,15 @@
-"""Phases of a training step in the names of DeepSeek's published profile.
-
-A phase is read from `op_name`, the path of `jax.named_scope`s and transformations:
-the innermost scope called `attn`, `dispatch`, `mlp` or `combine` (or a synonym) says
-which; `transpose(...)` makes it B; a scope called `W` makes it W.
-"""
+"""The phases of a compiled module's collectives; see `dualpipe_jax.phases`."""
 
 from __future__ import annotations
 
 import collections
-import re
 
 from dualpipe_jax.overlap.hlo import Computation
 from dualpipe_jax.overlap.instructions import Instruction
 from dualpipe_jax.overlap.program import Program
+from dualpipe_jax.phases import phase
 
-SCOPES = {
-    "attn": "attn",
-    "attention": "attn",
-    "mla": "attn",
-    "dispatch": "dispatch",
-    "mlp": "mlp",
-    "moe": "mlp",
-    "ffn": "mlp",
-    "experts": "mlp",
-    "combine": "combine",
-}
-_WEIGHTS = ("W", "wgrad")
 _VIEWS = ("get-tuple-element", "copy", "bitcast", "reshape")
-
-
-def phase(op_name: str) -> str | None:
-    """DeepSeek's name of the phase that an operation belongs to; None if untold.
-
-    Examples:
-      >>> phase("jit(step)/while/body/transpose(jvp(mlp))/dot_general")
-      'mlp(B)'
-      >>> phase("jit(step)/while/body/W/transpose(jvp(mlp))/dot_general")
-      'mlp(W)'
-    """
-    words = re.split(r"[/()]+", op_name)
-    known = [SCOPES[word] for word in words if word in SCOPES]
-    if not known:
-        return None
-    if any(word in _WEIGHTS for word in words):
-        return f"{known[-1]}(W)"
-    return f"{known[-1]}({'B' if 'transpose(' in op_name else 'F'})"
 
 
 def phase_of(program: Program, computation: str, start: str) -> str:

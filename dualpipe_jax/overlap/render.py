@@ -6,6 +6,8 @@ import collections
 from html import escape
 from typing import TYPE_CHECKING
 
+from dualpipe_jax._tables import aligned, html_table
+
 if TYPE_CHECKING:
     from dualpipe_jax.overlap.report import LoopReport, OverlapReport
 
@@ -33,10 +35,10 @@ def text(report: OverlapReport, name: str | None = None) -> str:
     parts = [
         summary(report, name),
         "",
-        *_aligned([_LOOPS, *_loop_rows(report)]),
+        *aligned([_LOOPS, *_loop_rows(report)]),
         "",
         f"collectives of {_where(loop)}, in the order of their starts:",
-        *_aligned([_COLLECTIVES, *_collective_rows(loop)]),
+        *aligned([_COLLECTIVES, *_collective_rows(loop)]),
         "",
         "assumed:",
         *(f"- {each}" for each in report.assumptions),
@@ -104,10 +106,10 @@ def html(report: OverlapReport) -> str:
     loop = report.steady_state
     parts = [
         f"<p>{escape(summary(report))}</p>",
-        _html([_LOOPS, *_loop_rows(report)]),
+        html_table([_LOOPS, *_loop_rows(report)]),
     ]
     parts.append(f"<p>Collectives of {escape(_where(loop))}:</p>")
-    parts.append(_html([_COLLECTIVES, *_collective_rows(loop)]))
+    parts.append(html_table([_COLLECTIVES, *_collective_rows(loop)]))
     items = "".join(f"<li>{escape(each)}</li>" for each in report.assumptions)
     return "\n".join([*parts, f"<p>Assumed:</p><ul>{items}</ul>"])
 
@@ -188,23 +190,3 @@ def _collective_rows(loop: LoopReport) -> list[tuple[str, ...]]:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number == 0 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _html(rows: list[tuple[str, ...]]) -> str:
-    head, *body = rows
-    lines = ["<tr>" + "".join(f"<th>{escape(c)}</th>" for c in head) + "</tr>"]
-    lines += [
-        "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in body
-    ]
-    return "<table>" + "\n".join(lines) + "</table>"

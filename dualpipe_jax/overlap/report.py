@@ -141,10 +141,11 @@ class OverlapReport:
           What `json.dump` writes.
         """
         loop = self.steady_state if name is None else self.loop(name)
-        trace = chrome.trace(self._program, loop.name, f"{self.module}: {loop.name}")
+        title = f"{self.module}: {loop.name}"
+        trace = chrome.trace(self._program, loop.name, title)
         if path is not None:
-            Path(path).write_text(json.dumps(trace) + "\n", encoding="utf-8")
-        return trace
+            Path(path).write_text(trace.dumps(), encoding="utf-8")
+        return trace.as_json()
 
     @property
     def spans(self) -> tuple[Span, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from xml.etree import ElementTree
@@ -58,7 +59,7 @@ table.facts td:first-child {{ color: var(--faint); white-space: nowrap }}
 th {{ border-bottom: 1px solid var(--faint) }}
 pre {{ overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }}
 summary {{ cursor: pointer; color: var(--faint) }}
-img {{ max-width: 100%; height: auto }}
+img {{ width: 100%; min-width: 40rem; height: auto }}
 """
 
 
@@ -109,6 +110,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def folded(title: str, inside: str) -> str:
     """What shows itself when it is asked to; `inside` is HTML already."""
     return f"<details><summary>{escape(title)}</summary>\n{inside}\n</details>"
+
+
+def image(png: bytes, title: str) -> str:
+    """A picture in the page itself."""
+    data = base64.b64encode(png).decode()
+    source = f'src="data:image/png;base64,{data}"'
+    return f'<div class="wide"><img {source} alt="{escape(title)}"></div>'
 
 
 def picture(svg: str) -> str | None:

@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dualpipe_jax import style
+from dualpipe_jax.figures import timeline
+from dualpipe_jax.trace import read_trace
 from dualpipe_jax.train import _page
 
 PROFILE, ESTIMATE = "profile", "overlap.json"
 _HEAD = ("loop", "one run", "compute", "communication", "hidden", "exposed", "hidden %")
+_PHASES = ("phase", "compute", "communication", "hidden")
 _MOST = 12  # loops; a step has many that hardly count
 
 
@@ -33,8 +37,30 @@ def section(folder: Path, *, live: bool = False) -> list[str]:
 
 
 def profile(folder: Path) -> list[str]:
-    """What the profiler recorded. Filled once `dualpipe_jax.trace` reads it."""
-    return [_page.paragraph(f"A profile is in {folder.name}/.", "faint")]
+    """What the profiler recorded of some steps: figures, phases, and a timeline."""
+    try:
+        trace = read_trace(folder)
+    except (ValueError, OSError) as error:
+        return [_page.paragraph(f"The profile cannot be read: {error}", "faint")]
+    drawn = style.png(timeline(trace), dpi=110)
+    several = len({span.device for span in trace.spans}) > 1
+    said = (
+        f"Measured: {trace.comm_hidden:.1%} of {trace.comm_us / 1e3:.1f} ms "
+        f"communication hidden, devices compute in {trace.compute_busy:.1%} of "
+        f"{trace.span_us / 1e3:.1f} ms"
+        + (" (means of all devices; below, the first)." if several else ".")
+    )
+    phases = [
+        (name, *(f"{us / 1e3:.2f} ms" for us in (p.compute_us, p.comm_us, p.hidden_us)))
+        for name, p in trace.phases.items()
+    ]
+    parts = [
+        _page.paragraph(said),
+        _page.image(drawn, "What ran when, and what communication was exposed"),
+    ]
+    if phases:
+        parts.append(_page.folded("Phases", _page.table(_PHASES, phases)))
+    return parts
 
 
 def estimate(path: Path) -> list[str]:

@@ -48,6 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue from the last checkpoint in the run's folder",
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=2,
+        default=0,
+        metavar="STEPS",
+        help="profile so many steps (2) into the run's folder; `trace FOLDER/profile` "
+        "reads it",
+    )
     several = parser.add_argument_group(
         "several processes", "start the same command once per process"
     )
@@ -101,7 +111,14 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out or Path("runs") / config.name
     _connect(args)
     try:
-        result = train(config, text, folder, resume=args.resume, console=console)
+        result = train(
+            config,
+            text,
+            folder,
+            resume=args.resume,
+            console=console,
+            profile_steps=args.profile,
+        )
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

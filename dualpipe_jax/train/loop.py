@@ -23,6 +23,7 @@ from dualpipe_jax import show
 from dualpipe_jax.lowering import lower
 from dualpipe_jax.simulator import simulate
 from dualpipe_jax.train import data, distributed
+from dualpipe_jax.train._profiler import StepProfiler
 from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
@@ -41,6 +42,7 @@ ARTEFACTS = (
     "sample.txt",
     "run.json",
     "report.html",
+    "profile",
     "checkpoints",
 )
 PROMPT_TOKENS = 64
@@ -81,6 +83,7 @@ def train(
     *,
     resume: bool = False,
     console: Console | None = None,
+    profile_steps: int = 0,
 ) -> Result:
     """Trains until `config.num_steps`, or until SIGTERM or Ctrl-C; saves either way.
 
@@ -95,12 +98,16 @@ def train(
         run's files there are moved into a subfolder, unless it is resumed.
       resume: continue from the folder's latest checkpoint that is whole.
       console: where progress is shown.
+      profile_steps: profile so many steps into the folder's `profile`, the first two
+        left out; `read_trace` reads it.
 
     Raises:
-      ValueError: the config fits neither the devices nor the model, or there is
-        nothing to resume from; before anything is compiled.
+      ValueError: `profile_steps` is negative, the config fits neither the devices
+        nor the model, or there is nothing to resume from; before anything is compiled.
       FloatingPointError: the loss is not finite any more.
     """
+    if profile_steps < 0:
+        raise ValueError(f"{profile_steps=} must be >= 0; 0 profiles nothing.")
     console, folder = console or Console(stderr=True), Path(folder)
     programs = make_programs(config)
     # All of a large file would take long to look at; each batch is checked too.
@@ -146,8 +153,15 @@ def train(
                 log or contextlib.nullcontext(),
                 report or contextlib.nullcontext(),
                 TrainProgress(console, config.num_steps, step) as progress,
+                StepProfiler(
+                    folder / "profile",
+                    profile_steps if main else 0,
+                    first=step + 1,
+                    last=config.num_steps,
+                    compiled=[programs.compiled] if programs.compiled else [],
+                ) as profiler,
             ):
-                steps = _steps(config, programs, state, position, text)
+                steps = _steps(config, programs, state, position, text, profiler)
                 for state, position, record in steps:
                     step = record["step"]
                     record["pipeline_bubble_ratio"] = timeline.bubble_ratio
@@ -217,6 +231,7 @@ def _steps(
     state: TrainState,
     position: int,
     text: data.Text,
+    profiler: StepProfiler,
 ) -> Iterator[tuple[TrainState, int, dict[str, Any]]]:
     """Yields, after each step left: state, sequences seen, what the step measured."""
     shape = (config.num_microbatches, config.microbatch_size)
@@ -230,10 +245,11 @@ def _steps(
             seed=config.seed,
             position=position,
         )
-        state, metrics = programs.train_step(state, *batch)
+        with profiler.around(step):
+            state, metrics = programs.train_step(state, *batch)
+            record: dict[str, Any] = {"step": step}
+            record |= {k: _plain(v) for k, v in metrics.items()}
         position += math.prod(shape)
-        record: dict[str, Any] = {"step": step}
-        record |= {k: _plain(v) for k, v in metrics.items()}
         seconds = time.perf_counter() - started
         if not math.isfinite(record["loss"]):
             raise FloatingPointError(

@@ -57,6 +57,7 @@ class Programs:
       sample: (state, prompt tokens [n] int32) -> new tokens, or None.
       vocab_size: see `PipelineModel`.
       description: see `PipelineModel`.
+      compiled: the train step as XLA has compiled it; None before `compile`.
     """
 
     schedule: Schedule
@@ -73,6 +74,7 @@ class Programs:
     sample: Callable[..., np.ndarray] | None
     vocab_size: int | None
     description: str
+    compiled: jax.stages.Compiled | None = None
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Raises a ValueError for tokens that the model does not know."""
@@ -107,6 +109,7 @@ class Programs:
             train_step=self._taking_whole_batches(train_step),
             held_out_loss=self._taking_whole_batches(held_out_loss),
             init=init,
+            compiled=train_step,
         )
 
     def _taking_whole_batches(self, compiled: Any) -> Any:

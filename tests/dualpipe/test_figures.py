@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 
 from dualpipe_jax import Costs, cli, figures, lower, simulate, style
-from dualpipe_jax._tracks import split, union
+from dualpipe_jax._tracks import split
 from dualpipe_jax.figures import Span
 from dualpipe_jax.generators.names import SCHEDULES
+from dualpipe_jax.trace.intervals import union
 
 DEEPSEEK = Costs(F=97, I=104, W=35, FB=129, p2p=1.2)
 TITLES = {

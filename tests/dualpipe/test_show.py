@@ -1,7 +1,6 @@
 """Pictures: everything is there, to scale, apart from each other, and in its colour."""
 
 import io
-import json
 import re
 import subprocess
 import sys
@@ -166,32 +165,6 @@ def test_nothing_takes_time():
     for kind in set(show.FORMATS) - {"png"}:
         assert show.FORMATS[kind](timeline)
     assert show.png(timeline)[:4] == b"\x89PNG"
-
-
-@pytest.mark.parametrize("make", KINDS)
-def test_chrome_trace_has_one_track_a_rank(make):
-    timeline = simulate(make(4, 8), DEEPSEEK)
-    trace = json.loads(show.chrome_trace(timeline, microseconds_per_unit=1000))
-    names = {
-        event["tid"]: event["args"]["name"]
-        for event in trace["traceEvents"]
-        if event["name"] == "thread_name"
-    }
-    assert names == {rank: f"Rank {rank}" for rank in range(4)}
-    for rank in range(4):
-        events = [
-            e for e in trace["traceEvents"] if e["ph"] == "X" and e["tid"] == rank
-        ]
-        assert [(e["ts"], e["ts"] + e["dur"]) for e in events] == [
-            pytest.approx((1000 * start, 1000 * end))
-            for _, start, end in timeline.spans[rank]
-        ]
-        assert [tuple(e["args"]) for e in events] == [
-            tuple(str(task) for task in step) for step in timeline.schedule.steps[rank]
-        ]
-        assert sum(e["dur"] for e in events) == pytest.approx(
-            1000 * timeline.busy[rank]
-        )
 
 
 def test_html_is_self_contained():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dualpipe_jax import overlap_report
-from dualpipe_jax.overlap.phases import phase
+from dualpipe_jax.phases import phase
 from tests.overlap.modules import (
     GEMM,
     HALF,

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from dualpipe_jax import cli, overlap_report
-from dualpipe_jax._tracks import split, union
+from dualpipe_jax._tracks import split
 from dualpipe_jax.overlap.cli import parse_trips
+from dualpipe_jax.trace.intervals import union
 from tests.overlap.modules import (
     copy,
     loop,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dualpipe_jax import cli
+from dualpipe_jax import cli, read_trace
 from dualpipe_jax.deepseek.serve import (
     Engine,
     RebalanceConfig,
@@ -136,6 +136,7 @@ def test_serve_writes_completions_in_order(folder, config, capsys, tmp_path):
     metrics = tmp_path / "metrics.prom"
     command = ["serve", f"{folder / 'server.py'}:config", str(prompts)]
     command += ["--run", str(folder), "--max-tokens", "12", "--metrics", str(metrics)]
+    command += ["--profile", str(tmp_path / "profile")]
     assert cli.main(command) == 1
     printed = capsys.readouterr()
     # The same by the engine itself, one after the other.
@@ -162,6 +163,9 @@ def test_serve_writes_completions_in_order(folder, config, capsys, tmp_path):
     ):
         assert message in printed.err
     assert "eplb_tokens_total 16.0" in metrics.read_text()
+    report = read_trace(tmp_path / "profile")
+    assert {"attn(F)", "dispatch(F)", "mlp(F)", "combine(F)"} == report.phases.keys()
+    assert len(report.devices) == config.num_devices
 
 
 @pytest.mark.parametrize(

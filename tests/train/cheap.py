@@ -49,6 +49,7 @@ class CheapPrograms:
         self.checkpoint_info = {"tokens": size}
         self.sample = None
         self.description = "a table of bytes"
+        self.compiled = None
         split, whole = (
             NamedSharding(self.mesh, PartitionSpec(*axes)) for axes in (["x"], [])
         )

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dualpipe_jax import lower, simulate
+from dualpipe_jax import lower, read_trace, simulate
+from dualpipe_jax.trace.events import read_events
+from dualpipe_jax.trace.report import find_trace
 from dualpipe_jax.train import Text, data, loop, train
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from tests.train import cheap
@@ -30,10 +32,17 @@ def _cheap_programs():
         yield
 
 
-def run(folder, *, resume=False, **changes):
+def run(folder, *, resume=False, profile_steps=0, **changes):
     config = dataclasses.replace(cheap.config(), **changes)
     console = Console(file=io.StringIO(), width=200, soft_wrap=True)
-    result = train(config, TEXT, folder, resume=resume, console=console)
+    result = train(
+        config,
+        TEXT,
+        folder,
+        resume=resume,
+        console=console,
+        profile_steps=profile_steps,
+    )
     return result, console.file.getvalue()
 
 
@@ -251,6 +260,31 @@ leaves_errors = pytest.mark.filterwarnings(
 
 
 @leaves_errors
+@pytest.mark.parametrize(
+    ("num_steps", "asked", "profiled"),
+    [(8, 2, [3, 4]), (8, 7, [2, 3, 4, 5, 6, 7, 8]), (2, 1, [2]), (1, 9, [1])],
+)
+def test_profiled_steps(tmp_path, num_steps, asked, profiled):
+    run(tmp_path / "run", num_steps=num_steps, profile_steps=asked)
+    folder = tmp_path / "run" / "profile"
+    events = read_events(find_trace(folder))
+    steps = [e["args"]["step_num"] for e in events if e.get("name") == "train"]
+    assert steps == list(map(str, profiled))
+    assert read_trace(folder).spans
+
+
+def test_a_run_that_stops_while_it_is_profiled_leaves_the_profile(tmp_path, after_step):
+    after_step(lambda step: step == 4 and signal.raise_signal(signal.SIGTERM))
+    result, _ = run(tmp_path / "run", profile_steps=5)
+    assert (result.step, result.stopped_by) == (4, "SIGTERM")
+    assert read_trace(tmp_path / "run" / "profile").spans
+
+
+def test_a_number_of_profiled_steps_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="profile_steps=-1 must be >= 0"):
+        run(tmp_path / "run", profile_steps=-1)
+
+
 def test_a_disk_that_is_full_ends_no_run(finished, tmp_path, fill_the_disk):
     fill_the_disk(0, first=3, last=5)  # what step 3 saves, and two steps record
     result, printed = run(tmp_path)

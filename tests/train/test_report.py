@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib.image
@@ -15,6 +17,7 @@ from dualpipe_jax import cli, dualpipe, show, style
 from dualpipe_jax.train import report
 from dualpipe_jax.train.report import LiveReport, report_html, write_report
 
+PUBLISHED = Path(__file__).parents[1] / "data" / "deepseek_v3_train_trace.json.gz"
 RELOAD = '<meta http-equiv="refresh"'
 CONFIG = {
     "name": "tiny",
@@ -330,6 +333,27 @@ def test_overlap_is_estimated_or_it_is_said_how(tmp_path):
     (folder / "overlap.json").write_text('{"loops": 1}')
     with pytest.raises(ValueError, match=r"overlap.json is not what overlap --json"):
         report_html(folder)
+
+
+def test_overlap_that_was_measured(tmp_path):
+    folder = make_run(tmp_path / "a")
+    (folder / "profile").mkdir()
+    assert "The profile cannot be read: " in report_html(folder)
+    shutil.copy(PUBLISHED, folder / "profile" / "host.trace.json.gz")
+    page = Page(report_html(folder))
+    # What DeepSeek's published trace comes to: see tests/trace/test_published.py.
+    assert "Measured: 96.3% of 113.4 ms communication hidden, devices compute in " in (
+        " ".join(text for text in page.said if text.startswith("Measured"))
+    )
+    (image,) = page.all("img")
+    data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+    pixels = matplotlib.image.imread(io.BytesIO(data))
+    exposed = np.abs(pixels[..., :3] - style.rgb(style.EXPOSED)).max(axis=-1) < 0.01
+    hidden = np.abs(pixels[..., :3] - style.rgb(style.HIDDEN)).max(axis=-1) < 0.01
+    assert 0.01 < exposed.sum() / (exposed.sum() + hidden.sum()) < 0.08
+    assert {"attn(F)", "dispatch(B)", "combine(F)"} <= set(page.said)
+    # It takes long to read: not while the run trains.
+    assert not Page(report_html(folder, live=True)).all("img")
 
 
 @pytest.mark.parametrize(

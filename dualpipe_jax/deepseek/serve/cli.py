@@ -18,6 +18,7 @@ from dualpipe_jax.deepseek.serve.engine import Engine, Token
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
 from dualpipe_jax.deepseek.serve.metrics import prometheus
 from dualpipe_jax.deepseek.serve.weights import load_checkpoint
+from dualpipe_jax.profiling import profile
 from dualpipe_jax.train.config import load_as
 
 _OPTIONS = ("max_tokens", "temperature", "seed")
@@ -68,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the metrics at the end, as text for Prometheus",
     )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="profile the first prompts that are served together; `trace FOLDER` reads "
+        "it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
         # Who types is answered line by line; what is piped is served together.
         groups = ([line] for line in file) if file.isatty() else [list(file)]
         engine = _start(config, args.run, console)
+        profiled = contextlib.nullcontext()
+        if args.profile is not None:
+            profiled = profile(args.profile, *engine.programs.compiled)
         for lines in groups:
             texts: dict[int, str] = {}
             for found in read_prompts(lines, config, defaults, args.prompts):
@@ -100,7 +111,9 @@ def run(args: argparse.Namespace) -> int:
                     num_refused += 1
                 else:
                     texts[request] = as_text(config, found["prompt"])
-            stream(engine, config, texts, sys.stdout)
+            with profiled:
+                stream(engine, config, texts, sys.stdout)
+            profiled = contextlib.nullcontext()
     if number == 0:
         raise ValueError(f"{args.prompts} holds no prompt; write one a line.")
     console.print(summary(engine.metrics()))

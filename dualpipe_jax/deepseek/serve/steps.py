@@ -105,6 +105,12 @@ class ServePrograms:
                 self, **{name: each.result() for name, each in running.items()}
             )
 
+    @property
+    def compiled(self) -> tuple[jax.stages.Compiled, ...]:
+        """Those that run again and again, as XLA has compiled them."""
+        steps = (self.prefill, self.decode, self.rebalance)
+        return tuple(step for step in steps if isinstance(step, jax.stages.Compiled))
+
     def lower(self, name: str | None = None) -> Any:
         """A program, lowered: by its name, or the step that `config.phase` names."""
         name = name or self.config.phase

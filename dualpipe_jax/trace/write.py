@@ -1,0 +1,93 @@
+"""Writes Chrome traces, for Perfetto and for `read_trace`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class ChromeTrace:
+    """Collects tracks and what runs on them: a process a device, a track a stream.
+
+    Examples:
+      >>> trace = ChromeTrace()
+      >>> rank = trace.device("Rank 0")
+      >>> stream = trace.stream(rank, "Compute")
+      >>> trace.kernel(rank, stream, "attn(F)", 0.0, 5.0, phase="attn(F)")
+      >>> [event["name"] for event in trace.as_json()["traceEvents"]][-1]
+      'attn(F)'
+    """
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._names: dict[tuple[int, int], str] = {}
+        self._devices: list[str] = []
+
+    def device(self, name: str) -> int:
+        """Adds a device below the others; returns its number."""
+        number = len(self._devices)
+        self._devices.append(name)
+        self._describe("process_name", number, 0, {"name": name})
+        self._describe("process_sort_index", number, 0, {"sort_index": number})
+        return number
+
+    def stream(self, device: int, name: str) -> int:
+        """Adds a track to a device, below its others; returns its number."""
+        number = sum(key[0] == device for key in self._names)
+        self._names[device, number] = name
+        self._describe("thread_name", device, number, {"name": name})
+        self._describe("thread_sort_index", device, number, {"sort_index": number})
+        return number
+
+    def kernel(
+        self,
+        device: int,
+        stream: int,
+        name: str,
+        begin_us: float,
+        duration_us: float,
+        **args: Any,
+    ) -> None:
+        """Adds what ran; `phase`, and `kind` of a collective, are read back by name."""
+        where = {"device": self._devices[device], "stream": self._names[device, stream]}
+        args = where | args
+        self._span(device, stream, name, begin_us, duration_us, "kernel", args)
+
+    def annotation(
+        self,
+        device: int,
+        stream: int,
+        name: str,
+        begin_us: float,
+        duration_us: float,
+        **args: Any,
+    ) -> None:
+        """Adds a name for a while: it is shown, and nothing ran."""
+        category = "user_annotation"
+        self._span(device, stream, name, begin_us, duration_us, category, args)
+
+    def as_json(self) -> dict[str, Any]:
+        """The trace as plain data."""
+        return {"traceEvents": list(self._events), "displayTimeUnit": "ms"}
+
+    def dumps(self) -> str:
+        """The trace as text."""
+        return json.dumps(self.as_json()) + "\n"
+
+    def _describe(self, name: str, pid: int, tid: int, args: dict) -> None:
+        event = {"name": name, "ph": "M", "pid": pid, "tid": tid, "args": args}
+        self._events.append(event)
+
+    def _span(self, pid, tid, name, begin, duration, category, args) -> None:
+        self._events.append(
+            {
+                "name": name,
+                "cat": category,
+                "ph": "X",
+                "pid": pid,
+                "tid": tid,
+                "ts": begin,
+                "dur": duration,
+                "args": args,
+            }
+        )
