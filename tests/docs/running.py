@@ -27,7 +27,10 @@ NOT_RUN = {
 }
 # Cheap ones, which start no threads and change no setting of jax.
 _IN_PROCESS = {
-    "dualpipe_jax": (dualpipe_jax.cli, {"schedule", "simulate", "choose", "trace"}),
+    "dualpipe_jax": (
+        dualpipe_jax.cli,
+        {"schedule", "simulate", "choose", "trace", "report"},
+    ),
     "eplb_jax": (eplb_jax.cli, {"rebalance", "replay"}),
 }
 # Of commands that measure: what differs from run to run.
