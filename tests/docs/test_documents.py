@@ -76,7 +76,10 @@ def test_documents_run(document, tmp_path, env):
         Runner(tmp_path, env=env).run(document)
         return
     # What these commands train matters to no line that is shown.
-    special = {" train configs/tiny.py": training.interrupt}
+    special = {
+        " train configs/tiny.py": training.interrupt,
+        " report runs/tiny": training.report,
+    }
     runner = Runner(tmp_path, env=env, special=special, configs=False)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny.py").write_text(training.SMALL)

@@ -74,6 +74,13 @@ def interrupt(command, runner):
     assert any("--resume continues" in line for line in lines), "\n".join(lines)
 
 
+def report(command, runner):
+    """The page of a run, which is made first where the document has made none."""
+    if not (runner.folder / "runs/tiny").exists():
+        runner.shell("python -m dualpipe_jax train configs/tiny.py")
+    assert_alike(command.output, runner.shell(command.text), command)
+
+
 def make_train(command, runner):
     """Trains the real model until its first line of a step, and compares that.
 
