@@ -117,6 +117,7 @@ def pipeline_value_and_grad(
 
     Returns:
       `step(params, inputs, targets, key=None) -> (losses, aux), grads`.
+
       - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
       - inputs, targets: pytrees, leaves [num_microbatches, microbatch, ...].
       - key: with a key, `stage_fn` and `embed_fn` are called with `key=` of their own
@@ -125,6 +126,7 @@ def pipeline_value_and_grad(
       - aux: what `stage_fn` (leaves [num_stages, ...]) or `loss_fn` returned beside,
         reduced; a `PipelineAux` if both do, None if none does.
       - grads: like params, of the mean of losses.
+
       Beside being called it can be lowered (`step.lower`), tell the bytes that it keeps
       (`step.buffers`) and lower its dearest task alone (`step.lower_task`).
 

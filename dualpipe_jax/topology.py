@@ -223,6 +223,8 @@ def gpu_compiler_options(*, compile_only: bool = True) -> dict[str, bool | int]:
       compile_only: for the devices of `gpu_mesh`; False: for GPUs that are there.
 
     Returns:
+      Values by name.
+
       - xla_gpu_enable_latency_hiding_scheduler: orders instructions so that
         collectives run under compute.
       - xla_gpu_experimental_parallel_collective_overlap_limit 4: small collectives

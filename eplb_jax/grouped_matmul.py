@@ -44,11 +44,11 @@ def grouped_matmul(
     added in float32.
 
     Implementations:
-      `"blocks"`: our own loops, on any backend.
-      `"tokamax"`: `tokamax.ragged_dot`, with kernels for GPUs. Inside `jax.shard_map`
+      - `"blocks"`: our own loops, on any backend.
+      - `"tokamax"`: `tokamax.ragged_dot`, with kernels for GPUs. Inside `jax.shard_map`
         they need check_vma=False, as all Pallas kernels without type annotations.
-      `"xla"`: `jax.lax.ragged_dot`, dense in most of XLA's backends.
-      `"auto"`: when lowered for CUDA, `"tokamax"` if it is installed and has a kernel
+      - `"xla"`: `jax.lax.ragged_dot`, dense in most of XLA's backends.
+      - `"auto"`: when lowered for CUDA, `"tokamax"` if it is installed and has a kernel
         for the case (a process with GPUs warns if it has not), else `"blocks"`.
 
     Args:

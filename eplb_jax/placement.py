@@ -58,13 +58,13 @@ def rebalance_experts(
     """Places `num_replicas` replicas of the experts on `num_gpus` GPUs.
 
     Policies:
-      `"hierarchical"`: upstream's: groups are packed to nodes, and no expert leaves
+      - `"hierarchical"`: upstream's: groups are packed to nodes, and no expert leaves
         its node. Fewest bytes between nodes, worst balance.
-      `"global"`: upstream's: replicas are packed to GPUs, nodes or not.
-      `"auto"`: upstream's choice: hierarchical where the nodes divide the groups.
-      `"soft"`: every expert keeps a replica on its home node, further ones may go
+      - `"global"`: upstream's: replicas are packed to GPUs, nodes or not.
+      - `"auto"`: upstream's choice: hierarchical where the nodes divide the groups.
+      - `"soft"`: every expert keeps a replica on its home node, further ones may go
         anywhere, at a price; then replicas are swapped until that helps no more.
-      `"swaps"`: the same without homes: the best balance.
+      - `"swaps"`: the same without homes: the best balance.
 
     The first three resolve ties as a stable descending sort and a search for the
     first minimum do, and add float32 loads in upstream's order, so that every machine

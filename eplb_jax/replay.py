@@ -65,10 +65,10 @@ def replay(
     """Walks recorded windows with four strategies.
 
     Strategies:
-      `"never"`: experts in order, no plan at all.
-      `"once"`: a plan by `policy` on the first window, kept.
-      `"upstream"`: upstream's policy afresh on every window.
-      `"refine"`: the plan of `"once"`, then `refine_placement` on every window.
+      - `"never"`: experts in order, no plan at all.
+      - `"once"`: a plan by `policy` on the first window, kept.
+      - `"upstream"`: upstream's policy afresh on every window.
+      - `"refine"`: the plan of `"once"`, then `refine_placement` on every window.
 
     Args:
       counts: [windows, layers, experts] loads; at least two windows.

@@ -41,12 +41,12 @@ def choose_slots(
     """The slot that each choice of each token is sent to.
 
     Choices:
-      `"spread"`: the choices of an expert go to its replicas in rounds, each replica
+      - `"spread"`: the choices of an expert go to its replicas in rounds, each replica
         once a round, in an order that changes from round to round and from expert to
         expert: evenly, and independently for the k choices of a token.
-      `"nearest"`: to a replica on this device; where there is none, to those on this
+      - `"nearest"`: to a replica on this device; where there is none, to those on this
         node, in turn; where there is none either, to all, in turn.
-      `"balanced"`: to replicas in such shares that, with the tokens that this batch
+      - `"balanced"`: to replicas in such shares that, with the tokens that this batch
         has in all devices, the devices' loads become even. Costs one gather of
         [experts] integers.
 

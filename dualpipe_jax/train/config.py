@@ -75,7 +75,7 @@ class TrainConfig:
     """One training run, except for what the command line says (data, folder).
 
     Attributes:
-      name: the run's folder is runs/<name> unless the command line says otherwise.
+      name: the run's folder is `runs/NAME` unless the command line says otherwise.
       model: see `ModelConfig`.
       mesh: axis name -> size. `pp` is the pipeline; `dp` and `ep` split each microbatch
         and are 1 where they are not given; `ep` splits the experts too.

@@ -11,7 +11,7 @@ import collections
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +180,7 @@ class Engine:
                 yield self._undelivered.popleft()
 
     def generate(
-        self, prompts: Sequence[ArrayLike], *, max_tokens: int, **options
+        self, prompts: Sequence[ArrayLike], *, max_tokens: int, **options: Any
     ) -> list[np.ndarray]:
         """Completions of prompts, when all are done.
 

@@ -1,0 +1,154 @@
+"""Runs a document from its top to its end, in a folder of its own, as readers do."""
+
+import contextlib
+import doctest
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+
+import dualpipe_jax.cli
+import eplb_jax.cli
+from tests.docs.blocks import ROOT, blocks_of, commands_of
+
+# Commands that need machines, or more minutes than a test has; their arguments are
+# parsed, and their config is loaded.
+NOT_RUN = {
+    "python -m dualpipe_jax overlap profiles:training --gpu h800 --trace steady.json": (
+        "compiles for seven minutes of a core"
+    ),
+    "python -m dualpipe_jax overlap profiles:decode --gpu h800": "compiles as long",
+    "python -m dualpipe_jax memory deepseek_v3 --gpu h800": "compiles for six minutes",
+    "python -m dualpipe_jax train configs/small.py --data texts.txt": "needs a GPU",
+}
+# Cheap ones, which start no threads and change no setting of jax.
+_IN_PROCESS = {
+    "dualpipe_jax": (
+        dualpipe_jax.cli,
+        {"schedule", "simulate", "choose", "trace", "report"},
+    ),
+    "eplb_jax": (eplb_jax.cli, {"rebalance", "replay"}),
+}
+# Of commands that measure: what differs from run to run.
+_MEASURES = re.compile(r" (train|serve) |^make ")
+_TIMES = re.compile(r"[\d,.]+(?= (?:ms|s|min|tokens/s)\b)")
+
+
+class Runner:
+    """A folder with what a checkout has, and what a document makes in it.
+
+    Args:
+      folder: an empty one.
+      special: by the first words of a command, functions of (command, runner) that run
+        it in place of a shell.
+      env: beside the process's own.
+      configs: whether the checkout's configs are there.
+    """
+
+    def __init__(self, folder, *, special=None, env=None, configs=True):
+        self.folder = folder
+        self.special = special or {}
+        for name in ["tests", "benchmarks", "docs"] + ["configs"] * configs:
+            (folder / name).symlink_to(ROOT / name)
+        python = folder / ".bin" / "python"
+        python.parent.mkdir()
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+        self.env = {**os.environ, **(env or {})}
+        # Commands ask for as many devices as they need.
+        self.env["XLA_FLAGS"] = (env or {}).get("XLA_FLAGS", "")
+        self.env["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+        self.env["PYTHONPATH"] = str(ROOT)
+
+    def run(self, document):
+        """Runs all blocks of a document that can be run."""
+        names = {}
+        with contextlib.chdir(self.folder), jax.numpy_dtype_promotion("standard"):
+            # As readers have it: optax mixes floats with integer counts.
+            for block in blocks_of(document):
+                if block.language == "python":
+                    self._python(block, names)
+                elif block.language == "console":
+                    for command in commands_of(block):
+                        self.check(command)
+
+    def _python(self, block, names):
+        """A file, if its first line is a comment with a name; else a doctest."""
+        if file := re.match(r"# ([\w/]+\.py)\n", block.text):
+            (self.folder / file[1]).write_text(block.text)
+            return
+        test = doctest.DocTestParser().get_doctest(
+            block.text, names, block.where, block.document, block.line
+        )
+        assert test.examples, f"{block.where} has no prompts, and names no file."
+        report: list[str] = []
+        runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+        runner.run(test, out=report.append, clear_globs=False)
+        names.update(test.globs)
+        assert not runner.failures, "".join(report)
+
+    def check(self, command):
+        """Runs a command, and compares what it prints if the document says it."""
+        for words, function in self.special.items():
+            if words in command.text:
+                function(command, self)
+                return
+        if command.text in NOT_RUN:
+            return
+        if command.text.startswith("make "):
+            command = command._replace(text=f"make -n -C {ROOT} {command.text[5:]}")
+        got = _in_process(command)
+        got = self.shell(command.text) if got is None else got
+        if command.output and not command.text.startswith("make "):
+            assert_alike(command.output, got, command)
+
+    def shell(self, text):
+        """Runs a command line; returns what it prints."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+def _in_process(command):
+    """What a command prints that needs no process of its own; None for others."""
+    words = shlex.split(command.text)
+    if words[:2] != ["python", "-m"] or set("|&;<>") & set(command.text):
+        return None
+    cli, names = _IN_PROCESS.get(words[2], (None, ()))
+    if cli is None or words[3] not in names:
+        return None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = cli.main(words[3:])
+    assert status == 0, f"{command.where}: {command.text}\n{printed.getvalue()}"
+    return printed.getvalue()
+
+
+def without_times(text):
+    """Numbers of seconds and of tokens a second are no promise."""
+    return without_trailing_space(_TIMES.sub("TIME", text))
+
+
+def without_trailing_space(text):
+    """Which editors may take away."""
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def assert_alike(expected, got, command):
+    """Compares outputs: `...` stands for anything, and what is measured for itself."""
+    clean = without_times if _MEASURES.search(command.text) else without_trailing_space
+    alike = doctest.OutputChecker().check_output(
+        clean(expected), clean(got), doctest.ELLIPSIS
+    )
+    message = f"{command.where}: {command.text}\nexpected:\n{expected}\ngot:\n{got}"
+    assert alike, message

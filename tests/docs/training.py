@@ -1,0 +1,158 @@
+"""Commands of the documents that train, and those that need what was trained."""
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+
+from tests.docs.blocks import ROOT
+from tests.docs.running import assert_alike, without_times
+
+# In place of configs/tiny.py, where only what a command does to a run matters.
+SMALL = '''"""The commands' own config, with a model that compiles quickly."""
+
+import dataclasses
+
+from tests.train import tiny
+
+
+def config():
+    return dataclasses.replace(
+        tiny.config(), mesh={"pp": 4, "ep": 2}, num_microbatches=8, num_steps=200,
+        checkpoint_every=50, eval_every=100, platform="cpu")
+'''
+# XLA's own words, such as that compiling takes long on a busy machine.
+_LOG = re.compile(r"[EWIF]\d{4} |\*{10}|\[Compiling module|WARNING: All log messages")
+_NUMBER = re.compile(r"\d[\d.,]*")
+
+
+def start(words, runner):
+    """A process whose output is read while it runs."""
+    return subprocess.Popen(
+        words,
+        cwd=runner.folder,
+        env=runner.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
+        start_new_session=True,
+    )
+
+
+def without_logs(lines):
+    return [line for line in lines if line and not _LOG.match(line)]
+
+
+def stop_after_a_step(process, timeout=900):
+    """Interrupts a run once it has shown a step; returns its lines."""
+    late = threading.Timer(timeout, process.kill)
+    late.start()
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if line.startswith("step ") and "loss" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        lines += [line.rstrip() for line in process.communicate()[0].splitlines()]
+    finally:
+        late.cancel()
+        process.kill()
+    assert process.returncode == 0, "\n".join(lines)
+    return without_logs(lines)
+
+
+def interrupt(command, runner):
+    """A run that its document says to be stopped: `killed`, or `Ctrl-C`."""
+    if not re.search("killed|Ctrl-C", command.comment):
+        runner.shell(command.text)
+        return
+    lines = stop_after_a_step(start(["bash", "-c", f"exec {command.text}"], runner))
+    assert any("--resume continues" in line for line in lines), "\n".join(lines)
+
+
+def report(command, runner):
+    """The page of a run, which is made first where the document has made none."""
+    if not (runner.folder / "runs/tiny").exists():
+        runner.shell("python -m dualpipe_jax train configs/tiny.py")
+    assert_alike(command.output, runner.shell(command.text), command)
+
+
+def make_train(command, runner):
+    """Trains the real model until its first line of a step, and compares that.
+
+    The run's folder stays, for the commands behind it.
+    """
+    recipe = subprocess.run(
+        ["make", "-n", "-C", str(ROOT), "--no-print-directory", "train"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()[-1]
+    words = shlex.split(recipe)
+    assert words[0].endswith("bin/python"), recipe
+    lines = stop_after_a_step(start([sys.executable, *words[1:]], runner))
+    lines = lines[next(i for i, x in enumerate(lines) if x.startswith("stage ")) :]
+
+    shown = command.output.splitlines()
+    head, steps, summary = _parts(shown)
+    got_head, got_steps, got_summary = _parts(lines)
+    # The standard library of another Python is another text.
+    same_text = _text_of(head[-1]) == _text_of(got_head[-1])
+    assert_alike("\n".join(head[:-1]), "\n".join(got_head[:-1]), command)
+    assert _masked(head[-1]) == _masked(got_head[-1])
+
+    said = {_label(line): line for line in [*steps, *summary]}
+    first, got_first = said[_label(got_steps[0])], got_steps[0]
+    assert _masked(first) == _masked(got_first)
+    for name, tolerance in {"loss": 0.3, "balancedness": 0.1}.items():
+        # Half of the last digit that is shown, and what another CPU rounds otherwise.
+        error = abs(_value(name, first) - _value(name, got_first))
+        assert error <= (0.011 if same_text else tolerance), (first, got_first)
+    begun, got_begun = said["loss"], got_summary[1]
+    error = abs(_value("first step", begun) - _value("first step", got_begun))
+    assert error <= (0.0011 if same_text else 0.3), (begun, got_begun)
+    # What a run that was stopped says in the end, the whole one says too.
+    for line in got_summary[1:]:
+        if _label(line) != "files":
+            assert _masked(said[_label(line)]) == _masked(line)
+
+
+def serve(command, runner):
+    """Completions are of the weights, which here have seen a few steps only."""
+    prompts = (
+        re.search(r"printf '(.*?)'", command.text)[1].encode().decode("unicode_escape")
+    )
+    last = command.output.splitlines()[-1]
+    pattern = re.sub(r"(?<=balancedness ).*", "...", last)
+    pattern = "".join(f"{prompt}...\n" for prompt in prompts.splitlines()) + pattern
+    assert_alike(pattern, command.output, command)
+    # The last line is for the reader, and no part of the output.
+    printed = runner.shell(f"{command.text} 2>&1").splitlines()
+    assert_alike(pattern, "\n".join(without_logs(printed)), command)
+
+
+def _parts(lines):
+    """Lines before the first step, lines of steps, and lines behind them."""
+    is_step = [line.startswith("step ") and "loss" in line for line in lines]
+    first, last = is_step.index(True), len(lines) - is_step[::-1].index(True)
+    return lines[:first], [x for x in lines[first:last] if x != "..."], lines[last:]
+
+
+def _text_of(line):
+    return re.search(r"\(\d+ files, .*? MB\)", line)[0]
+
+
+def _label(line):
+    return " ".join(line.split()[:2]) if line.startswith("step") else line.split()[0]
+
+
+def _masked(line):
+    return _NUMBER.sub("NUMBER", without_times(line))
+
+
+def _value(name, line):
+    return float(re.search(rf"{name} ([\d.]+)", line)[1])
