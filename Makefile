@@ -11,11 +11,12 @@ CONFIG ?= configs/tiny.py
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS)
-# The quick tier compiles quickly, and what it has compiled before not at all; the
-# whole suite compiles as users do.
-QUICK := XLA_FLAGS=--xla_backend_optimization_level=0 \
-  JAX_COMPILATION_CACHE_DIR=.pytest_cache/xla \
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+# Tests compile quickly, but those marked as_users (conftest.py): the executor's, the
+# server's, and what is compiled for GPUs; the runs of tests/train/test_cli.py are
+# processes of their own and compile as users do, too. The quick tier does not compile
+# at all what it has compiled before.
+QUICK := JAX_COMPILATION_CACHE_DIR=.pytest_cache/xla \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
   JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 

@@ -1,10 +1,15 @@
 """The test session's JAX: 8 virtual CPU devices, strict promotion, strict ranks.
 
+Programs of tests run for milliseconds, so most of the time would go into optimizing
+their machine code: that is left out, but in tests marked `as_users`.
+
 It stands at the repository's root, and not in tests/, so that the doctests of
 the packages run under it too. Nothing here is a fixture: XLA reads its flags
-once, when jax first asks for devices.
+once, when jax first asks for devices, and a module's fixtures compile before those
+of a test are made.
 """
 
+import gc
 import os
 
 NUM_DEVICES = 8
@@ -16,6 +21,7 @@ if _flag not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,3 +35,16 @@ def pytest_sessionstart(session):
             "jax for devices before conftest.py, or XLA_FLAGS names another "
             f"device count ({os.environ['XLA_FLAGS']!r})."
         )
+    # Tracing makes objects by the million and hardly any garbage: a fifth of its time
+    # would go into looking for some.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    quickly = item.get_closest_marker("as_users") is None
+    name = "jax_disable_most_optimizations"
+    if jax.config.values[name] != quickly:
+        jax.config.update(name, quickly)
+        jax.clear_caches()  # or a test would depend on what ran before it

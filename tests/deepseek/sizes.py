@@ -1,9 +1,6 @@
 """Architectures for these tests: as small as shows what is tested."""
 
 import dataclasses
-import functools
-
-import jax
 
 from dualpipe_jax.deepseek import DeepSeekConfig
 
@@ -29,13 +26,3 @@ SMALL = DeepSeekConfig(
 
 def small(**changes) -> DeepSeekConfig:
     return dataclasses.replace(SMALL, **changes)
-
-
-# Each program runs once or twice: to compile it well is most of the time.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)

@@ -74,35 +74,15 @@ def initial_state(config, model, programs):
         return zeros._replace(params=params, buffers=model.init_buffers())
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    make = jax.jit(make, out_shardings=shardings)
     params = single_params(config.model.architecture)
-    return compile_quickly(make, params)(params)
+    return jax.jit(make, out_shardings=shardings)(params)
 
 
 @functools.cache
 def single_params(architecture):
     """First parameters of the model as one stage; no layout changes them."""
     init = DeepSeek(architecture=architecture).build_unpipelined().init
-    return jax.device_get(
-        compile_quickly(jax.jit(init), jax.random.key(0))(jax.random.key(0))
-    )
-
-
-def compile_quickly(jitted, *args):
-    """Without optimizing the machine code: these programs run for milliseconds."""
-    return jitted.lower(*args).compile({"xla_backend_optimization_level": 0})
-
-
-def compile_all_quickly(monkeypatch):
-    """The same for whatever is compiled from now on."""
-    compile_well = jax.stages.Lowered.compile
-    monkeypatch.setattr(
-        jax.stages.Lowered,
-        "compile",
-        lambda lowered, options=None: compile_well(
-            lowered, {**(options or {}), "xla_backend_optimization_level": 0}
-        ),
-    )
+    return jax.device_get(jax.jit(init)(jax.random.key(0)))
 
 
 def unpipelined_steps(config, num_steps):
@@ -149,7 +129,7 @@ def _unpipelined_steps(model_config, count, num_steps):
 
     params, record = single_params(model_config.architecture), []
     state = (params, optimizer.init(params), model.init_buffers())
-    step = compile_quickly(step, *state, *batch(of_run, 0), np.int32(1))
+    step = step.lower(*state, *batch(of_run, 0), np.int32(1)).compile()
     for number in range(num_steps):
         *state, metrics = step(*state, *batch(of_run, number), np.int32(number + 1))
         record.append({k: np.asarray(value).tolist() for k, value in metrics.items()})

@@ -14,7 +14,6 @@ from jax.sharding import AxisType
 from dualpipe_jax.deepseek import EplbConfig
 from dualpipe_jax.deepseek.balancing import Balancer, from_slots, to_slots
 from eplb_jax import ExpertTables, rebalance_experts
-from tests.deepseek.sizes import quick_jit
 
 LAYERS, EXPERTS, REDUNDANT, DEVICES = 2, 8, 4, 4
 SLOTS = EXPERTS + REDUNDANT
@@ -28,7 +27,7 @@ BALANCER = Balancer(
     bias_update_rate=RATE,
     eplb=EPLB,
 )
-OBSERVE = quick_jit(BALANCER.observe)
+OBSERVE = jax.jit(BALANCER.observe)
 
 
 def balancer(**changes):
@@ -178,7 +177,7 @@ def moved(axes, leading):
         there = to_slots(experts, tables, mesh, leading)
         return there, from_slots(grads, tables, mesh, leading)
 
-    return quick_jit(both), traces
+    return jax.jit(both), traces
 
 
 def whole_numbers(rng, *shape):

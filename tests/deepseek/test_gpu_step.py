@@ -13,7 +13,8 @@ from dualpipe_jax.topology import gpu_compiler_options, gpu_mesh
 from dualpipe_jax.train import load_config, make_programs
 from tests.modules import computations, copies_of, in_loops
 
-pytestmark = pytest.mark.slow  # compiles a step for GPUs
+# They compile a step for GPUs.
+pytestmark = [pytest.mark.slow, pytest.mark.as_users]
 
 OPTIONS = gpu_compiler_options()
 

@@ -10,7 +10,7 @@ import pytest
 from dualpipe_jax import PipelineParams
 from dualpipe_jax.deepseek import DeepSeek
 from dualpipe_jax.deepseek.losses import add_loss, cross_entropy
-from tests.deepseek.sizes import quick_jit, small
+from tests.deepseek.sizes import small
 
 
 def normal(seed, *shape):
@@ -130,7 +130,7 @@ def loss_of(tied):
         bound = model.bind(params, model.init_buffers())
         return model.loss((bound.embed, bound.head), x, targets)
 
-    return quick_jit(loss), jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    return jax.jit(loss), jax.eval_shape(lambda: model.init(jax.random.key(0)))
 
 
 def zeros():

@@ -19,7 +19,7 @@ from dualpipe_jax.deepseek.trees import bias_state
 from dualpipe_jax.flops import flops
 from dualpipe_jax.split_backward import SplitBackward
 from eplb_jax import ExpertParallel
-from tests.deepseek.sizes import SMALL, quick_jit, small
+from tests.deepseek.sizes import SMALL, small
 
 MICROBATCHES = 4
 # So large that the balance loss has a say in the gradient.
@@ -99,7 +99,7 @@ def passes(layout, balance_loss=0.0):
     """(stage, slots, x, ct) -> (y, aux), (gradients of slots, of x)."""
     pipeline = make(layout, balance_loss)
 
-    @quick_jit
+    @jax.jit
     def run(stage, slots, x, ct):
         def forward(slots, x):
             return pipeline.stage(pick(pipeline, stage, slots), x)
@@ -147,7 +147,7 @@ def test_what_padding_holds_reaches_nothing(stage):
         assert stats["counts"].sum() == has_experts * choices
         assert (stats["balance_loss"] > 0) == has_experts
     alone = functools.partial(layer_alone, layout, stage, slots)
-    want = quick_jit(alone)(x)
+    want = jax.jit(alone)(x)
     assert np.abs(want - x).max() > 0.1
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)  # other fusions
     # A used parameter has a gradient; one in padding, or of another stage, has none.
@@ -256,7 +256,7 @@ def test_a_stage_adds_its_balance_loss_to_the_gradient():
     plain = make(ONE_MOE)
     slots, (x, ct) = random(plain), activations()
 
-    @quick_jit
+    @jax.jit
     def explicit(slots, x):
         def loss(slots, x):
             y, aux = plain.stage(pick(plain, 0, slots), x)

@@ -25,9 +25,7 @@ def run(config, folder, *, resume=False):
 
 
 @pytest.mark.slow
-def test_another_mesh_schedule_and_placement(tmp_path, monkeypatch):
-    # Most of the time would go into optimizing programs that run for milliseconds.
-    small.compile_all_quickly(monkeypatch)
+def test_another_mesh_schedule_and_placement(tmp_path):
     config = small.config(
         architecture={"num_layers": 2},
         schedule="1f1b",

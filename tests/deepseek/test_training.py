@@ -33,7 +33,7 @@ def pipelined_steps(config, num_steps):
     state, pipelined = small.initial_state(config, model, programs), []
     tokens = programs.abstract_tokens
     # Compiled once: a placement that changes is other values, and no other program.
-    step = small.compile_quickly(programs.train_step, state, tokens, tokens)
+    step = programs.train_step.lower(state, tokens, tokens).compile()
     for number in range(num_steps):
         batch = jax.device_put(small.batch(config, number), tokens.sharding)
         state, metrics = step(state, *batch)

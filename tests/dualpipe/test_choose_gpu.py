@@ -14,6 +14,8 @@ from dualpipe_jax.pipeline import PipelineParams, pipeline_value_and_grad
 from dualpipe_jax.split_backward import SplitBackward
 from dualpipe_jax.topology import gpu_compiler_options, gpu_mesh
 
+pytestmark = pytest.mark.as_users
+
 RANKS, LAYERS, WIDTH, HIDDEN, TOKENS, MICROBATCHES = 4, 2, 2048, 4096, 2048, 8
 
 

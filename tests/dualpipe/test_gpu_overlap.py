@@ -15,7 +15,8 @@ from dualpipe_jax import dualpipe, gpu_mesh
 from dualpipe_jax.overlap import compile_overlapped, overlap_report
 from dualpipe_jax.pipeline import PipelineParams, pipeline_value_and_grad
 
-pytestmark = pytest.mark.slow  # each compiles a step for GPUs twice
+# Each compiles a step for GPUs twice.
+pytestmark = [pytest.mark.slow, pytest.mark.as_users]
 
 LAYERS, WIDTH, HIDDEN, TOKENS = 2, 4096, 16384, 8192
 

@@ -17,6 +17,8 @@ from dualpipe_jax.pipeline import PipelineParams, pipeline_value_and_grad
 from dualpipe_jax.topology import gpu_compiler_options, gpu_mesh
 from tests.modules import computations, copies_of, in_loops
 
+pytestmark = pytest.mark.as_users
+
 RANKS, LAYERS, WIDTH, HIDDEN, TOKENS, VOCABULARY = 4, 2, 512, 1024, 2048, 1024
 
 

@@ -28,6 +28,8 @@ from tests.dualpipe.toy import (
 )
 from tests.reference import reference_forward, reference_value_and_grad
 
+pytestmark = pytest.mark.as_users  # numbers are compared to the last bit
+
 
 # One of the five stays in the quick tier.
 @pytest.mark.parametrize(

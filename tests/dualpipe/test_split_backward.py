@@ -24,10 +24,6 @@ from tests.dualpipe.split_cases import (
     weights,
 )
 
-# Compiled quickly rather than to run quickly.
-fast_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 every_case = pytest.mark.parametrize("name", CASES)
 # What takes seconds to trace and compile is left to the whole suite.
 every_case_in_time = pytest.mark.parametrize(
@@ -91,12 +87,12 @@ def test_equals_jax_vjp(name):
     fn, params, *inputs, _ = CASES[name]
     plan = plan_of(name)
 
-    @fast_jit
+    @jax.jit
     def reference(params, *inputs):
         outputs, pullback = jax.vjp(fn, params, *inputs)
         return outputs, pullback(cotangents(outputs))
 
-    @fast_jit
+    @jax.jit
     def split(params, *inputs):
         outputs, residuals = plan.forward(params, *inputs)
         cts = cotangents(outputs)

@@ -62,18 +62,6 @@ def specs(params):
     )
 
 
-def outputs_and_gradients(fn, model, x):
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def loss(params, x):
-        y, stats = fn(graph, params, rest, x)
-        return (y * OUT).sum(), (y, stats)
-
-    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    grads, (y, stats) = grad(params, x)
-    return (y, grads), stats
-
-
 def on_one(tables, graph, params, rest, x):
     return nnx.merge(graph, params, rest)(x, tables)
 
@@ -95,11 +83,44 @@ def on_eight(tables, graph, params, rest, x, *, check_vma=False):
 
 
 @functools.cache
+def program(parallel=None, *, check_vma=False, **changes):
+    """`run(tables, x)`, compiled once: outputs and gradients, and what it counted."""
+    graph, params, rest = nnx.split(layer(parallel, **changes), nnx.Param, ...)
+    run = functools.partial(on_eight, check_vma=check_vma) if parallel else on_one
+    return with_gradients(
+        lambda params, tables, x: run(tables, graph, params, rest, x), params
+    )
+
+
+def with_gradients(fn, params):
+    def loss(params, x, tables):
+        y, stats = fn(params, tables, x)
+        return (y * OUT).sum(), (y, stats)
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+    def run(tables, x=X):
+        grads, (y, stats) = grad(params, x, tables)
+        return (y, grads), stats
+
+    run.cache_size = grad._cache_size
+    return run
+
+
+@functools.cache
 def reference(**changes):
-    def fn(graph, params, rest, x):
+    graph, params, rest = nnx.split(layer(**changes), nnx.Param, ...)
+
+    def fn(params, tables, x):
         return dense(nnx.merge(graph, params, rest), x), None
 
-    return outputs_and_gradients(fn, layer(**changes), X)[0]
+    return with_gradients(fn, params)(None)[0]
+
+
+# What other ways to the experts are compared with: shared, so that it is compiled once.
+SPREAD = functools.partial(
+    program, ExpertParallel("ep", DEVICES, num_nodes=2), check_vma=True
+)
 
 
 def check_close(got, want):
@@ -110,16 +131,18 @@ def check_close(got, want):
         assert error <= 1e-5 * np.linalg.norm(theirs)
 
 
+# Routers know nothing of slots, so that each is tried with one of the two.
 @pytest.mark.parametrize(
-    "changes", [{}, {"router": "softmax", "num_groups": 1}], ids=str
+    ("tables", "changes"),
+    [
+        (None, {}),
+        (placement(0), {"router": "softmax", "num_groups": 1, "topk_groups": 1}),
+    ],
+    ids=["experts, sigmoid", "slots, softmax"],
 )
-@pytest.mark.parametrize("tables", [None, placement(0)], ids=["experts", "slots"])
 @pytest.mark.slow
 def test_one_device(tables, changes):
-    changes = {"topk_groups": 1} | changes if "router" in changes else changes
-    got, stats = outputs_and_gradients(
-        functools.partial(on_one, tables), layer(**changes), X
-    )
+    got, stats = program(**changes)(tables)
     check_close(got, reference(**changes))
     assert stats.expert_counts.sum() == TOKENS * K
     assert stats.overflow == 0
@@ -137,9 +160,7 @@ def test_one_device(tables, changes):
 def test_eight_devices(choice, seed, check_vma):
     parallel = ExpertParallel("ep", DEVICES, num_nodes=2, replica_choice=choice)
     tables = None if seed is None else placement(seed)
-    got, stats = outputs_and_gradients(
-        functools.partial(on_eight, tables, check_vma=check_vma), layer(parallel), X
-    )
+    got, stats = program(parallel, check_vma=check_vma)(tables)
     check_close(got, reference())
     routed = layer().route(X).experts
     want = np.bincount(np.ravel(routed), minlength=EXPERTS)
@@ -165,30 +186,18 @@ def test_eight_devices(choice, seed, check_vma):
 def test_other_ways_to_the_experts_and_back(changes):
     parallel = ExpertParallel("ep", DEVICES, **changes)
     tables = placement(6)
-    got, stats = outputs_and_gradients(
-        functools.partial(on_eight, tables), layer(parallel), X
-    )
+    got, stats = program(parallel)(tables)
     assert stats.overflow == 0
     check_close(got, reference())
-    _, direct = outputs_and_gradients(
-        functools.partial(on_eight, tables), layer(ExpertParallel("ep", DEVICES)), X
-    )
+    _, direct = SPREAD()(tables)
     np.testing.assert_array_equal(stats.slot_counts, direct.slot_counts)
     np.testing.assert_array_equal(stats.expert_counts, direct.expert_counts)
 
 
 def test_a_new_placement_compiles_nothing():
-    traces = []
-    model = layer(ExpertParallel("ep", DEVICES))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    @jax.jit
-    def run(params, rest, tables, x):
-        traces.append(1)
-        return on_eight(tables, graph, params, rest, x)[0]
-
-    one, other = (run(params, rest, placement(seed), X) for seed in (3, 4))
-    assert len(traces) == 1
+    run = SPREAD()
+    one, other = (run(placement(seed))[0] for seed in (3, 4))
+    assert run.cache_size() == 1
     check_close(one, other)
 
 
@@ -248,7 +257,9 @@ def test_what_does_not_fit_is_counted_and_counts_as_zero():
     served = np.asarray(y).any(axis=1)
     assert served.sum() == num_rows
     assert served[:num_rows].all()  # devices are served in order
-    one, _, _ = mix_experts(X, jnp.asarray(experts), jnp.ones((TOKENS, 1)), weights)
+    one, _, _ = jax.jit(mix_experts)(
+        X, jnp.asarray(experts), jnp.ones((TOKENS, 1)), weights
+    )
     np.testing.assert_allclose(y[:num_rows], one[:num_rows], rtol=1e-5, atol=1e-6)
 
 
@@ -279,9 +290,10 @@ def test_padding_reaches_nothing(devices):
         y = run(params, x, jnp.asarray(is_padding))
         return (y * OUT).sum(), y
 
-    grads, y = jax.jit(jax.grad(loss, has_aux=True))(params, x)
+    grad = jax.jit(jax.grad(loss, has_aux=True))
+    grads, y = grad(params, x)
     assert not np.asarray(y)[is_padding].any()
-    want, _ = jax.jit(jax.grad(loss, has_aux=True))(params, jnp.nan_to_num(x))
+    want, _ = grad(params, jnp.nan_to_num(x))
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
         assert np.asarray(theirs).any()
         np.testing.assert_array_equal(ours, theirs)
@@ -334,7 +346,7 @@ def test_sequences_and_dtypes():
     want = sequence_balance_loss(model.route(x).scores, K).mean()
     np.testing.assert_allclose(stats.balance_loss, want, rtol=1e-6)  # one float32 mean
     # bfloat16 weights and products, sums of 8 and 12
-    exact = dense(layer(), X).reshape(x.shape)
+    exact = reference()[0].reshape(x.shape)
     assert np.linalg.norm(y - exact) < 0.02 * np.linalg.norm(exact)
     small = layer(param_dtype=jnp.bfloat16)
     assert all(leaf[...].dtype == jnp.bfloat16 for leaf in small.experts)

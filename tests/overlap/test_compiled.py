@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 from dualpipe_jax import overlap_report
 from dualpipe_jax.topology import GPUS, gpu_compiler_options, gpu_mesh
 
+pytestmark = pytest.mark.as_users
+
 WIDTH, TRIPS = 2048, 5
 MATRIX = 2 * WIDTH * WIDTH  # bytes
 

@@ -13,6 +13,8 @@ from dualpipe_jax import compile_overlapped, gpu_compiler_options, gpu_mesh
 from dualpipe_jax.overlap import overlap_report
 from dualpipe_jax.overlap.compiling import scheduling_profile
 
+pytestmark = pytest.mark.as_users
+
 
 def lowered():
     """Two exchanges, each as long as many small products, and these beside them."""

@@ -10,7 +10,7 @@ import numpy as np
 from dualpipe_jax.deepseek import DeepSeek
 from dualpipe_jax.deepseek.serve import Engine, RebalanceConfig, ServeConfig
 from dualpipe_jax.deepseek.serve.weights import trained_params
-from tests.deepseek.small import ARCHITECTURE, compile_quickly, single_params
+from tests.deepseek.small import ARCHITECTURE, single_params
 
 # Large first values, so that attention and experts decide what is written.
 SIZES = dataclasses.replace(
@@ -51,18 +51,6 @@ def params(config):
 
 def engine(config) -> Engine:
     return Engine(config, params(config)[0])
-
-
-def compiled_quickly(programs):
-    """Without optimizing the machine code."""
-    params, state = programs.abstract_params, programs.abstract_state
-    return dataclasses.replace(
-        programs,
-        prefill=compile_quickly(
-            programs.prefill, params, state, programs.abstract_prompts
-        ),
-        decode=compile_quickly(programs.decode, params, state, programs.abstract_idle),
-    )
 
 
 def prompts(count, config, seed=0):

@@ -9,7 +9,8 @@ import pytest
 from dualpipe_jax.deepseek.serve import Engine
 from tests.serve import small_server
 
-pytestmark = pytest.mark.slow  # programs of eight devices
+# Programs of eight devices, that run for hundreds of steps.
+pytestmark = [pytest.mark.slow, pytest.mark.as_users]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from dualpipe_jax.deepseek.serve import ServeConfig, make_serve_programs
 from dualpipe_jax.overlap import compile_overlapped, overlap_report
 from dualpipe_jax.topology import gpu_mesh
 
-pytestmark = pytest.mark.slow  # compiles a step for GPUs twice
+# Each compiles a step for GPUs twice.
+pytestmark = [pytest.mark.slow, pytest.mark.as_users]
 
 SIZES = dataclasses.replace(
     profiles.decode().architecture,

@@ -63,9 +63,7 @@ def folder(tmp_path_factory):
         eval_every=3,
         checkpoint_every=3,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        small.compile_all_quickly(patch)
-        train(config, text, folder, console=Console(file=io.StringIO()))
+    train(config, text, folder, console=Console(file=io.StringIO()))
     return folder
 
 
