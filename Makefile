@@ -2,6 +2,7 @@
 #   make train                    train the byte-level model with DualPipe on 8 virtual CPU devices
 #   make test                     lint, types, and every test
 #   make test-fast                the tests that take seconds
+#   make notebooks                execute the notebooks in place
 # Another Python: make test-fast VENV=.venv-3.12 PYTHON=python3.12
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ QUICK := XLA_FLAGS=--xla_backend_optimization_level=0 \
   JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast lint format bench clean
+.PHONY: help train test test-fast lint format bench notebooks clean
 
 help:
 	@sed -n 's/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +53,9 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	set -e; for file in benchmarks/*.py; do JAX_PLATFORMS=cpu $(BIN)/python $$file; done
+
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python notebooks/execute.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
