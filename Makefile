@@ -3,6 +3,7 @@
 #   make test                     lint, types, and every test
 #   make test-fast                the tests that take seconds
 #   make docs                     build the documentation's site into site/
+#   make notebooks                execute the notebooks in place
 # Another Python: make test-fast VENV=.venv-3.12 PYTHON=python3.12
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ QUICK := JAX_COMPILATION_CACHE_DIR=.pytest_cache/xla \
   JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast lint format docs bench clean
+.PHONY: help train test test-fast lint format docs notebooks bench clean
 
 help:
 	@sed -n 's/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -56,7 +57,10 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed-dev
-	set -e; for file in benchmarks/*.py; do JAX_PLATFORMS=cpu $(BIN)/python $$file; done
+	set -e; for file in $(filter-out %/profiles.py,$(wildcard benchmarks/*.py)); do JAX_PLATFORMS=cpu $(BIN)/python $$file; done
+
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python notebooks/execute.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache

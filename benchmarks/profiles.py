@@ -12,6 +12,7 @@ the gpu-aot extra. On two cores each takes about ten minutes, nearly all of it i
 import argparse
 import gzip
 import importlib.metadata
+import importlib.util
 import json
 import os
 import time
@@ -117,6 +118,8 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.names) - set(PROFILES):
         parser.error(f"{sorted(unknown)[0]!r} is unknown; use {', '.join(PROFILES)}.")
+    if importlib.util.find_spec("tokamax") is None:
+        parser.error("needs tokamax; pip install tokamax 'dualpipe-jax[gpu-aot]'.")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         print(f"{name}: compiling", flush=True)
