@@ -18,10 +18,11 @@ _MOST = 12  # loops; a step has many that hardly count
 
 
 def section(folder: Path, *, live: bool = False) -> list[str]:
-    """The section's HTML. `live`: without a profile, which takes long to read."""
+    """The section's HTML. `live`: without the profile, which takes long to read."""
     parts = []
-    if (folder / PROFILE).is_dir() and not live:
-        parts += profile(folder / PROFILE)
+    if (folder / PROFILE).is_dir():
+        later = "The profile is shown here when the run has ended and it is read."
+        parts += [_page.paragraph(later)] if live else profile(folder / PROFILE)
     if (folder / ESTIMATE).is_file():
         parts += estimate(folder / ESTIMATE)
     if not parts:

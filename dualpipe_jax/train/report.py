@@ -61,7 +61,10 @@ class LiveReport:
     def finish(self, state: str) -> None:
         """Writes the page for the last time; `state` is how the run ended."""
         self._tell(state)
-        self._write(live=False)
+        self._write(live=True)
+        # A profile of hundreds of thousands of kernels takes a while to read.
+        if (self._folder / _report_overlap.PROFILE).is_dir():
+            self._write(live=False)
 
     def _tell(self, state: str) -> None:
         facts = json.dumps(self._facts | {"state": state}, indent=2) + "\n"
@@ -129,6 +132,7 @@ def report_html(folder: str | Path, *, live: bool = False) -> str:
         _page.paragraph(_status(config, records, state), "faint"),
         _page.figures(_headline(records)),
         _page.facts(_summary(config, facts, records)),
+        *_model(facts),
         *_curves(records, str(facts.get("unit", "byte"))),
         *_experts(records, config),
         *_schedule(folder),
@@ -232,12 +236,19 @@ def _summary(config: Record, facts: Record, records: list[Record]) -> dict[str, 
         rows["time in steps"] = _duration(sum(seconds))
     if _is_number(facts.get("compile_s")):
         rows["compilation"] = _duration(facts["compile_s"])
-    for name in ("devices", "processes", "data", "model"):
+    for name in ("devices", "processes", "data"):
         if name in facts:
             rows[name] = str(facts[name])
     if isinstance(versions := facts.get("versions"), dict):
         rows["versions"] = ", ".join(f"{name} {v}" for name, v in versions.items())
     return rows
+
+
+def _model(facts: Record) -> list[str]:
+    if not facts.get("model"):
+        return []
+    text = f"<pre>{_page.escape(str(facts['model']))}</pre>"
+    return [_page.folded("Model over the stages", text)]
 
 
 def _duration(seconds: float) -> str:

@@ -353,7 +353,8 @@ def test_overlap_that_was_measured(tmp_path):
     assert 0.01 < exposed.sum() / (exposed.sum() + hidden.sum()) < 0.08
     assert {"attn(F)", "dispatch(B)", "combine(F)"} <= set(page.said)
     # It takes long to read: not while the run trains.
-    assert not Page(report_html(folder, live=True)).all("img")
+    page = Page(report_html(folder, live=True))
+    assert not page.all("img") and any("when the run has end" in s for s in page.said)
 
 
 @pytest.mark.parametrize(
@@ -413,8 +414,13 @@ def test_a_live_page_costs_less_than_a_hundredth(tmp_path, monkeypatch):
             now[0] += 0.5
         gaps = np.diff([time for time, _ in written])
         assert len(gaps) >= 8 and (gaps >= wait).all() and (gaps < wait + 4).all()
+    assert all(early for _, early in written)
+    written.clear()
     live.finish("done")
-    assert written[-1][1] is False and all(early for _, early in written[:-1])
+    assert [early for _, early in written] == [True]
+    (tmp_path / "profile").mkdir()
+    live.finish("done")
+    assert [early for _, early in written] == [True, True, False]
 
 
 def test_what_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
