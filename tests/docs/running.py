@@ -35,7 +35,9 @@ _IN_PROCESS = {
 }
 # Of commands that measure: what differs from run to run.
 _MEASURES = re.compile(r" (train|serve) |^make ")
-_TIMES = re.compile(r"[\d,.]+(?= (?:ms|s|min|tokens/s)\b)")
+_TIMES = re.compile(
+    r"[\d,.]+(?= (?:ms|s|min|tokens/s)\b)|(?<=^tokens/s {7})[\d,]+", re.M
+)
 
 
 class Runner:
