@@ -229,7 +229,10 @@ def heatmap(
     rows = len(names)
     row = min(16, max(4, 480 / rows))
     height = round(_TOP + rows * row + _BOTTOM)
-    frame = Frame((float(x[0]), float(x[-1])), (0, 1), height)
+    # A step's cell stands over its number, half of it to either side.
+    apart = (x[-1] - x[0]) / (len(x) - 1) if len(x) > 1 else 1.0
+    left = x[0] - apart / 2
+    frame = Frame((left, left + apart * size * means.shape[1]), (0, 1), height)
     depth = frame.bottom - _TOP
     colours = np.array(
         [[_rgb8(c, low) for c in line] for line in means.tolist()], np.uint8

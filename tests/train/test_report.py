@@ -168,6 +168,12 @@ def test_the_heatmap_is_the_layers_over_the_steps(tmp_path):
     for (step, layer), value in np.ndenumerate(values):
         wanted = style.rgb(style.scale((value - low) / (1 - low)))
         np.testing.assert_allclose(pixels[layer, step], wanted, atol=0.005)  # 8 bits
+    step, (left, width) = (
+        axis(chart, "x", "x"),
+        (float(image.attrib[name]) for name in ("x", "width")),
+    )
+    places = [step(left), step(left + width)]
+    np.testing.assert_allclose(places, [0.5, 40.5], atol=2e-3)
     texts = [text.text for text in chart.iter("text")]
     assert texts[-6:-2] == ["layer 2", "layer 3", "layer 4", "MTP"]
     assert f"{low:.1f}" in texts
