@@ -32,7 +32,6 @@ def test_another_mesh_schedule_and_placement(tmp_path):
         num_steps=6,
         checkpoint_every=3,
         eval_every=3,
-        sample_tokens=5,
     )
     whole = run(config, tmp_path).metrics
     # As if the nodes had been lost between the two checkpoints.
@@ -43,6 +42,7 @@ def test_another_mesh_schedule_and_placement(tmp_path):
         model=dataclasses.replace(config.model, eplb=eplb),
         mesh={"pp": 1, "ep": 4},
         schedule="gpipe",
+        sample_tokens=5,
     )
     resumed = run(fewer_ranks, tmp_path, resume=True)
     for name in ("loss", "grad_norm", "held_out_loss", "learning_rate"):

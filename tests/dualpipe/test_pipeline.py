@@ -31,6 +31,27 @@ from tests.reference import reference_forward, reference_value_and_grad
 pytestmark = pytest.mark.as_users  # numbers are compared to the last bit
 
 
+def arguments(schedule):
+    return make_params(schedule.num_stages), *make_batch(schedule.num_microbatches)
+
+
+def run(builder, name, **options):
+    schedule = SCHEDULES[name]
+    step = builder(stage_fn, loss_fn, schedule=schedule, embed_fn=embed_fn, **options)
+    return jax.jit(step)(*arguments(schedule))
+
+
+@functools.cache
+def pipelined(name):
+    mesh = make_mesh(pp=SCHEDULES[name].num_ranks)
+    return run(pipeline_value_and_grad, name, mesh=mesh)
+
+
+@functools.cache
+def unpipelined(name):
+    return run(reference_value_and_grad, name)
+
+
 # One of the five stays in the quick tier.
 @pytest.mark.parametrize(
     "name",
@@ -40,19 +61,8 @@ pytestmark = pytest.mark.as_users  # numbers are compared to the last bit
     ],
 )
 def test_matches_unpipelined(name):
-    schedule = SCHEDULES[name]
-    build = functools.partial(
-        pipeline_value_and_grad, mesh=make_mesh(pp=schedule.num_ranks)
-    )
-    params = make_params(schedule.num_stages)
-    batch = make_batch(schedule.num_microbatches)
-    results = [
-        jax.jit(builder(stage_fn, loss_fn, schedule=schedule, embed_fn=embed_fn))(
-            params, *batch
-        )
-        for builder in (build, reference_value_and_grad)
-    ]
-    ((losses, aux), grads), ((expected_losses, _), expected_grads) = results
+    (losses, aux), grads = pipelined(name)
+    (expected_losses, _), expected_grads = unpipelined(name)
     assert aux is None
     # Two units in the last place: XLA fuses the two programs differently.
     np.testing.assert_array_max_ulp(np.asarray(losses), expected_losses, 2)
@@ -181,16 +191,8 @@ def test_data_and_expert_axes():
 
 @pytest.mark.slow
 def test_unused_axis_changes_nothing():
-    schedule = SCHEDULES["zb1p"]
-    params = make_params(schedule.num_stages)
-    batch = make_batch(schedule.num_microbatches)
-    results = [
-        pipeline_value_and_grad(
-            stage_fn, loss_fn, schedule=schedule, mesh=mesh, embed_fn=embed_fn
-        )(params, *batch)
-        for mesh in (make_mesh(pp=4), make_mesh(tp=2, pp=4))
-    ]
-    jax.tree.map(np.testing.assert_array_equal, *results)
+    beside = run(pipeline_value_and_grad, "zb1p", mesh=make_mesh(tp=2, pp=4))
+    jax.tree.map(np.testing.assert_array_equal, beside, pipelined("zb1p"))
 
 
 @pytest.mark.slow
@@ -198,8 +200,7 @@ def test_explicit_mesh_and_sharded_params():
     """`jax.make_mesh`'s default axis types, parameters laid out as they stay."""
     schedule = SCHEDULES["one_f_one_b"]
     mesh = jax.make_mesh((4,), ("pp",), devices=jax.devices()[:4])
-    params = make_params(schedule.num_stages)
-    batch = make_batch(schedule.num_microbatches)
+    params, *batch = arguments(schedule)
     step = pipeline_value_and_grad(
         stage_fn, loss_fn, schedule=schedule, mesh=mesh, embed_fn=embed_fn
     )
@@ -207,8 +208,5 @@ def test_explicit_mesh_and_sharded_params():
     placed = PipelineParams(stages, params.embed, params.head)
     (losses, _), grads = step(placed, *batch)
     assert grads.stages["up"].sharding.is_equivalent_to(NamedSharding(mesh, P("pp")), 3)
-    reference = reference_value_and_grad(
-        stage_fn, loss_fn, schedule=schedule, embed_fn=embed_fn
-    )
-    (expected, _), _ = jax.jit(reference)(params, *batch)
+    (expected, _), _ = unpipelined("one_f_one_b")
     np.testing.assert_array_max_ulp(np.asarray(losses), expected, 2)
