@@ -99,6 +99,10 @@ class Runner:
             if words in command.text:
                 function(command, self)
                 return
+        self.run_and_compare(command)
+
+    def run_and_compare(self, command):
+        """The same for commands that are nothing special."""
         if command.text in NOT_RUN:
             return
         if command.text.startswith("make "):

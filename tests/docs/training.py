@@ -74,11 +74,11 @@ def interrupt(command, runner):
     assert any("--resume continues" in line for line in lines), "\n".join(lines)
 
 
-def report(command, runner):
-    """The page of a run, which is made first where the document has made none."""
+def of_a_run(command, runner):
+    """What needs the run, which is made first where the document has made none."""
     if not (runner.folder / "runs/tiny").exists():
         runner.shell("python -m dualpipe_jax train configs/tiny.py")
-    assert_alike(command.output, runner.shell(command.text), command)
+    runner.run_and_compare(command)
 
 
 def make_train(command, runner):
