@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from dualpipe_jax._tables import Row, aligned, html_table
+from dualpipe_jax.phases import named_phase
 
 if TYPE_CHECKING:
     from dualpipe_jax.trace.report import Phase, TraceReport
@@ -122,6 +123,8 @@ def tables(report: TraceReport) -> list[Rows]:
 
 def short(name: str) -> str:
     """A kernel's name without its arguments, and not too long."""
+    if named_phase(name):
+        return name
     said = name.removeprefix("void ").partition("(")[0].strip() or name
     return said if len(said) <= _NAME else f"{said[: _NAME - 3]}..."
 

@@ -73,6 +73,7 @@ def test_a_pair_hides_its_exchanges_and_a_step_alone_does_not(tmp_path):
     assert report.comm_hidden == pytest.approx(0, abs=1e-9)
     paired, _ = read_back(simulate(dualpipe(2, 40), Costs()), tmp_path / "b.json")
     assert paired.comm_hidden > 0.8
+    assert "attn(F) " in str(paired)  # phases keep their names among the kernels
 
 
 def test_permutes_lie_behind_what_they_send(tmp_path):
