@@ -21,33 +21,36 @@ def trace(timeline: Timeline, microseconds_per_unit: float) -> ChromeTrace:
         for step, start, end in spans:
             begin = start * microseconds_per_unit
             duration = (end - start) * microseconds_per_unit
-            made.annotation(
+            made.span(
                 device,
                 steps,
                 " & ".join(f"{task.op} {task.microbatch}" for task in step),
                 begin,
                 duration,
-                **{str(task): _picture.describe(timeline, task) for task in step},
+                {str(task): _picture.describe(timeline, task) for task in step},
+                ran=False,
             )
             for placed in layout(tuple(task.op for task in step)):
                 communicates = placed.stream == COMMUNICATION
-                made.kernel(
+                made.span(
                     device,
                     streams[placed.stream],
                     placed.name,
                     begin + placed.begin * duration,
                     (placed.end - placed.begin) * duration,
-                    phase=placed.name,
-                    **({"kind": "all-to-all"} if communicates else {}),
+                    {
+                        "phase": placed.name,
+                        **({"kind": "all-to-all"} if communicates else {}),
+                    },
                 )
             if not senders.isdisjoint(map(result_of, step)):
-                made.kernel(
+                made.span(
                     device,
                     streams[COMMUNICATION],
                     "PP",
                     begin + duration,
                     p2p * microseconds_per_unit,
-                    kind="collective-permute",
+                    {"kind": "collective-permute"},
                 )
     return made
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dualpipe_jax.overlap.phases import last_part, phase_of
 from dualpipe_jax.overlap.program import Program
 from dualpipe_jax.overlap.timeline import Compute
@@ -34,7 +36,7 @@ def trace(program: Program, computation: str, title: str) -> ChromeTrace:
         if queue in used
     }
     for span in done.spans:
-        args = {"instruction": span.name}
+        args: dict[str, Any] = {"instruction": span.name}
         if span.queue:
             label = phase_of(program, computation, span.name)
             args |= {
@@ -51,13 +53,12 @@ def trace(program: Program, computation: str, title: str) -> ChromeTrace:
                 "bytes": work.num_bytes,
                 "op_name": op_name,
             }
-        made.kernel(
+        made.span(
             device,
             streams[span.queue],
             label,
             span.begin * 1e6,
             (span.end - span.begin) * 1e6,
-            phase=label,
-            **args,
+            {"phase": label, **args},
         )
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -13,7 +14,7 @@ class ChromeTrace:
       >>> trace = ChromeTrace()
       >>> rank = trace.device("Rank 0")
       >>> stream = trace.stream(rank, "Compute")
-      >>> trace.kernel(rank, stream, "attn(F)", 0.0, 5.0, phase="attn(F)")
+      >>> trace.span(rank, stream, "attn(F)", 0, 5, {"phase": "attn(F)"})
       >>> [event["name"] for event in trace.as_json()["traceEvents"]][-1]
       'attn(F)'
     """
@@ -39,32 +40,36 @@ class ChromeTrace:
         self._describe("thread_sort_index", device, number, {"sort_index": number})
         return number
 
-    def kernel(
+    def span(
         self,
         device: int,
         stream: int,
         name: str,
         begin_us: float,
         duration_us: float,
-        **args: Any,
+        args: Mapping[str, Any],
+        *,
+        ran: bool = True,
     ) -> None:
-        """Adds what ran; `phase`, and `kind` of a collective, are read back by name."""
-        where = {"device": self._devices[device], "stream": self._names[device, stream]}
-        args = where | args
-        self._span(device, stream, name, begin_us, duration_us, "kernel", args)
+        """Adds what ran: a kernel; or, with `ran=False`, a name for a while.
 
-    def annotation(
-        self,
-        device: int,
-        stream: int,
-        name: str,
-        begin_us: float,
-        duration_us: float,
-        **args: Any,
-    ) -> None:
-        """Adds a name for a while: it is shown, and nothing ran."""
-        category = "user_annotation"
-        self._span(device, stream, name, begin_us, duration_us, category, args)
+        Of a kernel's `args`, `phase`, and `kind` of a collective, are read back.
+        """
+        if ran:
+            where = self._devices[device], self._names[device, stream]
+            args = {**dict(zip(("device", "stream"), where, strict=True)), **args}
+        self._events.append(
+            {
+                "name": name,
+                "cat": "kernel" if ran else "user_annotation",
+                "ph": "X",
+                "pid": device,
+                "tid": stream,
+                "ts": begin_us,
+                "dur": duration_us,
+                "args": dict(args),
+            }
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The trace as plain data."""
@@ -77,17 +82,3 @@ class ChromeTrace:
     def _describe(self, name: str, pid: int, tid: int, args: dict) -> None:
         event = {"name": name, "ph": "M", "pid": pid, "tid": tid, "args": args}
         self._events.append(event)
-
-    def _span(self, pid, tid, name, begin, duration, category, args) -> None:
-        self._events.append(
-            {
-                "name": name,
-                "cat": category,
-                "ph": "X",
-                "pid": pid,
-                "tid": tid,
-                "ts": begin,
-                "dur": duration,
-                "args": args,
-            }
-        )
