@@ -225,7 +225,8 @@ def _rank(spans: Sequence[Span]) -> tuple[bool, float]:
 
 def _legend_order(entry: tuple[str, str]) -> tuple[int, str]:
     part, _, rest = entry[0].partition("(")
-    return ("F)", "B)", "I)", "W)").index(rest) if rest else 4, part
+    known = ("F)", "B)", "I)", "W)")
+    return known.index(rest) if rest in known else len(known), part
 
 
 def _label(

@@ -32,7 +32,7 @@ def profile(
         them; wait for their results inside too.
 
     Raises:
-      ValueError: one is no compiled program.
+      ValueError: one is no compiled program, two have one name, or a profile runs.
 
     Examples:
       >>> import tempfile
@@ -57,14 +57,26 @@ def profile(
                 "jit(f).lower(...).compile(), and call that one inside."
             )
         module = hlo.parse(program.as_text() or "")
+        if module.name in names:
+            raise ValueError(
+                f"two of the compiled programs are called {module.name!r}, and a "
+                "profile tells them by name; give their functions different names."
+            )
         names[module.name] = _operations(module)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_names(folder, names)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    jax.profiler.start_trace(folder, profiler_options=options)
     try:
+        jax.profiler.start_trace(folder, profiler_options=options)
+    except RuntimeError as error:
+        raise ValueError(
+            f"folder={str(folder)!r}: the profiler cannot start ({error}); end the "
+            "profile that runs first."
+        ) from error
+    try:
+        # Behind the start: a profile that cannot begin leaves the names of the last.
+        write_names(folder, names)
         yield
     finally:
         jax.profiler.stop_trace()

@@ -75,8 +75,10 @@ def balancedness_figure(
                 f"{name} has the shape {shape}, but balancedness is of {num_steps} "
                 f"steps and {num_layers} layers; give {name} of shape {wanted}."
             )
-    if (np.diff(step_T) <= 0).any():
-        raise ValueError("steps must ascend; sort them, and balancedness with them.")
+    if not (np.diff(step_T) > 0).all() or not np.isfinite(step_T).all():
+        raise ValueError(
+            "steps must ascend and be finite; sort them, and balancedness with them."
+        )
     figure = style.figure(8, 3.2 + float(np.clip(0.12 * num_layers, 0.8, 6)))
     top, bottom = style.axes(
         figure, 2, sharex=True, height_ratios=[2.2, np.clip(0.12 * num_layers, 0.8, 6)]
@@ -149,11 +151,16 @@ def replay_figure(names: tuple[str, ...], outcomes: dict[str, Outcome]) -> Figur
     Returns:
       A matplotlib `Figure`; save it with `figure.savefig(path)`.
 
+    Raises:
+      ValueError: there is no outcome.
+
     Examples:
       >>> outcome = Outcome(np.array([0.5]), np.array([0.25]), np.array([0.125]))
       >>> len(replay_figure(("a", "b"), {"once": outcome}).axes)
       2
     """
+    if not outcomes:
+        raise ValueError("outcomes is empty; give those of replay.")
     steps = np.arange(len(names) - 1)
     width = float(np.clip(1.1 * len(names) + 2, 6.5, 20))
     figure = style.figure(width, 6)

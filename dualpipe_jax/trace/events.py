@@ -38,7 +38,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             packed = raw.read(2) == b"\x1f\x8b"
         with (
             (gzip.open if packed else open)(path, "rb") as opened,
-            io.TextIOWrapper(opened, "utf-8", errors="replace") as text,
+            io.TextIOWrapper(opened, "utf-8-sig", errors="replace") as text,
         ):
             yield from _Window(path, text).events()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -127,6 +127,8 @@ class _Window:
             except json.JSONDecodeError:
                 self.extend()
                 continue
+            except (RecursionError, ValueError):  # too deep, or digits by the thousand
+                raise self.broken() from None
             # A number that ends with the window may go on behind it.
             if end == len(self.buffer) and self.more():
                 continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -51,9 +52,14 @@ class _Raw(NamedTuple):
     end: float
     is_comm: bool
     phase: str | None
-    correlation: str  # of the launch
+    correlation: str  # of the launch; empty if there is none
     pid: str
     tid: str
+
+
+class _Launch(NamedTuple):
+    pid: str | None  # None: of several processes
+    begin: float
 
 
 class _Annotation(NamedTuple):
@@ -70,18 +76,21 @@ class Collector:
         self.processes: dict[str, str] = {}
         self.threads: dict[tuple[str, str], str] = {}
         self.kernels: list[_Raw] = []
-        self.launches: dict[str, float] = {}
-        self.annotations: list[_Annotation] = []
+        self.launches: dict[str, _Launch] = {}
+        self.annotations: dict[str, list[_Annotation]] = {}
         self.on_device: dict[tuple[str, str], list[_Annotation]] = {}
         self.interned: dict[str, str] = {}
 
     def add(self, event: dict[str, Any]) -> None:
         if event.get("ph") == "M":
             self._name(event)
-        elif event.get("ph") == "X" and isinstance(event.get("ts"), int | float):
-            args = event.get("args")
-            self._complete(event, args if isinstance(args, dict) else {})
-        # Else it takes no time: a counter, an arrow, or nothing that a profiler writes.
+        elif event.get("ph") == "X":
+            begin, duration = _number(event.get("ts")), _number(event.get("dur", 0))
+            # Else nothing that a profiler writes.
+            if begin is not None and duration is not None and duration >= 0:
+                args = event.get("args")
+                args = args if isinstance(args, dict) else {}
+                self._complete(event, args, begin, begin + duration)
 
     def _name(self, event: dict[str, Any]) -> None:
         args = event.get("args")
@@ -91,25 +100,26 @@ class Collector:
         elif event.get("name") == "thread_name":
             self.threads[str(event.get("pid")), str(event.get("tid"))] = name
 
-    def _complete(self, event: dict[str, Any], args: dict[str, Any]) -> None:
+    def _complete(
+        self, event: dict[str, Any], args: dict[str, Any], begin: float, end: float
+    ) -> None:
         category, name = str(event.get("cat", "")), str(event.get("name", ""))
         pid, tid = str(event.get("pid")), str(event.get("tid"))
-        begin = float(event["ts"])
-        duration = event.get("dur")
-        end = begin + (duration if isinstance(duration, int | float) else 0.0)
         if is_kernel(category):
             device = str(args.get("device", pid))
             where = f"GPU {device}" if device.isdecimal() else device
             stream = str(args.get("stream", tid))
             self._keep(where, stream, name, begin, end, args, pid, tid)
         elif is_launch(category):
-            self.launches[str(args.get("correlation"))] = begin
+            self._launched(_correlation(args), pid, begin)
         elif category == "user_annotation":
-            self.annotations.append(_Annotation(begin, end, name))
+            if named_phase(name) or name.split(" ")[0] in PAIR_NAMES:
+                found = self.annotations.setdefault(pid, [])
+                found.append(_Annotation(begin, end, name))
         elif category == "gpu_user_annotation":
-            self.on_device.setdefault((pid, tid), []).append(
-                _Annotation(begin, end, name)
-            )
+            if named_phase(name):
+                found = self.on_device.setdefault((pid, tid), [])
+                found.append(_Annotation(begin, end, name))
         elif self.processes.get(pid, "").startswith("/device:"):
             where = self.processes[pid].removeprefix("/device:").replace(":", " ")
             stream = self.threads.get((pid, tid), tid)
@@ -129,6 +139,8 @@ class Collector:
             or "Collective name" in args
         )
         found = named_phase(str(args.get("phase", ""))) or phase(op.op_name)
+        # JSON can hold halves of characters, which no file can.
+        name = name.encode("utf-8", "replace").decode("utf-8")
         name = self.interned.setdefault(name, name)
         self.kernels.append(
             _Raw(
@@ -139,11 +151,20 @@ class Collector:
                 end,
                 is_comm,
                 found,
-                str(args.get("correlation")),
+                _correlation(args),
                 pid,
                 tid,
             )
         )
+
+    def _launched(self, correlation: str, pid: str, begin: float) -> None:
+        if not correlation:
+            return
+        known = self.launches.get(correlation)
+        # Ranks that were merged into one file count from one each: nobody can tell
+        # whose kernel it was.
+        shared = known is not None and known.pid != pid
+        self.launches[correlation] = _Launch(None if shared else pid, begin)
 
     def _op(self, name: str, args: dict[str, Any]) -> Op:
         ops = self.names.get(str(args.get("hlo_module", "")), {})
@@ -158,24 +179,38 @@ class Collector:
 
     def spans(self) -> Iterator[Span]:
         """What was collected, in the order of the file."""
-        kernels = list(_without_summaries(self.kernels))
-        linked = {raw.correlation for raw in kernels} & self.launches.keys()
-        phases = _Innermost(a for a in self.annotations if named_phase(a.name))
-        pairs = _Innermost(
-            a for a in self.annotations if a.name.split(" ")[0] in PAIR_NAMES
-        )
+        phases, pairs = {}, {}
+        for pid, some in self.annotations.items():
+            phases[pid] = _Innermost(a for a in some if named_phase(a.name))
+            pairs[pid] = _Innermost(a for a in some if not named_phase(a.name))
         on_device = {key: _Innermost(some) for key, some in self.on_device.items()}
-        for raw in kernels:
+        for raw in _without_summaries(self.kernels):
             found, pair = raw.phase, None
             beside = on_device.get((raw.pid, raw.tid))
             if found is None and beside is not None:
                 found = named_phase(beside.name_at(raw.begin) or "")
-            if raw.correlation in linked:
-                moment = self.launches[raw.correlation]
-                pair = pairs.at(moment)
+            launch = self.launches.get(raw.correlation)
+            if launch is not None and launch.pid in phases:
+                pair = pairs[launch.pid].at(launch.begin)
                 if found is None:
-                    found = named_phase(phases.name_at(moment) or "")
+                    found = named_phase(phases[launch.pid].name_at(launch.begin) or "")
             yield Span(*raw[:6], found, pair)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as a float; None for anything else."""
+    try:
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    return None
+
+
+def _correlation(args: dict[str, Any]) -> str:
+    """What links a kernel to its launch; 0 is what CUPTI says of none."""
+    found = str(args.get("correlation", ""))
+    return "" if found in ("0", "None") else found
 
 
 class _Innermost:

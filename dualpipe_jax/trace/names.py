@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE = "op_names.json"
-_LEVELS = 5  # a profile lies in plugins/profile/DATE below the folder of a run's
 
 
 class Op(NamedTuple):
@@ -33,20 +32,36 @@ Names = Mapping[str, Mapping[str, Op]]
 
 def write_names(folder: Path, names: Names) -> None:
     """Writes modules' operations where `read_names` finds them."""
-    (folder / FILE).write_text(json.dumps(names))
+    aside = folder / f"{FILE}.new"
+    aside.write_text(json.dumps(names))
+    aside.replace(folder / FILE)
 
 
 def read_names(path: Path) -> dict[str, dict[str, Op]]:
     """The operations of the modules in a profile; none if nobody wrote them down.
 
     Args:
-      path: the trace. Its folder is looked at, and those above it.
+      path: the trace. Its folder is looked at, and, if jax.profiler made that, the one
+        that it was told to write to.
+
+    Raises:
+      ValueError: the file is damaged.
     """
-    for folder in [*path.resolve().parents][:_LEVELS]:
-        if (folder / FILE).is_file():
-            raw = json.loads((folder / FILE).read_text())
-            return {
-                module: {name: Op(*op) for name, op in ops.items()}
-                for module, ops in raw.items()
-            }
+    folders = path.resolve().parents
+    candidates = [folders[0]]
+    if [folder.name for folder in folders[1:3]] == ["profile", "plugins"]:
+        candidates.append(folders[3])
+    for file in (folder / FILE for folder in candidates):
+        if file.is_file():
+            try:
+                raw = json.loads(file.read_text())
+                return {
+                    module: {name: Op(*op) for name, op in ops.items()}
+                    for module, ops in raw.items()
+                }
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{file} is damaged ({error}); remove it, and phases are told by "
+                    "what the profile itself says, or record it anew."
+                ) from None
     return {}

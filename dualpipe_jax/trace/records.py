@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 
 from dualpipe_jax.trace.intervals import Interval, intersection, length, union
@@ -84,6 +85,12 @@ class Kernel:
     total_us: float
 
 
+def natural(name: str) -> list[tuple[str, int]]:
+    """Sorts GPU 10 behind GPU 2."""
+    parts = re.findall(r"(\D*)(\d*)", name)
+    return [(text, int(number or 0)) for text, number in parts]
+
+
 def times(spans: Iterable[Span]) -> Iterable[Interval]:
     """When each ran."""
     return ((span.begin_us, span.end_us) for span in spans)
@@ -149,7 +156,7 @@ def streams_of(spans: Iterable[Span]) -> tuple[Stream, ...]:
         )
         for (device, name), some in found.items()
     ]
-    return tuple(sorted(streams, key=lambda s: (s.device, -s.busy_us)))
+    return tuple(sorted(streams, key=lambda s: (natural(s.device), -s.busy_us)))
 
 
 def kernels_of(spans: Iterable[Span]) -> tuple[Kernel, ...]:

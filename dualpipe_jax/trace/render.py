@@ -60,7 +60,7 @@ def costs_line(report: TraceReport, chunks: int | None = None) -> str:
     given = {"F": costs.F, "I": costs.I, "W": costs.W}
     if costs.F + (costs.B or 0.0) != costs.FB:
         given["FB"] = costs.FB or 0.0
-    listed = ",".join(f"{name}={value:.1f}" for name, value in given.items())
+    listed = ",".join(f"{name}={value:.4g}" for name, value in given.items())
     return f"in ms, for simulate: --costs {listed}"
 
 

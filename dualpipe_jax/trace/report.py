@@ -23,6 +23,7 @@ from dualpipe_jax.trace.records import (
     device_of,
     extents,
     kernels_of,
+    natural,
     phase_of,
     streams_of,
     times,
@@ -69,7 +70,8 @@ class TraceReport:
     def devices(self) -> tuple[Device, ...]:
         """Each device's own figures, by name."""
         return tuple(
-            device_of(name, spans) for name, spans in sorted(self._by_device.items())
+            device_of(name, self._by_device[name])
+            for name in sorted(self._by_device, key=natural)
         )
 
     @functools.cached_property
@@ -148,24 +150,23 @@ class TraceReport:
 
         Args:
           chunks: how many forwards, and as many backwards, each device ran in the
-            profile. Default: the number of pairs that are marked, or 1.
+            profile. Default: the number of its pairs that are marked, or 1.
 
         Raises:
           ValueError: `chunks` is not positive, or no phase is told.
         """
-        if chunks is not None and chunks < 1:
-            raise ValueError(f"{chunks=} must be positive; count each device's F.")
+        _check(chunks)
         if not self.phases:
             raise ValueError(
                 f"{self.title} tells no phase of its kernels; name them with "
                 "annotations such as attn(F), or with jax.named_scope."
             )
         pairs = extents(self.spans)
-        chunks = chunks or len(pairs) or 1
+        each_device = chunks or len(pairs) / len(self.devices) or 1
         alone: dict[str, float] = dict.fromkeys(PASSES, 0.0)
         for found in self.phases.values():
             alone[pass_of(found.name) or ""] += found.compute_us + found.comm_us
-        each = 1e-3 / chunks / len(self.devices)
+        each = 1e-3 / each_device / len(self.devices)
         return Costs(
             F=alone["F"] * each,
             I=alone["B"] * each,
@@ -175,6 +176,7 @@ class TraceReport:
 
     def as_json(self, chunks: int | None = None) -> dict[str, Any]:
         """Everything but the spans, as plain data; `chunks` as for `costs`."""
+        _check(chunks)
         costs = dataclasses.asdict(self.costs(chunks)) if self.phases else None
         return {
             "title": self.title,
@@ -252,11 +254,21 @@ def read_trace(
     return TraceReport(file.name, tuple(spans))
 
 
+def _check(chunks: int | None) -> None:
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"{chunks=} must be positive; count each device's F.")
+
+
 def find_trace(path: Path) -> Path:
-    """The file itself, or the newest trace of jax.profiler below a folder."""
+    """The file itself, or the newest trace of jax.profiler below a folder.
+
+    Of several hosts that wrote at the same time it is the last by name.
+    """
     if not path.is_dir():
         return path
-    found = sorted(path.rglob("*.trace.json.gz"), key=lambda file: file.parent.name)
+    found = sorted(
+        path.rglob("*.trace.json.gz"), key=lambda file: (file.parent.name, file.name)
+    )
     if not found:
         raise ValueError(
             f"path={str(path)!r} is a folder without a *.trace.json.gz, as "

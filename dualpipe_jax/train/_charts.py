@@ -129,7 +129,7 @@ class Frame:
         for tick in ticks(*self.x, 8):
             if tick == int(tick):
                 at = self.across(tick)
-                parts.append(_text(at, self.bottom + 16, f"{tick:g}", "middle", "x"))
+                parts.append(_text(at, self.bottom + 16, f"{tick:.9g}", "middle", "x"))
         return "".join(parts)
 
     def y_axis(self) -> str:
@@ -199,7 +199,7 @@ def line_chart(title: str, lines: Sequence[Line], *, top: float | None = None) -
         if line.dots or len(few.x) == 1:
             parts += [
                 f'<circle r="3.5" cx="{frame.across(x):.2f}" cy="{frame.up(y):.2f}" '
-                f'fill="{colour}"><title>step {x:g}: {y:.4g}</title></circle>'
+                f'fill="{colour}"><title>step {x:.9g}: {y:.4g}</title></circle>'
                 for x, y in zip(few.x, few.y, strict=True)
             ]
         parts.append(

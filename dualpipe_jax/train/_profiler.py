@@ -1,9 +1,9 @@
-"""Profiles a few steps of a training run."""
+"""Profiles a few steps of a training run, which goes on whatever becomes of that."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class StepProfiler:
       first: the run's next step.
       last: the run's last step.
       compiled: the programs that a step runs.
+      say: is told why there is no profile.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class StepProfiler:
         first: int,
         last: int,
         compiled: Sequence[Any],
+        say: Callable[[str], object],
     ):
-        self._folder, self._compiled = folder, compiled
+        self._folder, self._compiled, self._say = folder, compiled, say
         start = max(first, min(first + _WARM_UP, last - num_steps + 1))
         self._steps = range(start, min(start + num_steps, last + 1))
         self._running = contextlib.ExitStack()
@@ -42,14 +44,26 @@ class StepProfiler:
         return self
 
     def __exit__(self, *_) -> None:
-        self._running.close()
+        self._stop()
 
     @contextlib.contextmanager
     def around(self, step: int) -> Iterator[None]:
         """Runs a step, under the profiler if it is one of those."""
         if step in self._steps and step == self._steps[0]:
-            self._running.enter_context(profile(self._folder, *self._compiled))
+            self._start()
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
         if step in self._steps and step == self._steps[-1]:
+            self._stop()
+
+    def _start(self) -> None:
+        try:
+            self._running.enter_context(profile(self._folder, *self._compiled))
+        except Exception as error:  # a full disk, or another profiler that runs
+            self._say(f"no profile is taken: {error}")
+
+    def _stop(self) -> None:
+        try:
             self._running.close()
+        except Exception as error:
+            self._say(f"the profile was not written: {error}")

@@ -30,7 +30,7 @@ def section(folder: Path, *, live: bool = False) -> list[str]:
             _page.paragraph(
                 "Nothing is known of this run's overlap. train --profile measures it; "
                 "python -m dualpipe_jax overlap CONFIG --json > "
-                f"{folder.name}/{ESTIMATE} estimates it for GPUs.",
+                f"{folder / ESTIMATE} estimates it for GPUs.",
                 "faint",
             )
         )
@@ -65,11 +65,7 @@ def profile(folder: Path) -> list[str]:
 
 
 def estimate(path: Path) -> list[str]:
-    """The table of `overlap CONFIG --json`.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
+    """The table of `overlap CONFIG --json`, or what is wrong with the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         loops = sorted(
@@ -81,10 +77,12 @@ def estimate(path: Path) -> list[str]:
             "python -m dualpipe_jax overlap; the steady state first."
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not what overlap --json prints ({type(error).__name__}: "
+        # It may be being written just now.
+        said = (
+            f"{path.name} is not what overlap --json prints ({type(error).__name__}: "
             f"{error}); write it anew, or remove it."
-        ) from None
+        )
+        return [_page.paragraph(said, "faint")]
     return [_page.paragraph(said, "faint"), _page.table(_HEAD, rows)]
 
 

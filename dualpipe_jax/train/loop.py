@@ -43,6 +43,7 @@ ARTEFACTS = (
     "run.json",
     "report.html",
     "profile",
+    "overlap.json",
     "checkpoints",
 )
 PROMPT_TOKENS = 64
@@ -159,6 +160,7 @@ def train(
                     first=step + 1,
                     last=config.num_steps,
                     compiled=[programs.compiled] if programs.compiled else [],
+                    say=console.print,
                 ) as profiler,
             ):
                 steps = _steps(config, programs, state, position, text, profiler)

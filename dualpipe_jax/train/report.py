@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,8 @@ def write_report(
 
 def _replace(path: Path, text: str) -> None:
     """Whoever reads finds the old file or the new one, and never a part."""
-    aside = path.with_name(path.name + ".new")
+    # Of this process: `report` may be asked for while the run writes its own.
+    aside = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
@@ -178,7 +180,10 @@ def _records(folder: Path) -> list[Record]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def series(records: Sequence[Record], name: str) -> tuple[list[float], list[float]]:
@@ -252,6 +257,8 @@ def _model(facts: Record) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "unknown"
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -284,7 +291,7 @@ def _numbers(records: list[Record]) -> str:
     chosen = {r["step"]: r for r in [records[0], *kept[::-stride], records[-1]]}
     rows = [
         [
-            f"{step:g}",
+            f"{step:,.0f}",
             *(
                 f"{record[name]:,.6g}" if _is_number(record.get(name)) else ""
                 for name in columns
@@ -342,7 +349,7 @@ def _schedule(folder: Path) -> list[str]:
     path = folder / "schedule.svg"
     if not path.is_file():
         return []
-    drawn = _page.picture(path.read_text(encoding="utf-8"))
+    drawn = _page.picture(path.read_text(encoding="utf-8", errors="replace"))
     said = _page.paragraph("schedule.svg is not a picture that train draws.", "faint")
     return ["<h2>Schedule</h2>", drawn or said]
 

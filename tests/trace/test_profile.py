@@ -75,6 +75,35 @@ def test_only_what_tells_something_is_written_down(tmp_path):
     assert ops and all("mlp" in op.op_name for op in ops.values())
 
 
+def test_a_profile_within_another_leaves_that_one_alone(tmp_path):
+    def f(x):
+        with jax.named_scope("mlp"):
+            return x @ x
+
+    step = jax.jit(f).lower(jnp.ones((64, 64))).compile()
+    with profile(tmp_path, step):
+        with (
+            pytest.raises(
+                ValueError, match=r"the profiler cannot start .*end"
+            ),
+            profile(tmp_path),
+        ):
+            pass
+        step(jnp.ones((64, 64))).block_until_ready()
+    assert list(read_trace(tmp_path).phases) == ["mlp(F)"]
+
+
+def test_two_programs_of_one_name(tmp_path):
+    one, other = (
+        jax.jit(lambda x, k=k: x * k).lower(jnp.ones(4)).compile() for k in (2, 3)
+    )
+    with (
+        pytest.raises(ValueError, match="two of the compiled programs are called"),
+        profile(tmp_path, one, other),
+    ):
+        pass
+
+
 def test_what_is_not_compiled(tmp_path):
     with (
         pytest.raises(ValueError, match=r"must be a compiled program; pass jit\(f\)"),

@@ -77,7 +77,7 @@ def test_the_command(capsys):
     printed = capsys.readouterr().out
     assert "span           129.0 ms" in printed
     assert "113.4 ms  96.3% hidden" in printed
-    assert "--costs F=97.4,I=111.6,W=35.1,FB=129.0" in printed
+    assert "--costs F=97.39,I=111.6,W=35.07,FB=129" in printed
 
 
 def test_costs_are_of_one_of_several_chunks(report, capsys):

@@ -20,9 +20,9 @@ def kernel(name, begin, duration, stream=7, correlation=None, device=0, **args):
     return {**event, "ts": begin, "dur": duration, "args": args}
 
 
-def launch(correlation, begin, tid=1):
-    args = {"correlation": correlation}
-    event = {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 9}
+def launch(correlation, begin, tid=1, pid=9):
+    args = {} if correlation is None else {"correlation": correlation}
+    event = {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": pid}
     return {**event, "tid": tid, "ts": begin, "dur": 1, "args": args}
 
 
@@ -128,6 +128,7 @@ def test_phases_by_who_launched(write):
 def test_phases_by_annotations_on_the_gpu(write):
     events = [
         annotation("attn(F)", 0, 10, "gpu_user_annotation", pid=0, tid=7),
+        annotation("nccl:all_to_all", 1, 5, "gpu_user_annotation", pid=0, tid=7),
         kernel("in", 2, 3),
         kernel("behind", 12, 3),
         kernel("beside", 2, 3, stream=8),
@@ -230,6 +231,8 @@ def test_events_at_every_offset_of_a_window(tmp_path, monkeypatch):
         (b'{"traceEvents": [{"ph": "M"}, {"ph"', "ends too early, .* behind 1 events"),
         (b'{"traceEvents": [{"ph": "M"}', "ends too early, .* behind 1 events"),
         (b'{"traceEvents": [{"ph": "M"} oops]}', "ends too early, or is damaged"),
+        (b'{"traceEvents": [{"a": ' + b"[" * 99999, "ends too early, or is damaged"),
+        (b'[{"ts": ' + b"9" * 5000 + b"}]", "ends too early, or is damaged"),
         (b"\x1f\x8b\x08garbage", "is a damaged gzip file"),
         (gzip.compress(b'{"traceEvents": [' + b" " * 9999)[:-12], "is a damaged gzip"),
     ],
@@ -257,10 +260,14 @@ def test_odd_events_are_passed_over(write):
         {"ph": "X", "cat": "kernel", "name": "no time"},
         {"ph": "X", "cat": "kernel", "name": "no args", "ts": 1, "args": None},
         {"ph": "X", "cat": "kernel", "name": "dur", "ts": 2, "dur": "long"},
+        {"ph": "X", "cat": "kernel", "name": "back", "ts": 2, "dur": -5},
+        {"ph": "X", "cat": "kernel", "name": "nan", "ts": float("nan"), "dur": 1},
+        {"ph": "X", "cat": "kernel", "name": "far", "ts": 1, "dur": float("inf")},
+        {"ph": "X", "cat": "kernel", "name": "huge", "ts": 10**400, "dur": 1},
         {"ph": "M", "name": "process_name", "pid": [1]},
         {"ph": ["X"]},
     ]
-    assert [s.name for s in read_trace(write(odd)).spans] == ["no args", "dur"]
+    assert [s.name for s in read_trace(write(odd)).spans] == ["no args"]
 
 
 @pytest.mark.slow
@@ -297,3 +304,74 @@ def test_a_fusion_that_is_named_after_a_collective_computes(write):
     op = Op("fusion", "jit(f)/attn/add")
     write_names(path.parent, {"jit_f": {"ppermute_add_fusion": op}})
     assert [s.is_comm for s in read_trace(path).spans] == [False]
+
+
+@pytest.mark.parametrize("correlation", [None, 0])
+def test_kernels_that_nothing_launched_have_no_phase(write, correlation):
+    events = [annotation("mlp(F)", 0, 10), launch(correlation, 5)]
+    path = write([*events, kernel("k", 20, 5, correlation=correlation)])
+    assert [s.phase for s in read_trace(path).spans] == [None]
+
+
+def test_ranks_in_one_file_keep_to_themselves(write):
+    events = []
+    for pid, name in ((9, "attn(F)"), (8, "mlp(B)")):
+        events += [annotation(name, 0, 10, pid=pid), launch(7, 5, pid=pid)]
+        # Launched by this one alone.
+        events += [launch(100 + pid, 6, pid=pid)]
+        events += [kernel(str(pid), 20, 5, correlation=100 + pid, device=pid)]
+        events += [kernel("whose?", 30, 5, correlation=7, device=pid)]
+    found = {(s.name, s.device): s.phase for s in read_trace(write(events)).spans}
+    assert found == {
+        ("9", "GPU 9"): "attn(F)",
+        ("8", "GPU 8"): "mlp(B)",
+        ("whose?", "GPU 9"): None,
+        ("whose?", "GPU 8"): None,
+    }
+
+
+def test_costs_do_not_depend_on_how_many_devices_ran_the_same(write):
+    """Two pairs on each of one, and of two devices, of one process each."""
+    events, reports = [], []
+    for device in (0, 10):
+        pid = 9 + device
+        for pair in (0, 1):
+            begin, number = 100 * pair, 1000 * device + 10 * pair + 1
+            events += [
+                annotation("1F1B", begin, 90, pid=pid),
+                annotation("attn(F)", begin + 10, 10, pid=pid),
+                annotation("mlp(B)", begin + 30, 10, pid=pid),
+                launch(number, begin + 15, pid=pid),
+                launch(number + 1, begin + 35, pid=pid),
+                kernel("f", begin, 30, correlation=number, device=device),
+                kernel("b", begin + 30, 45, correlation=number + 1, device=device),
+            ]
+        reports.append(read_trace(write(events)))
+    one, two = (report.costs() for report in reports)
+    assert one == two
+    assert pytest.approx((0.030, 0.045, 0.075)) == (one.F, one.I, one.FB)
+    # W is 0 and nothing is lost to rounding.
+    assert "--costs F=0.03,I=0.045,W=0" in str(reports[1])
+
+
+def test_devices_in_the_order_of_their_numbers(write):
+    path = write([kernel("k", 0, 1, device=number) for number in (10, 2)])
+    assert [d.name for d in read_trace(path).devices] == ["GPU 2", "GPU 10"]
+
+
+def test_names_that_no_file_can_hold(write, capsys):
+    path = write([kernel("half \ud800 of one", 0, 1)])
+    assert cli.main(["trace", str(path)]) == 0
+    assert "half ? of one" in capsys.readouterr().out
+
+
+def test_a_damaged_table_of_names_is_named(write):
+    path = write([kernel("k", 0, 1)])
+    for text in ("{", '{"jit_f": 5}', '{"jit_f": {"dot": 1}}', "[]"):
+        (path.parent / "op_names.json").write_text(text)
+        with pytest.raises(ValueError, match=r"op_names\.json is damaged .*remove it"):
+            read_trace(path)
+    # One that lies above a trace is somebody else's.
+    inner = path.parent / "inner"
+    inner.mkdir()
+    assert read_trace(path.rename(inner / "trace.json")).spans

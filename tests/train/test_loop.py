@@ -1,5 +1,6 @@
 """Runs of seconds: what they record, how they resume, and how they end."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -278,6 +279,28 @@ def test_a_run_that_stops_while_it_is_profiled_leaves_the_profile(tmp_path, afte
     result, _ = run(tmp_path / "run", profile_steps=5)
     assert (result.step, result.stopped_by) == (4, "SIGTERM")
     assert read_trace(tmp_path / "run" / "profile").spans
+
+
+def test_a_profiler_that_fails_ends_no_run(tmp_path, monkeypatch):
+    def full(folder, *compiled):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("dualpipe_jax.train._profiler.profile", full)
+    result, printed = run(tmp_path / "run", profile_steps=2)
+    assert (result.step, result.save_failure) == (8, None)
+    assert "no profile is taken: No space left on device" in printed
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def full(folder, *compiled):
+        yield
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("dualpipe_jax.train._profiler.profile", full)
+    result, printed = run(tmp_path / "run", profile_steps=2)
+    assert (result.step, result.save_failure) == (8, None)
+    assert "the profile was not written: No space left on device" in printed
 
 
 def test_a_number_of_profiled_steps_that_is_none(tmp_path):

@@ -111,9 +111,10 @@ def run(args: argparse.Namespace) -> int:
                     num_refused += 1
                 else:
                     texts[request] = as_text(config, found["prompt"])
-            with profiled:
-                stream(engine, config, texts, sys.stdout)
-            profiled = contextlib.nullcontext()
+            if texts:
+                with profiled:
+                    stream(engine, config, texts, sys.stdout)
+                profiled = contextlib.nullcontext()
     if number == 0:
         raise ValueError(f"{args.prompts} holds no prompt; write one a line.")
     console.print(summary(engine.metrics()))
