@@ -83,9 +83,7 @@ def test_a_profile_within_another_leaves_that_one_alone(tmp_path):
     step = jax.jit(f).lower(jnp.ones((64, 64))).compile()
     with profile(tmp_path, step):
         with (
-            pytest.raises(
-                ValueError, match=r"the profiler cannot start .*end"
-            ),
+            pytest.raises(ValueError, match=r"the profiler cannot start .*end"),
             profile(tmp_path),
         ):
             pass
