@@ -14,7 +14,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 # Tests compile quickly, but those marked as_users (conftest.py): the executor's, the
-# server's, and what is compiled for GPUs; the runs of tests/train/test_cli.py are
+# server's, and what is compiled for GPUs; the runs of tests/commands/test_train.py are
 # processes of their own and compile as users do, too. The quick tier does not compile
 # at all what it has compiled before.
 QUICK := JAX_COMPILATION_CACHE_DIR=.pytest_cache/xla \

@@ -24,16 +24,15 @@ import eplb_numpy
 import jax
 import numpy as np
 
-from eplb_jax.placement import rebalance_experts
-from eplb_jax.quality import (
+from eplb_jax import rebalance_experts, refine_placement
+from eplb_jax.placement.quality import (
     balancedness,
     balancedness_bound,
     count_duplicates,
     count_moves,
     remote_share,
 )
-from eplb_jax.refine import refine_placement
-from eplb_jax.soft import home_nodes
+from eplb_jax.placement.soft import home_nodes
 
 LOADS = Path(__file__).parent.parent / "tests" / "data" / "eplb_loads_deepseek_v3.npz"
 DENSE = 3  # the first layers have no experts

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualpipe_jax.backward import SplitBackward
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig
-from dualpipe_jax.split_backward import SplitBackward
-from eplb_jax import rebalance_experts
-from eplb_jax.grouped_matmul import grouped_matmul
+from eplb_jax import grouped_matmul, rebalance_experts
 
 
 def race(runs, rivals):

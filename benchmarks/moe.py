@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eplb_jax.grouped_matmul import grouped_matmul, num_block_rows
-from eplb_jax.placement import rebalance_experts
-from eplb_jax.replicas import balanced_shares
-from eplb_jax.tables import ExpertTables
+from eplb_jax import ExpertTables, rebalance_experts
+from eplb_jax.layer.grouped_products import grouped_matmul, num_block_rows
+from eplb_jax.layer.replicas import balanced_shares
 
 LOADS = Path(__file__).parent.parent / "tests/data/eplb_loads_deepseek_v3.npz"
 DEVICES, SLOTS = 32, 288

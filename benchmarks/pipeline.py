@@ -24,15 +24,16 @@ from jax.sharding import AxisType
 
 from dualpipe_jax import (
     Costs,
+    PipelineParams,
     dualpipe,
     dualpipev,
     gpipe,
     lower,
     one_f_one_b,
+    pipeline_value_and_grad,
     simulate,
     zb1p,
 )
-from dualpipe_jax.pipeline import PipelineParams, pipeline_value_and_grad
 
 # DeepSeek's published training trace, milliseconds of one chunk.
 REAL = Costs(F=97, I=104, W=35, B=139, FB=129, p2p=1.2)

@@ -22,8 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from configs import profiles
 from dualpipe_jax import compile_overlapped, gpu_mesh, overlap_report, read_trace
-from dualpipe_jax.overlap import OverlapReport
-from dualpipe_jax.overlap.records import LoopReport
+from dualpipe_jax.gpu.overlap import LoopReport, OverlapReport
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "tests" / "data" / "deepseek_v3_train_trace.json.gz"

@@ -28,7 +28,7 @@ import optax
 from rich.console import Console
 
 from configs import tiny
-from dualpipe_jax.params import PipelineAux
+from dualpipe_jax.executor import PipelineAux
 from dualpipe_jax.train import load_text, make_programs, train
 from dualpipe_jax.train.data import train_batch
 from dualpipe_jax.train.optimizer import make_optimizer

@@ -4,7 +4,7 @@ import dataclasses
 
 from dualpipe_jax import Schedule, dualpipe
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
-from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+from dualpipe_jax.train import OptimizerConfig, TrainConfig
 
 
 def architecture() -> DeepSeekConfig:

@@ -1,7 +1,7 @@
 """A model of the 16B-A3B class: DeepSeek-V2-Lite's sizes with DeepSeek-V3's router."""
 
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
-from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+from dualpipe_jax.train import OptimizerConfig, TrainConfig
 
 
 def architecture() -> DeepSeekConfig:

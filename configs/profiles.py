@@ -8,7 +8,7 @@ import dataclasses
 
 from configs.deepseek_v3 import architecture
 from dualpipe_jax.deepseek import DeepSeek, ServeConfig
-from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+from dualpipe_jax.train import OptimizerConfig, TrainConfig
 
 
 def training() -> TrainConfig:

@@ -1,7 +1,7 @@
 """A byte-level model of the same kind for one GPU."""
 
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig
-from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+from dualpipe_jax.train import OptimizerConfig, TrainConfig
 
 
 def config() -> TrainConfig:

@@ -1,7 +1,7 @@
 """The main job: a byte-level DeepSeek-V3-style model, trained with DualPipe."""
 
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
-from dualpipe_jax.train.config import OptimizerConfig, TrainConfig
+from dualpipe_jax.train import OptimizerConfig, TrainConfig
 
 
 def architecture() -> DeepSeekConfig:

@@ -1,7 +1,7 @@
 """A server for the main job's model."""
 
 from configs import tiny
-from dualpipe_jax.deepseek.serve.config import RebalanceConfig, ServeConfig
+from dualpipe_jax.deepseek.serve import RebalanceConfig, ServeConfig
 
 
 def config() -> ServeConfig:

@@ -1,21 +1,49 @@
 """EPLB for JAX: expert load balancing inside the jitted program.
 
-`MoE`, which needs Flax, is loaded when first used, so that planning does not import it.
+Every name is loaded when it is first used, so that importing this package imports
+neither jax nor flax.
 """
 
 from typing import TYPE_CHECKING
 
-from eplb_jax.balancer import BalancerState, ExpertBalancer
-from eplb_jax.migration import migrate
-from eplb_jax.mixture import ExpertParallel, ExpertWeights, mix_experts
-from eplb_jax.physical import physical_weights
-from eplb_jax.placement import rebalance_experts
-from eplb_jax.quality import balancedness, balancedness_bound
-from eplb_jax.refine import refine_placement
-from eplb_jax.tables import ExpertTables
+from eplb_jax import lookup
 
 if TYPE_CHECKING:
-    from eplb_jax.moe import MoE
+    from eplb_jax.layer import (
+        ExpertParallel,
+        ExpertWeights,
+        MoE,
+        MoEStats,
+        Routing,
+        grouped_matmul,
+        mix_experts,
+        physical_weights,
+        sequence_balance_loss,
+        sigmoid_group_top_k,
+        softmax_top_k,
+        update_bias,
+    )
+    from eplb_jax.pictures import (
+        balancedness_figure,
+        placement_figure,
+        placement_text,
+        replay_figure,
+        replay_text,
+    )
+    from eplb_jax.placement import (
+        ExpertTables,
+        LoadEstimator,
+        balancedness,
+        balancedness_bound,
+        moving_average,
+        rebalance_experts,
+        refine_placement,
+        restore_state,
+        save_state,
+        sum_of_last,
+    )
+    from eplb_jax.recordings import Outcome, Recording, read_loads, replay
+    from eplb_jax.serving import BalancerState, ExpertBalancer, count_migrated, migrate
 
 __all__ = [
     "BalancerState",
@@ -23,25 +51,75 @@ __all__ = [
     "ExpertParallel",
     "ExpertTables",
     "ExpertWeights",
+    "LoadEstimator",
     "MoE",
+    "MoEStats",
+    "Outcome",
+    "Recording",
+    "Routing",
     "balancedness",
     "balancedness_bound",
+    "balancedness_figure",
+    "count_migrated",
+    "grouped_matmul",
     "migrate",
     "mix_experts",
+    "moving_average",
     "physical_weights",
+    "placement_figure",
+    "placement_text",
+    "read_loads",
     "rebalance_experts",
     "refine_placement",
+    "replay",
+    "replay_figure",
+    "replay_text",
+    "restore_state",
+    "save_state",
+    "sequence_balance_loss",
+    "sigmoid_group_top_k",
+    "softmax_top_k",
+    "sum_of_last",
+    "update_bias",
 ]
 
-
-def __getattr__(name: str):
-    if name != "MoE":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from eplb_jax.moe import MoE
-
-    globals()[name] = MoE
-    return MoE
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lookup.attach(
+    __name__,
+    {
+        "BalancerState": "eplb_jax.serving",
+        "ExpertBalancer": "eplb_jax.serving",
+        "ExpertParallel": "eplb_jax.layer",
+        "ExpertTables": "eplb_jax.placement",
+        "ExpertWeights": "eplb_jax.layer",
+        "LoadEstimator": "eplb_jax.placement",
+        "MoE": "eplb_jax.layer",
+        "MoEStats": "eplb_jax.layer",
+        "Outcome": "eplb_jax.recordings",
+        "Recording": "eplb_jax.recordings",
+        "Routing": "eplb_jax.layer",
+        "balancedness": "eplb_jax.placement",
+        "balancedness_bound": "eplb_jax.placement",
+        "balancedness_figure": "eplb_jax.pictures",
+        "count_migrated": "eplb_jax.serving",
+        "grouped_matmul": "eplb_jax.layer",
+        "migrate": "eplb_jax.serving",
+        "mix_experts": "eplb_jax.layer",
+        "moving_average": "eplb_jax.placement",
+        "physical_weights": "eplb_jax.layer",
+        "placement_figure": "eplb_jax.pictures",
+        "placement_text": "eplb_jax.pictures",
+        "read_loads": "eplb_jax.recordings",
+        "rebalance_experts": "eplb_jax.placement",
+        "refine_placement": "eplb_jax.placement",
+        "replay": "eplb_jax.recordings",
+        "replay_figure": "eplb_jax.pictures",
+        "replay_text": "eplb_jax.pictures",
+        "restore_state": "eplb_jax.placement",
+        "save_state": "eplb_jax.placement",
+        "sequence_balance_loss": "eplb_jax.layer",
+        "sigmoid_group_top_k": "eplb_jax.layer",
+        "softmax_top_k": "eplb_jax.layer",
+        "sum_of_last": "eplb_jax.placement",
+        "update_bias": "eplb_jax.layer",
+    },
+)

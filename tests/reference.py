@@ -1,7 +1,8 @@
 """The pipeline's independent oracle: the same functions with no pipeline at all.
 
 Plain loops over microbatches and stages and one `jax.value_and_grad`; no
-schedule, no collective, no slot. Signatures are those of `dualpipe_jax.pipeline`.
+schedule, no collective, no slot. Signatures are those of
+`dualpipe_jax.executor.pipeline`.
 """
 
 import jax

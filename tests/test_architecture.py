@@ -1,173 +1,195 @@
-"""Which way imports run, which modules stay free of jax, and whose names are whose."""
+"""The rooms are the folders: what they import, how large their files are, no circles.
+
+A room is a folder with an `__init__.py`. Its docstring names the rooms that it imports,
+in a paragraph `Imports: a, b.`; the test reads that, and nothing here lists modules.
+"""
 
 import ast
+import functools
+import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import dualpipe_jax
-import dualpipe_jax.train
-import eplb_jax
-
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("dualpipe_jax", "eplb_jax")
+# Beside `__init__` and `__main__`.
+MOST_FILES_AT_A_ROOT = 3
+MOST_LINES_OF_A_FILE = 450
+MOST_LINES_OF_A_FUNCTION = 90
 
-# A room: its modules, and the rooms that they may import.
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 ROOMS = {
-    "bytes": ({"_bytes"}, set()),
-    "style": ({"style"}, set()),
-    "schedule": ({"schedule", "tasks", "_validate"}, set()),
-    "generators": ({"generators"}, {"schedule"}),
-    "simulator": ({"simulator"}, {"schedule"}),
-    "phases": ({"phases"}, set()),
-    "tables": ({"_tables"}, set()),
-    "trace": ({"trace"}, {"phases", "tables", "simulator"}),
-    "show": (
-        {"show", "_chrome", "_phase_layout", "_picture", "_render"},
-        {"schedule", "simulator", "style", "trace"},
-    ),
-    "lowering": ({"lowering", "_slots", "_ticks"}, {"schedule", "simulator"}),
-    "figures": (
-        {"figures", "_tracks"},
-        {"schedule", "generators", "simulator", "show", "lowering", "style", "trace"},
-    ),
-    "split_backward": (
-        {"split_backward", "interleaved", "compat", "flops", "_split"},
-        set(),
-    ),
-    "pipeline": (
-        {
-            "pipeline",
-            "params",
-            "_checks",
-            "_exchange",
-            "_executor",
-            "_in_place",
-            "_footprint",
-            "_model",
-            "_work",
-        },
-        {"schedule", "lowering", "split_backward"},
-    ),
-    "topology": ({"topology"}, set()),
-    "partition": ({"partition", "_balance"}, {"schedule"}),
-    "choose": (
-        {"choose", "_choose_memory", "_choose_result", "_choose_text"},
-        {"bytes", "schedule", "generators", "simulator", "show", "lowering", "style"},
-    ),
-    "memory": ({"memory", "_memory_cli"}, {"bytes", "pipeline", "topology"}),
-    "train": (
-        {"train"},
-        {
-            "schedule",
-            "generators",
-            "overlap",
-            "profiling",
-            "topology",
-            "simulator",
-            "show",
-            "style",
-            "figures",
-            "trace",
-            "lowering",
-            "pipeline",
-            "partition",
-        },
-    ),
-    "deepseek": (
-        {"deepseek"},
-        {
-            "schedule",
-            "generators",
-            "lowering",
-            "pipeline",
-            "partition",
-            "simulator",
-            "show",
-            "train",
-            "split_backward",
-            "overlap",
-            "profiling",
-        },
-    ),
-    "profiling": ({"profiling"}, {"overlap", "phases", "trace"}),
-    # Its command compiles the training job's step.
-    "overlap": ({"overlap"}, {"figures", "phases", "tables", "topology", "trace"}),
-    "cli": (
-        {"cli", "__main__", "_choose_cli", "_bubbles_cli", "_trace_cli"},
-        {
-            "bytes",
-            "schedule",
-            "generators",
-            "simulator",
-            "show",
-            "lowering",
-            "choose",
-            "figures",
-            "train",
-            "deepseek",
-            "trace",
-        },
-    ),
+    name.removesuffix(".__init__"): path
+    for name, path in FILES.items()
+    if path.name == "__init__.py" and name.count(".") > 1
 }
-# Inside a function only: objects that show themselves in Jupyter.
-# The command compiles a config's step.
-LATE = {
-    ("schedule", "show"),
-    ("simulator", "show"),
-    ("overlap", "train"),
-    ("memory", "train"),
-}
-JAX_FREE = (
-    "bytes",
-    "style",
-    "schedule",
-    "generators",
-    "simulator",
-    "phases",
-    "tables",
-    "trace",
-    "show",
-    "lowering",
-    "figures",
-    "partition",
-    "choose",
-)
+MODULES = {name: path for name, path in FILES.items() if path.name != "__init__.py"}
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def names_of(path: Path):
+    """Yields (module, name) of what a file imports from the two packages."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            pairs = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively; write the whole name."
+            pairs = [(node.module, alias.name) for alias in node.names]
+        else:
+            continue
+        yield from (pair for pair in pairs if pair[0].split(".")[0] in PACKAGES)
 
 
 def room_of(module: str) -> str:
-    """The room of a module, given by its name below dualpipe_jax."""
-    first = module.partition(".")[0]
-    for room, (modules, _) in ROOMS.items():
-        if first in modules:
-            return room
-    raise LookupError(f"dualpipe_jax.{module} is in no room; add it to ROOMS.")
+    """The room of a module, which may be given as its room's own name."""
+    return module if module in ROOMS else module.rpartition(".")[0]
 
 
-def modules_of(package: str) -> dict[str, Path]:
-    """Modules of a package, by their name below it, without its root."""
+def rooms_imported(room: str) -> set[str]:
+    """The rooms that the files of a room import; leaves at the roots do not count."""
+    found = set()
+    for module, path in MODULES.items():
+        if room_of(module) == room:
+            found |= {room_of(name) for name, _ in names_of(path)}
+    if room_of(room) == room:
+        found |= {room_of(name) for name, _ in names_of(ROOMS[room])}
+    return found - {room, *PACKAGES, ""}  # "" is the room of a package's root
+
+
+def rooms_named(room: str) -> set[str]:
+    """What the docstring of a room says that it imports."""
+    doc = " ".join((ast.get_docstring(tree_of(ROOMS[room])) or "").split())
+    match = re.search(r"Imports: ([\w., ]*?)\.(?: |$)", doc)
+    assert match, f"{room} says nowhere `Imports: ...`."
+    package = room.split(".")[0]
     return {
-        ".".join(path.relative_to(ROOT / package).with_suffix("").parts): path
-        for path in sorted((ROOT / package).rglob("*.py"))
-        if path != ROOT / package / "__init__.py"
+        name if name.split(".")[0] in PACKAGES else f"{package}.{name}"
+        for name in match[1].split(", ")
+        if name != "nothing"
     }
 
 
-def imports_of(path: Path):
-    """Yields (imported name, whether the import stands at the module's top)."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively; write the whole name."
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            yield name, node in tree.body
+@functools.cache
+def handed_out_by(room: str) -> set[str]:
+    """The names that the door of a room imports: `__all__` for users, and others."""
+    return {what for _, what in names_of(ROOMS[room])}
+
+
+def circle_in(arrows: dict[str, set[str]]) -> set[str]:
+    """What is left when everything that depends on nothing left is taken away."""
+    left = dict(arrows)
+    while ready := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in ready:
+            del left[name]
+    return set(left)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_it_says(room):
+    if room.endswith(".commands"):
+        # They stand above everything, and everything else below them.
+        assert "Imports: " in tree_of(ROOMS[room]).body[0].value.value
+    else:
+        assert rooms_imported(room) == rooms_named(room)
+
+
+def test_rooms_have_no_circle():
+    arrows = {}
+    for room in ROOMS:
+        # A folder inside another is a part of it: the outer room hands out what is in
+        # the inner one, which may read the outer room's modules.
+        arrows[room] = {
+            other
+            for other in rooms_imported(room)
+            if not room.startswith(f"{other}.") and not other.startswith(f"{room}.")
+        }
+    assert not circle_in(arrows)
+
+
+def test_modules_have_no_circle():
+    # Imports inside functions and for type checkers count, too.
+    arrows = {}
+    for module, path in MODULES.items():
+        needs = set()
+        for name, what in names_of(path):
+            if f"{name}.{what}" in MODULES:
+                needs.add(f"{name}.{what}")
+            elif name in MODULES:
+                needs.add(name)
+            elif name in ROOMS and name != room_of(module):
+                needs |= {m for m in MODULES if room_of(m) == name}
+        arrows[module] = needs
+    assert not circle_in(arrows)
+
+
+def test_other_rooms_are_entered_by_the_door():
+    wrong = []
+    for module, path in MODULES.items():
+        here = room_of(module)
+        for name, what in names_of(path):
+            there = room_of(name)
+            inside = there == here or here.startswith(f"{there}.")
+            if inside or module.endswith("__main__"):
+                continue
+            if name == here.split(".")[0]:
+                # The root hands out names to users only; leaves lie beside it.
+                handed_out = f"{name}.{what}" in {*MODULES, *ROOMS}
+            elif there in ("", *PACKAGES):
+                handed_out = True
+            else:
+                handed_out = name in ROOMS and what in handed_out_by(name)
+            if not handed_out:
+                wrong.append(f"{module} imports {what} from {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_packages_meet_one_way():
+    assert not [
+        f"{module} imports {name}"
+        for module, path in FILES.items()
+        for name, _ in names_of(path)
+        if module.startswith("eplb_jax") and name.startswith("dualpipe_jax")
+    ]
+
+
+def test_sizes():
+    for package in PACKAGES:
+        own = {path.name for path in (ROOT / package).iterdir() if path.is_file()}
+        assert len(own - {"__init__.py", "__main__.py"}) <= MOST_FILES_AT_A_ROOT
+    wrong = []
+    for path in FILES.values():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MOST_LINES_OF_A_FILE:
+            wrong.append(f"{path.relative_to(ROOT)}: {lines} lines")
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MOST_LINES_OF_A_FUNCTION:
+                    wrong.append(f"{path.relative_to(ROOT)}: {node.name}: {lines}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tests_mirror_the_rooms():
+    tests = {
+        ".".join(path.relative_to(ROOT / "tests").parts[:-1])
+        for path in (ROOT / "tests").rglob("test_*.py")
+    }
+    rooms = {name.removeprefix("dualpipe_jax.") for name in ROOMS}
+    rooms = {re.sub("^eplb_jax", "eplb", name) for name in rooms}
+    assert tests <= {"", "docs", *rooms}
 
 
 def run_python(code: str) -> str:
@@ -178,60 +200,23 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_imports_follow_the_arrows():
-    wrong = []
-    for module, path in modules_of("dualpipe_jax").items():
-        here = room_of(module)
-        for name, at_top in imports_of(path):
-            package, _, rest = name.partition(".")
-            if package != "dualpipe_jax":
-                continue
-            there = room_of(rest)
-            allowed = there == here or there in ROOMS[here][1]
-            if not allowed and (at_top or (here, there) not in LATE):
-                wrong.append(f"{module} ({here}) imports {rest} ({there})")
-    assert not wrong, "\n".join(wrong)
-
-
-def test_the_arrows_have_no_cycle():
-    done: set[str] = set()
-    while len(done) < len(ROOMS):
-        ready = {
-            r for r, (_, needs) in ROOMS.items() if r not in done and needs <= done
-        }
-        assert ready, f"rooms in a cycle: {ROOMS.keys() - done}"
-        done |= ready
-
-
-def test_the_packages_meet_in_one_place_only():
-    for module, path in modules_of("eplb_jax").items():
-        for name, _ in imports_of(path):
-            # What pictures look like is one thing for both.
-            allowed = (
-                name == "dualpipe_jax.style" or name.split(".")[0] != "dualpipe_jax"
-            )
-            assert allowed, f"eplb_jax.{module} imports {name}"
-    for module, path in modules_of("dualpipe_jax").items():
-        for name, _ in imports_of(path):
-            if module.partition(".")[0] != "deepseek":
-                assert name.partition(".")[0] != "eplb_jax", f"dualpipe_jax.{module}"
-
-
-def test_no_jax_up_to_lowering():
-    modules = [m for m in modules_of("dualpipe_jax") if _room_if_any(m) in JAX_FREE]
-    assert len(modules) > 10
-    imports = "".join(f"import dualpipe_jax.{m}\n" for m in ["cli", *modules])
+def test_rooms_that_say_so_import_no_jax():
+    rooms = [room for room, path in ROOMS.items() if "Without jax." in path.read_text()]
+    assert len(rooms) >= 5
+    names = [m for m in MODULES if room_of(m) in rooms]
+    imports = "\n".join(f"import {name}" for name in [*names, *PACKAGES])
     code = (
-        f"import sys, dualpipe_jax\n{imports}"
+        f"import sys\n{imports}\nimport dualpipe_jax.commands.main\n"
         "heavy = {'jax', 'jaxlib', 'flax', 'matplotlib'} & set(sys.modules)\n"
         "print(sorted(heavy))"
     )
     assert run_python(code) == "[]"
 
 
-@pytest.mark.parametrize("package", [dualpipe_jax, dualpipe_jax.train, eplb_jax])
-def test_no_exported_name_is_also_a_submodule(package):
+@pytest.mark.parametrize("room", [*PACKAGES, *ROOMS])
+def test_no_exported_name_is_also_a_submodule(room):
     # Importing a submodule binds its name in the package, over whatever was there.
+    package = importlib.import_module(room)
     submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
     assert submodules.isdisjoint(getattr(package, "__all__", ()))
 
@@ -241,10 +226,10 @@ def test_no_exported_name_is_also_a_submodule(package):
     "before",
     [
         "",
-        "import dualpipe_jax.generators.dualpipe",
-        "import dualpipe_jax.generators.dualpipe as d, dualpipe_jax.simulator",
-        "from dualpipe_jax.simulator import simulate",
-        "import dualpipe_jax.pipeline, dualpipe_jax.generators.dualpipev",
+        "import dualpipe_jax.schedules.generators.dualpipe",
+        "import dualpipe_jax.schedules.generators.dualpipe as d",
+        "from dualpipe_jax.schedules.simulator import simulate",
+        "import dualpipe_jax.executor.pipeline, dualpipe_jax.schedules.simulator",
         "import dualpipe_jax; dualpipe_jax.split_vjp; import dualpipe_jax.train",
     ],
 )
@@ -253,10 +238,3 @@ def test_exported_functions_are_functions_in_every_import_order(before):
     code = f"{before}\nfrom dualpipe_jax import {names}\n"
     code += f"print(*(type(each).__name__ for each in ({names})))"
     assert run_python(code) == "function function function"
-
-
-def _room_if_any(module: str) -> str | None:
-    try:
-        return room_of(module)
-    except LookupError:
-        return None

@@ -13,7 +13,7 @@ import pytest
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.colors import to_hex
 
-from dualpipe_jax import style
+from eplb_jax import style
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dualpipe_jax", "eplb_jax")
@@ -69,7 +69,7 @@ def test_only_the_style_names_colours():
         for path in modules
         if (colours := colours_in(path.read_text()))
     }
-    assert set(found) == {"dualpipe_jax/style.py"}, found
+    assert set(found) == {"eplb_jax/style.py"}, found
 
 
 def test_a_figure_changes_nothing_global():

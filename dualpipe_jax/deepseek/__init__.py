@@ -1,8 +1,14 @@
-"""A DeepSeek-V3-style model for the training job: where both packages meet."""
+"""A DeepSeek-V3-style model for the training job, and a small server of it.
 
-from dualpipe_jax.deepseek.balancing import EplbConfig
-from dualpipe_jax.deepseek.config import DeepSeekConfig
-from dualpipe_jax.deepseek.model import DeepSeek
-from dualpipe_jax.deepseek.serve.config import ServeConfig
+Imports: deepseek.model, deepseek.serve.
+"""
 
-__all__ = ["DeepSeek", "DeepSeekConfig", "EplbConfig", "ServeConfig"]
+from dualpipe_jax.deepseek.model import DeepSeek, DeepSeekConfig, EplbConfig
+from dualpipe_jax.deepseek.serve import ServeConfig
+
+__all__ = [
+    "DeepSeek",
+    "DeepSeekConfig",
+    "EplbConfig",
+    "ServeConfig",
+]

@@ -1,14 +1,29 @@
-"""The training job: a config, real text, one jitted pipelined step, and its loop."""
+"""The training job: a config, real text, one jitted pipelined step, and its loop.
+
+A step's call chain: `loop` (the job), `step` (the jitted programs), `model` (what a
+model is), then `executor`.
+
+Imports: schedules, schedules.generators, lowering, pictures, executor, gpu.overlap,
+profiles.
+"""
 
 try:
+    from dualpipe_jax.train import distributed as distributed
+    from dualpipe_jax.train.checkpoint import Checkpoints as Checkpoints
     from dualpipe_jax.train.config import (
+        AXES as AXES,
         OptimizerConfig,
+        StepConfig as StepConfig,
         TrainConfig,
+        load_as as load_as,
         load_config,
     )
     from dualpipe_jax.train.data import Text, load_text
+    from dualpipe_jax.train.distributed import on_host as on_host
     from dualpipe_jax.train.loop import Result, train
+    from dualpipe_jax.train.mesh import ask_for_devices as ask_for_devices
     from dualpipe_jax.train.model import ModelConfig, PipelineModel
+    from dualpipe_jax.train.report import write_report as write_report
     from dualpipe_jax.train.state import TrainState
     from dualpipe_jax.train.step import Programs, make_programs
 except ModuleNotFoundError as error:

@@ -15,14 +15,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dualpipe_jax.train import distributed
-from dualpipe_jax.train._barrier import Barrier
-from dualpipe_jax.train._integrity import (
-    DamagedError,
-    checksums,
-    describe,
-    seal,
-    unseal,
-)
+from dualpipe_jax.train.barrier import Barrier
+from dualpipe_jax.train.integrity import DamagedError, checksums, describe, seal, unseal
 
 Plan = Callable[[dict[str, Any]], tuple[Any, Callable[[Any], Any]]]
 

@@ -18,9 +18,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jax.sharding import Mesh
 
-from dualpipe_jax.generators.names import SCHEDULES
-from dualpipe_jax.schedule import Schedule
+from dualpipe_jax.schedules import Schedule
+from dualpipe_jax.schedules.generators import SCHEDULES
 from dualpipe_jax.train.model import ModelConfig
+from eplb_jax import lookup
 
 AXES = ("pp", "dp", "ep")
 Config = TypeVar("Config")
@@ -168,11 +169,7 @@ class TrainConfig:
 
     def lower_step(self, mesh: Mesh) -> Any:
         """The train step, lowered for the devices of a mesh."""
-        from dualpipe_jax.train.step import make_programs
-
-        programs = make_programs(self, mesh)
-        tokens = programs.abstract_tokens
-        return programs.train_step.lower(programs.abstract_state, tokens, tokens)
+        return lookup.find("dualpipe_jax.train.step:lower_step")(self, mesh)
 
     def to_json(self) -> str:
         """The configuration as readable text; functions are given by their name."""

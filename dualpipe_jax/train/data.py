@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dualpipe_jax.train._shuffle import mix, permuted
+from dualpipe_jax.train.shuffle import mix, permuted
 
 # Not part of the library's source proper, or not on every machine.
 _STDLIB_EXCLUDED = frozenset(

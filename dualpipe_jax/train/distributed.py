@@ -14,7 +14,7 @@ import numpy as np
 from jax._src import distributed  # jax has no public name for its state
 from jax.experimental import multihost_utils
 
-from dualpipe_jax.train import _rendezvous
+from dualpipe_jax.train import rendezvous as _rendezvous
 
 PyTree = Any
 

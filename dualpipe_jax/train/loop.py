@@ -19,14 +19,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from dualpipe_jax import show
+from dualpipe_jax import pictures
 from dualpipe_jax.lowering import lower
-from dualpipe_jax.simulator import simulate
+from dualpipe_jax.schedules import simulate
 from dualpipe_jax.train import data, distributed
-from dualpipe_jax.train._profiler import StepProfiler
 from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
+from dualpipe_jax.train.profiler import StepProfiler
 from dualpipe_jax.train.progress import TrainProgress
 from dualpipe_jax.train.report import LiveReport
 from dualpipe_jax.train.state import TrainState
@@ -130,7 +130,7 @@ def train(
         if main:
             (folder / "config.json").write_text(config.to_json() + "\n")
             for suffix in ("svg", "png"):
-                show.save(timeline, folder / f"schedule.{suffix}")
+                pictures.save(timeline, folder / f"schedule.{suffix}")
 
         with _stop_signals() as received:
             started = time.perf_counter()

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dualpipe_jax import style
+from eplb_jax import style
 
 
 class MetricsLog:

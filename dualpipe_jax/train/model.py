@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from dualpipe_jax.params import PipelineParams
-from dualpipe_jax.schedule import Schedule
+from dualpipe_jax.executor import PipelineParams
+from dualpipe_jax.schedules import Schedule
 
 PyTree = Any
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import optax
 
-from dualpipe_jax.params import PipelineParams
+from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train.config import OptimizerConfig
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dualpipe_jax.train import _page, _report_overlap
-from dualpipe_jax.train._charts import Line, heatmap, line_chart
+from dualpipe_jax.train import page as _page, report_overlap as _report_overlap
+from dualpipe_jax.train.charts import Line, heatmap, line_chart
 from dualpipe_jax.train.metrics import read_metrics
 
 FILE, FACTS = "report.html", "run.json"

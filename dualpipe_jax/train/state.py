@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax.params import PipelineParams, map_specs
+from dualpipe_jax.executor import PipelineParams, map_specs
 from dualpipe_jax.train.mesh import DATA_AXES
 
 P = PartitionSpec

@@ -14,14 +14,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax.overlap.compiling import compile_for, options_here
-from dualpipe_jax.pipeline import (
+from dualpipe_jax.executor import (
     PipelineBuffers,
     PipelineParams,
     pipeline_forward,
     pipeline_value_and_grad,
 )
-from dualpipe_jax.schedule import Schedule
+from dualpipe_jax.gpu.overlap import compile_for, options_here
+from dualpipe_jax.schedules import Schedule
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.mesh import BATCH, DATA_AXES, make_mesh
 from dualpipe_jax.train.model import PipelineModel
@@ -282,6 +282,13 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         vocab_size=model.vocab_size,
         description=model.description,
     )
+
+
+def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The train step of a config, lowered for the devices of a mesh."""
+    programs = make_programs(config, mesh)
+    tokens = programs.abstract_tokens
+    return programs.train_step.lower(programs.abstract_state, tokens, tokens)
 
 
 def _is_params(node: Any) -> bool:

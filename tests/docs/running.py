@@ -11,8 +11,8 @@ import sys
 
 import jax
 
-import dualpipe_jax.cli
-import eplb_jax.cli
+import dualpipe_jax.commands.main
+import eplb_jax.commands.main
 from tests.docs.blocks import ROOT, blocks_of, commands_of
 
 # Commands that need machines, or more minutes than a test has; their arguments are
@@ -28,10 +28,10 @@ NOT_RUN = {
 # Cheap ones, which start no threads and change no setting of jax.
 _IN_PROCESS = {
     "dualpipe_jax": (
-        dualpipe_jax.cli,
+        dualpipe_jax.commands.main,
         {"schedule", "simulate", "choose", "trace", "report"},
     ),
-    "eplb_jax": (eplb_jax.cli, {"rebalance", "replay"}),
+    "eplb_jax": (eplb_jax.commands.main, {"rebalance", "replay"}),
 }
 # Of commands that measure: what differs from run to run.
 _MEASURES = re.compile(r" (train|serve) |^make ")

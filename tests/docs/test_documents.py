@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import yaml
 
-from dualpipe_jax import cli
+from dualpipe_jax.commands import main as cli
 from dualpipe_jax.train.config import StepConfig, load_as
 from tests.docs import training
 from tests.docs.blocks import (

@@ -6,7 +6,9 @@ import shlex
 
 import pytest
 
-from dualpipe_jax import cli, dualpipe, show
+from dualpipe_jax import dualpipe
+from dualpipe_jax.commands import main as cli
+from dualpipe_jax.pictures import show
 from tests.docs.blocks import DOCUMENTS, ROOT, prose_of, read
 
 README = read("README.md")

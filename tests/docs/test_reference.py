@@ -11,7 +11,7 @@ import eplb_jax
 from tests.docs.blocks import ROOT
 
 # They list what the modules beside them use too.
-SHARED = {"dualpipe_jax.memory", "dualpipe_jax.schedule"}
+SHARED = {"dualpipe_jax.gpu.memory", "dualpipe_jax.schedules.schedule"}
 
 
 def public_modules():

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dualpipe_jax import cli, dualpipe
+from dualpipe_jax import dualpipe
+from dualpipe_jax.commands import main as cli
 from dualpipe_jax.train import loop
 from tests.train import tiny
 

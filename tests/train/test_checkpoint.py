@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dualpipe_jax.train import _integrity
+from dualpipe_jax.train import integrity as _integrity
 from dualpipe_jax.train.checkpoint import Checkpoints
 
 # Of orbax's threads and tasks, only one gets to raise; the others' errors are left.

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dualpipe_jax import cli
-from dualpipe_jax.train import _rendezvous, distributed
+from dualpipe_jax.commands import main as cli
+from dualpipe_jax.train import distributed, rendezvous as _rendezvous
 from tests.train import tiny
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from dualpipe_jax import lower, read_trace, simulate
-from dualpipe_jax.trace.events import read_events
-from dualpipe_jax.trace.report import find_trace
+from dualpipe_jax.profiles.events import read_events
+from dualpipe_jax.profiles.report import find_trace
 from dualpipe_jax.train import Text, data, loop, train
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from tests.train import cheap
@@ -285,7 +285,7 @@ def test_a_profiler_that_fails_ends_no_run(tmp_path, monkeypatch):
     def full(folder, *compiled):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dualpipe_jax.train._profiler.profile", full)
+    monkeypatch.setattr("dualpipe_jax.train.profiler.profile", full)
     result, printed = run(tmp_path / "run", profile_steps=2)
     assert (result.step, result.save_failure) == (8, None)
     assert "no profile is taken: No space left on device" in printed
@@ -297,7 +297,7 @@ def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
         yield
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dualpipe_jax.train._profiler.profile", full)
+    monkeypatch.setattr("dualpipe_jax.train.profiler.profile", full)
     result, printed = run(tmp_path / "run", profile_steps=2)
     assert (result.step, result.save_failure) == (8, None)
     assert "the profile was not written: No space left on device" in printed

@@ -13,9 +13,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from dualpipe_jax import cli, dualpipe, show, style
+from dualpipe_jax import dualpipe
+from dualpipe_jax.commands import main as cli
+from dualpipe_jax.pictures import show
 from dualpipe_jax.train import report
 from dualpipe_jax.train.report import LiveReport, report_html, write_report
+from eplb_jax import style
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "deepseek_v3_train_trace.json.gz"
 RELOAD = '<meta http-equiv="refresh"'
@@ -349,7 +352,7 @@ def test_overlap_that_was_measured(tmp_path):
     assert "The profile cannot be read: " in report_html(folder)
     shutil.copy(PUBLISHED, folder / "profile" / "host.trace.json.gz")
     page = Page(report_html(folder))
-    # What DeepSeek's published trace comes to: see tests/trace/test_published.py.
+    # What DeepSeek's published trace comes to: see tests/profiles/test_published.py.
     assert "Measured: 96.3% of 113.4 ms communication hidden, devices compute in " in (
         " ".join(text for text in page.said if text.startswith("Measured"))
     )

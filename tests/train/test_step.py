@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dualpipe_jax import PipelineParams
-from dualpipe_jax.train import make_programs
-from dualpipe_jax.train import step as step_module
+from dualpipe_jax.train import make_programs, step as step_module
 from dualpipe_jax.train.config import OptimizerConfig
 from tests import reference
 from tests.train import tiny

@@ -8,11 +8,9 @@ from typing import Any, Literal, get_args
 
 from jax.sharding import Mesh
 
-from dualpipe_jax.deepseek.config import DeepSeekConfig
-from eplb_jax import ExpertBalancer, ExpertParallel
-from eplb_jax.dispatch import Payload
-from eplb_jax.load import moving_average
-from eplb_jax.mixture import Route
+from dualpipe_jax.deepseek.model import DeepSeekConfig
+from eplb_jax import ExpertBalancer, ExpertParallel, lookup, moving_average
+from eplb_jax.layer import Payload, Route
 
 Phase = Literal["prefill", "decode"]
 
@@ -66,7 +64,7 @@ class ServeConfig:
       prefill_tokens: of one prefill on a device, even; None: as many as
         `prompts_per_device` of the longest ones have.
       route: see `eplb_jax.ExpertParallel`.
-      payload: see `eplb_jax.dispatch.send`.
+      payload: see `eplb_jax.layer.dispatch.send`.
       buffer_factor: see `DeepSeek`; what finds no room counts as zero. None: nothing
         is ever lost.
       rebalance: None: experts stay where they are.
@@ -175,9 +173,7 @@ class ServeConfig:
 
     def lower_step(self, mesh: Mesh) -> Any:
         """The step that `phase` names, lowered for the devices of a mesh."""
-        from dualpipe_jax.deepseek.serve.steps import make_serve_programs
-
-        return make_serve_programs(self, mesh).lower()
+        return lookup.find("dualpipe_jax.deepseek.serve.steps:lower_step")(self, mesh)
 
     @property
     def axis_name(self) -> str | None:

@@ -1,8 +1,9 @@
 """The two forward passes of a server: of whole prompts, and of one token a request.
 
 Plain functions of one microbatch, for use inside `jax.shard_map`. Shape suffixes: see
-`dualpipe_jax.deepseek.config`; here T tokens of a prefill, R rows of it that hold one
-prompt each, C positions of a row, B requests, W numbers that a cache keeps of a token.
+`dualpipe_jax.deepseek.model.config`; here T tokens of a prefill, R rows of it that hold
+one prompt each, C positions of a row, B requests, W numbers that a cache keeps of a
+token.
 """
 
 from __future__ import annotations
@@ -17,13 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from dualpipe_jax.deepseek.layers import Head, Layer
-from dualpipe_jax.deepseek.losses import logits_of
+from dualpipe_jax.deepseek.model import Head, Layer, logits_of
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from eplb_jax import ExpertTables
-from eplb_jax.arrays import take_or_zero
-from eplb_jax.kernels import cross_compiling
-from eplb_jax.mixture import ONE_DEVICE
+from eplb_jax.layer import ONE_DEVICE, cross_compiling
+from eplb_jax.placement import take_or_zero
 
 P = PartitionSpec
 PyTree = Any

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from dualpipe_jax.deepseek.serve.config import ServeConfig
-from dualpipe_jax.train.mesh import ask_for_devices
+from dualpipe_jax.train import ask_for_devices
 
 
 def make_serve_mesh(config: ServeConfig) -> Mesh:

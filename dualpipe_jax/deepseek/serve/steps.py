@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import compat
+from dualpipe_jax.backward import run_interleaved
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.forward import (
     NOWHERE,
@@ -29,8 +30,7 @@ from dualpipe_jax.deepseek.serve.forward import (
 )
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
 from dualpipe_jax.deepseek.serve.weights import initial_params
-from dualpipe_jax.interleaved import run_interleaved
-from dualpipe_jax.overlap.compiling import compile_for
+from dualpipe_jax.gpu.overlap import compile_for
 from eplb_jax import BalancerState, ExpertBalancer, ExpertTables, migrate
 
 P = PartitionSpec
@@ -201,6 +201,11 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
         ),
         move=mapped(steps.move, (over, whole, whole), over, donate_argnums=0),
     )
+
+
+def lower_step(config: ServeConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The step that `config.phase` names, lowered for the devices of a mesh."""
+    return make_serve_programs(config, mesh).lower()
 
 
 @dataclasses.dataclass(frozen=True)

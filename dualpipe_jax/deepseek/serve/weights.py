@@ -13,18 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax.deepseek.balancing import Buffers
-from dualpipe_jax.deepseek.layers import Head, Layer
-from dualpipe_jax.deepseek.model import DeepSeek
+from dualpipe_jax.deepseek.model import (
+    Buffers,
+    DeepSeek,
+    DeepSeekPipeline,
+    Head,
+    Layer,
+    map_with_names,
+    parameters,
+)
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.forward import PARAM_SPECS, ServeParams
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
-from dualpipe_jax.deepseek.stages import DeepSeekPipeline
-from dualpipe_jax.deepseek.trees import map_with_names, parameters
-from dualpipe_jax.params import PipelineParams
-from dualpipe_jax.train.checkpoint import Checkpoints
+from dualpipe_jax.executor import PipelineParams
+from dualpipe_jax.train import Checkpoints
 from eplb_jax import ExpertWeights, rebalance_experts
-from eplb_jax.mixture import ONE_DEVICE
+from eplb_jax.layer import ONE_DEVICE
 
 P = PartitionSpec
 PyTree = Any

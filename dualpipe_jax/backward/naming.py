@@ -1,0 +1,49 @@
+"""Names what a backward pass does for the weights, so that profiles can tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from dualpipe_jax import compat
+from dualpipe_jax.backward.jaxprs import live_vars, map_bodies, scan_closure
+
+SCOPE = "W"
+
+
+def name_weights(jaxpr: Any, is_input_ct: Sequence[bool]) -> Any:
+    """Puts what no input cotangent needs into a `jax.named_scope` of W, at every depth.
+
+    Args:
+      jaxpr: flat, without constants.
+      is_input_ct: for each output, whether the pass goes on with it.
+    """
+    template = _template()
+    needed = live_vars(jaxpr, is_input_ct)
+    eqns = []
+    for eqn in jaxpr.eqns:
+        mask = [v in needed for v in eqn.outvars]
+        if not any(mask):
+            eqn = compat.within_scope(eqn, template)
+        elif not all(mask):
+            if eqn.primitive.name == "scan":
+                mask = scan_closure(eqn, mask)
+            eqn = map_bodies(eqn, lambda body, mask=mask: _body(body, mask))
+        eqns.append(eqn)
+    return compat.new_jaxpr(jaxpr.invars, jaxpr.outvars, eqns, jaxpr)
+
+
+def _body(body: Any, mask: Sequence[bool]) -> Any:
+    return name_weights(compat.open_jaxpr(body)[0], mask)
+
+
+def _template() -> Any:
+    """An equation that stands in the scope."""
+
+    def scoped(x):
+        with jax.named_scope(SCOPE):
+            return x + 1
+
+    return jax.make_jaxpr(scoped)(1).eqns[-1]

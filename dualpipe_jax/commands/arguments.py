@@ -1,0 +1,118 @@
+"""What several commands read from their command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dualpipe_jax.schedules import Costs, Schedule
+from dualpipe_jax.schedules.generators import SCHEDULES
+
+
+def parse_costs(text: str) -> Costs:
+    """Reads `F=97,I=104,...`; what is not named has the default of `Costs`.
+
+    Raises:
+      ValueError: a part is not NAME=NUMBER, or a name is unknown or given twice.
+
+    Examples:
+      >>> parse_costs("F=2,p2p=0.5")
+      Costs(F=2.0, I=1.0, W=1.0, B=2.0, FB=4.0, p2p=0.5)
+    """
+    names = [field.name for field in dataclasses.fields(Costs)]
+    costs: dict[str, float] = {}
+    for name, part, number in read_fields("--costs", text, names):
+        try:
+            costs[name] = float(number)
+        except ValueError:
+            raise ValueError(
+                f"--costs {text!r}: {part!r} has no number; write {name}=1.5."
+            ) from None
+    return Costs(**costs)
+
+
+def read_fields(
+    option: str, text: str, names: Sequence[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Takes `NAME=VALUE,...` apart: yields (name, the part as it stands, value).
+
+    Raises:
+      ValueError: a name is not among `names`, or is given twice.
+    """
+    found: set[str] = set()
+    for part in filter(None, text.split(",")):
+        name, _, value = part.strip().partition("=")
+        if name not in names or name in found:
+            problem = "given twice" if name in found else "unknown"
+            raise ValueError(
+                f"{option} {text!r}: {name!r} is {problem}; give each of "
+                f"{', '.join(names)} at most once."
+            )
+        found.add(name)
+        yield name, part, value
+
+
+def add_lowered(parser: argparse.ArgumentParser) -> None:
+    """Adds `--lowered`."""
+    parser.add_argument(
+        "--lowered",
+        action="store_true",
+        help="simulate the lowered program, with the waits that its permutes cause",
+    )
+
+
+def read_integers(option: str, text: str) -> list[int]:
+    """Reads `16,32`.
+
+    Raises:
+      ValueError: a part is no integer.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} must be such as 16 or 16,32.") from None
+
+
+def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `KIND --ranks P --microbatches M [--costs ...]`."""
+    parser.add_argument(
+        "kind",
+        metavar="KIND",
+        help=f"{', '.join(SCHEDULES)}, or the path of a .csv file",
+    )
+    parser.add_argument("--ranks", metavar="P", type=int, help="size of the pipeline")
+    parser.add_argument(
+        "--microbatches", metavar="M", type=int, help="of one training step"
+    )
+    parser.add_argument(
+        "--costs",
+        default="",
+        metavar="F=97,I=104,...",
+        help="of F, I, W, B (default I+W), FB (default F+B) and p2p; default 1, p2p 0",
+    )
+
+
+def read_schedule(args: argparse.Namespace) -> Schedule:
+    """The schedule that `KIND --ranks P --microbatches M` name.
+
+    Raises:
+      ValueError: it does not exist, or the file is no schedule.
+    """
+    sizes = {"--ranks": args.ranks, "--microbatches": args.microbatches}
+    if args.kind.endswith(".csv"):
+        given = [name for name, size in sizes.items() if size is not None]
+        if given:
+            raise ValueError(f"A CSV has its own sizes; leave out {given[0]}.")
+        path = Path(args.kind)
+        return Schedule.from_csv(path.read_text(encoding="utf-8"), kind=path.stem)
+    if args.kind not in SCHEDULES:
+        raise ValueError(
+            f"KIND={args.kind!r} is unknown; use one of {', '.join(SCHEDULES)}, or a "
+            "path that ends in .csv."
+        )
+    missing = [name for name, size in sizes.items() if size is None]
+    if missing:
+        raise ValueError(f"{args.kind} needs {' and '.join(missing)}.")
+    return SCHEDULES[args.kind](args.ranks, args.microbatches)

@@ -1,0 +1,47 @@
+"""The command `bubbles`: how the schedules' bubbles shrink with more microbatches."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dualpipe_jax.commands.arguments import parse_costs, read_integers
+from dualpipe_jax.pictures import bubble_ratio, bubble_ratios, bubble_table
+from dualpipe_jax.schedules.generators import SCHEDULES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`bubbles --ranks P [--microbatches M,...] [--costs ...] [--out FILE]`."""
+    add = parser.add_argument
+    add("--ranks", metavar="P", type=int, required=True, help="size of the pipeline")
+    add("--microbatches", metavar="M,...", help="default: P to 8P in steps of P/2")
+    add(
+        "--costs",
+        default="",
+        metavar="F=97,I=104,...",
+        help="of F, I, W, B (default I+W), FB (default F+B) and p2p; default 1, p2p 0",
+    )
+    add("--schedules", metavar="NAME,...", help=f"of {', '.join(SCHEDULES)}")
+    add(
+        "--lowered",
+        action="store_true",
+        help="of the lowered programs, with the waits that their permutes cause",
+    )
+    add("--out", metavar="FILE", type=Path, help="draw it: .png, .svg or .pdf")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a table, or draws it."""
+    given = (
+        args.ranks,
+        read_integers("--microbatches", args.microbatches)
+        if args.microbatches
+        else None,
+        parse_costs(args.costs),
+        args.schedules.split(",") if args.schedules else None,
+    )
+    if args.out is not None:
+        bubble_ratio(*given, lowered=args.lowered).savefig(args.out, dpi=150)
+    else:
+        print(bubble_table(bubble_ratios(*given, lowered=args.lowered)))
+    return 0

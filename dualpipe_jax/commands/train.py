@@ -1,0 +1,244 @@
+"""`python -m dualpipe_jax train`: the main job from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import threading
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from dualpipe_jax.schedules.generators import SCHEDULES
+from dualpipe_jax.train import (
+    AXES,
+    Result,
+    TrainConfig,
+    distributed,
+    load_config,
+    load_text,
+    train,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `train` to a command's parser."""
+    parser.add_argument(
+        "config", help="a Python file that defines config(), or a name such as tiny"
+    )
+    parser.add_argument("--steps", type=int, help="train for this many steps in all")
+    parser.add_argument(
+        "--schedule", choices=list(SCHEDULES), help="in place of the config's"
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="pp=4,ep=2",
+        help="sizes of pp, dp and ep in place of the config's, one where not given; a "
+        "run may be resumed on another mesh and schedule",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="files or folders of text (default: the Python standard library's source)",
+    )
+    parser.add_argument("--out", type=Path, help="the run's folder (runs/NAME)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint in the run's folder",
+    )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=2,
+        default=0,
+        metavar="STEPS",
+        help="profile so many steps (2) into the run's folder; `trace FOLDER/profile` "
+        "reads it",
+    )
+    several = parser.add_argument_group(
+        "several processes", "start the same command once per process"
+    )
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, at a free port"
+    )
+    several.add_argument("--num-processes", type=int, metavar="N", help="of the run")
+    several.add_argument(
+        "--process-id", type=int, metavar="I", help="of this process, from 0"
+    )
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="in place of these three: take them from the cluster's environment "
+        "(Slurm, Open MPI, Kubernetes, Cloud TPU)",
+    )
+    several.add_argument(
+        "--connect-timeout",
+        type=float,
+        default=distributed.TIMEOUT_S,
+        metavar="SECONDS",
+        help="until all processes must be there (%(default)g)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the job that `add_arguments` describes.
+
+    Returns:
+      The exit status: 0, also after a signal that was asked to stop; 1 if the loss
+      is not finite any more, or the last checkpoint could not be written.
+
+    Raises:
+      ValueError: bad input, before anything is compiled.
+    """
+    _quieten_orbax()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    config = load_config(args.config)
+    changes: dict[str, Any] = {
+        "num_steps": args.steps,
+        "schedule": args.schedule,
+        "mesh": None if args.mesh is None else parse_mesh(args.mesh),
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = dataclasses.replace(config, **changes)
+    text = load_text(
+        args.data,
+        sequence_length=config.sequence_length,
+        held_out_fraction=config.held_out_fraction,
+    )
+    folder = args.out or Path("runs") / config.name
+    _connect(args)
+    try:
+        result = train(
+            config,
+            text,
+            folder,
+            resume=args.resume,
+            console=console,
+            profile_steps=args.profile,
+        )
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if result.metrics:
+        print(summary(config, result, folder, text.unit))
+    return 1 if result.save_failure else 0
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads `pp=4,ep=2`.
+
+    Raises:
+      ValueError: a part is not AXIS=SIZE, or an axis is unknown or given twice.
+
+    Examples:
+      >>> parse_mesh("pp=4,ep=2")
+      {'pp': 4, 'ep': 2}
+    """
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or axis in mesh or not size.isdecimal():
+            raise ValueError(
+                f"--mesh {text!r}: {part.strip()!r} must be AXIS=SIZE, with each of "
+                f"{', '.join(AXES)} at most once."
+            )
+        mesh[axis] = int(size)
+    return mesh
+
+
+def _connect(args: argparse.Namespace) -> None:
+    given = [args.coordinator, args.num_processes, args.process_id]
+    if args.distributed and any(value is not None for value in given):
+        raise ValueError(
+            "--distributed takes all from the cluster's environment; leave it out, or "
+            "--coordinator, --num-processes and --process-id."
+        )
+    if args.distributed or any(value is not None for value in given):
+        distributed.connect(*given, timeout=args.connect_timeout)
+
+
+def summary(
+    config: TrainConfig, result: Result, folder: Path, unit: str = "byte"
+) -> str:
+    """What a run came to, in a few lines."""
+    done = f"{result.step} of {config.num_steps} steps"
+    if result.stopped_by:
+        done = f"stopped by {result.stopped_by} after {done}; --resume continues"
+    lines = [
+        f"{done} ({result.compile_s:.0f} s to compile, {result.train_s:.0f} s to train)"
+    ]
+    if result.metrics:
+        first, last = result.metrics[0], result.metrics[-1]
+        rates = sorted(record["tokens_per_s"] for record in result.metrics)
+        lines.append(
+            f"loss           {last['loss']:.3f} nats a {unit} "
+            f"(first step {first['loss']:.3f})"
+        )
+        if result.held_out_loss is not None:
+            lines.append(f"held-out loss  {result.held_out_loss:.3f} nats a {unit}")
+        if "balancedness_unplaced" in last:
+            recent = result.metrics[-10:]
+            now, without = (
+                sum(record[name] for record in recent) / len(recent)
+                for name in ("balancedness", "balancedness_unplaced")
+            )
+            lines.append(
+                f"balancedness   {now:.3f} with EPLB, {without:.3f} without "
+                f"(mean of the last {len(recent)} steps)"
+            )
+        lines += [
+            f"tokens/s       {rates[len(rates) // 2]:,.0f} (median)",
+            f"bubble         {last['pipeline_bubble_ratio']:.1%} of the schedule",
+        ]
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    lines.append(f"files          {folder}: checkpoints, {', '.join(names)}")
+    if result.save_failure:
+        lines.append(
+            f"NOT SAVED      the last checkpoint could not be written: "
+            f"{result.save_failure}"
+        )
+    if result.sample is not None:
+        prompt, new = result.sample
+        lines += ["sample         held-out text | what the model makes of it", ""]
+        lines += [f"{prompt}|{new}"]
+    return "\n".join(lines)
+
+
+def _quieten_orbax() -> None:
+    """Leaves the console to what the loop says.
+
+    Orbax logs every file, and every failure with its stack; and after one failure
+    of many that ran at once, Python, asyncio and tensorstore print the others.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+    threadhook = threading.excepthook
+
+    def of_orbax(trace: TracebackType | None) -> bool:
+        frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
+        return any("orbax" in name or "asyncio" in name for name in frames)
+
+    def on_except(kind, error, trace):
+        # Tensorstore prints it so from threads of its own; all else is ours.
+        if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
+            excepthook(kind, error, trace)
+
+    def on_unraisable(unraisable):
+        if not of_orbax(unraisable.exc_traceback):
+            unraisablehook(unraisable)
+
+    def on_thread(args):
+        if not of_orbax(args.exc_traceback):
+            threadhook(args)
+
+    sys.excepthook, sys.unraisablehook = on_except, on_unraisable
+    threading.excepthook = on_thread

@@ -1,0 +1,217 @@
+"""Multi-head latent attention with decoupled rotary positions.
+
+DeepSeek-V3 report (arXiv:2412.19437), section 2.1.1; its names for the matrices are
+given in brackets. Shape suffixes: see `dualpipe_jax.deepseek.model.config`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dualpipe_jax.deepseek.model.config import DeepSeekConfig
+from eplb_jax.layer import load_tokamax, on_cuda
+
+
+def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), neighbours as pairs.
+
+    Args:
+      x_BTHR: [batch, sequence, heads, R], R even.
+      positions_BT: [batch, sequence] int32.
+      base: the slowest pair turns by about 1 / base a position.
+
+    Returns:
+      Like `x_BTHR`; angles are taken in float32.
+
+    Examples:
+      >>> x = jnp.ones((1, 2, 1, 2))
+      >>> rotate(x, jnp.array([[0, 1]]), 10_000.0)[0, :, 0].round(3).tolist()
+      [[1.0, 1.0], [-0.30..., 1.38...]]
+    """
+    half = x_BTHR.shape[-1] // 2
+    frequency = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    pairs = x_BTHR.astype(jnp.float32).reshape(*x_BTHR.shape[:-1], half, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return turned.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
+
+
+def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array:
+    """Causal softmax attention; keys and values may differ in width.
+
+    The probabilities, which grow with the square of the sequence, are computed again in
+    the backward pass. Compiled for CUDA with tokamax installed, its flash attention
+    (arXiv:2205.14135) does the work, and they never reach memory.
+
+    Args:
+      q_BTHK: [batch, sequence, heads, K].
+      k_BTHK: the same.
+      v_BTHV: [batch, sequence, heads, V].
+
+    Returns:
+      [batch, sequence, heads, V]; the softmax is taken in float32.
+
+    Examples:
+      >>> x = jnp.ones((1, 3, 2, 4))
+      >>> attend(x, x, jnp.arange(3.0).reshape(1, 3, 1, 1) * x).round(1)[0, :, 0, 0]
+      Array([0. , 0.5, 1. ], dtype=float32)
+    """
+    return on_cuda(_by_kernel, _by_xla, q_BTHK, k_BTHK, v_BTHV, keep=True)
+
+
+def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    tokamax = load_tokamax()
+    return tokamax.dot_product_attention(
+        q, k, v, is_causal=True, implementation="triton"
+    )
+
+
+# What AD keeps are the arguments.
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+def _by_xla(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array:
+    scores_BHTS = jnp.einsum(
+        "bthk,bshk->bhts", q_BTHK, k_BTHK, preferred_element_type=jnp.float32
+    )
+    scores_BHTS = scores_BHTS / math.sqrt(q_BTHK.shape[-1])
+    position_T = jnp.arange(q_BTHK.shape[1], dtype=jnp.int32)
+    is_past_TS = position_T[:, None] >= position_T[None]
+    scores_BHTS = jnp.where(is_past_TS[None, None], scores_BHTS, -jnp.inf)
+    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BTHV.dtype)
+    return jnp.einsum("bhts,bshv->bthv", weights_BHTS, v_BTHV)
+
+
+class LatentAttention(nnx.Module):
+    """Causal multi-head latent attention.
+
+    Attributes:
+      q_down, q_norm, q_up: the queries' compression (W^DQ, W^UQ with W^QR); without
+        compression there is `q_up` alone, from the residual stream.
+      kv_down: to the latent, and to the one key with a position that all heads share
+        (W^DKV with W^KR).
+      kv_norm: of the latent.
+      kv_up: from the latent to each head's key and value (W^UK with W^UV).
+      out: from the heads' values to the residual stream (W^O).
+    """
+
+    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        linear = functools.partial(
+            nnx.LinearGeneral,
+            use_bias=False,
+            kernel_init=nnx.initializers.truncated_normal(stddev=c.init_std),
+            rngs=rngs,
+        )
+        norm = functools.partial(nnx.RMSNorm, epsilon=c.norm_epsilon, rngs=rngs)
+        heads = (c.num_heads, c.head_dim)
+        self.q_down = nnx.data(linear(c.dim, c.q_rank) if c.q_rank else None)
+        self.q_norm = nnx.data(norm(c.q_rank) if c.q_rank else None)
+        self.q_up = linear(c.q_rank or c.dim, heads)
+        self.kv_down = linear(c.dim, c.kv_rank + c.rope_dim)
+        self.kv_norm = norm(c.kv_rank)
+        self.kv_up = linear(c.kv_rank, (c.num_heads, c.nope_dim + c.value_dim))
+        self.out = linear((c.num_heads, c.value_dim), c.dim, axis=(-2, -1))
+
+    def compress(self, x: jax.Array) -> jax.Array:
+        """What queries come from, [..., q_rank]; `x` itself without compression."""
+        if self.q_down is None or self.q_norm is None:
+            return x
+        return self.q_norm(self.q_down(x))
+
+    def queries(self, compressed_BTQ: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """[batch, sequence, heads, N + R]: the part without a position comes first."""
+        c = self.config
+        nope, rope = jnp.split(self.q_up(compressed_BTQ), [c.nope_dim], axis=-1)
+        rope = rotate(rope, positions_BT, c.rope_base)
+        return jnp.concatenate([nope, rope], axis=-1)
+
+    def latents(
+        self, x_BTD: jax.Array, positions_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What a cache keeps: [batch, sequence, kv_rank] and [batch, sequence, R]."""
+        c = self.config
+        latent, rope = jnp.split(self.kv_down(x_BTD), [c.kv_rank], axis=-1)
+        rope_BT1R = rotate(rope[:, :, None], positions_BT, c.rope_base)
+        return self.kv_norm(latent), rope_BT1R[:, :, 0]
+
+    def mix(
+        self, q_BTHK: jax.Array, latent_BTL: jax.Array, rope_BTR: jax.Array
+    ) -> jax.Array:
+        """Each head's values, of what is no later: [batch, sequence, heads, V].
+
+        Args:
+          q_BTHK: see `queries`.
+          latent_BTL: see `latents`, of the same positions.
+          rope_BTR: the same.
+        """
+        c = self.config
+        nope, v_BTHV = jnp.split(self.kv_up(latent_BTL), [c.nope_dim], axis=-1)
+        rope = jnp.broadcast_to(rope_BTR[:, :, None], (*nope.shape[:3], c.rope_dim))
+        return attend(q_BTHK, jnp.concatenate([nope, rope], axis=-1), v_BTHV)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        batch, sequence, _ = x_BTD.shape
+        positions_BT = jnp.broadcast_to(
+            jnp.arange(sequence, dtype=jnp.int32)[None], (batch, sequence)
+        )
+        q_BTHK = self.queries(self.compress(x_BTD), positions_BT)
+        return self.out(self.mix(q_BTHK, *self.latents(x_BTD, positions_BT)))
+
+    def decode(
+        self, x_BD: jax.Array, positions_B: jax.Array, cache_BSW: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """One more token of each sequence, whose past is in a cache.
+
+        Keys and values are never made: what would make them is absorbed into the
+        queries and into the output (section 2.1.1 and arXiv:2405.04434, section 2.1.2).
+
+        Args:
+          x_BD: [batch, D].
+          positions_B: [batch] int32, of these tokens.
+          cache_BSW: [batch, positions, kv_rank + R], see `latents`.
+
+        Returns:
+          outputs: [batch, D].
+          cache: with the tokens' latents.
+        """
+        c = self.config
+        position_B1 = positions_B[:, None]
+        q_BHK = self.queries(self.compress(x_BD[:, None]), position_B1)[:, 0]
+        new_BW = jnp.concatenate(self.latents(x_BD[:, None], position_B1), axis=-1)[
+            :, 0
+        ]
+        batch_B = jnp.arange(len(x_BD), dtype=jnp.int32)
+        cache_BSW = cache_BSW.at[batch_B, positions_B].set(
+            new_BW.astype(cache_BSW.dtype),
+            unique_indices=True,
+            mode="promise_in_bounds",
+            wrap_negative_indices=False,
+        )
+        up_LHN, up_LHV = jnp.split(
+            self.kv_up.kernel[...].astype(x_BD.dtype), [c.nope_dim], axis=-1
+        )
+        nope_BHN, rope_BHR = jnp.split(q_BHK, [c.nope_dim], axis=-1)
+        q_BHL = jnp.einsum("bhn,lhn->bhl", nope_BHN, up_LHN)
+        q_BHW = jnp.concatenate([q_BHL, rope_BHR], axis=-1)
+        scores_BHS = jnp.einsum(
+            "bhw,bsw->bhs", q_BHW, cache_BSW, preferred_element_type=jnp.float32
+        )
+        position_S = jnp.arange(cache_BSW.shape[1], dtype=jnp.int32)
+        is_past_BS = position_S[None] <= position_B1
+        scores_BHS = jnp.where(
+            is_past_BS[:, None], scores_BHS / math.sqrt(c.head_dim), -jnp.inf
+        )
+        weights_BHS = jax.nn.softmax(scores_BHS, axis=-1).astype(cache_BSW.dtype)
+        # Of the whole cache: what is cut off is an eighth of the product, and cutting
+        # it off before would copy the cache.
+        mixed_BHW = jnp.einsum("bhs,bsw->bhw", weights_BHS, cache_BSW)
+        v_BHV = jnp.einsum("bhl,lhv->bhv", mixed_BHW[..., : c.kv_rank], up_LHV)
+        return self.out(v_BHV), cache_BSW

@@ -1,0 +1,159 @@
+"""A transformer layer, the output head and the multi-token prediction module.
+
+DeepSeek-V3 report (arXiv:2412.19437), sections 2.1 and 2.2. Shape suffixes: see
+`dualpipe_jax.deepseek.model.config`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dualpipe_jax.deepseek.model.attention import LatentAttention
+from dualpipe_jax.deepseek.model.config import DeepSeekConfig
+from eplb_jax import ExpertParallel, ExpertTables, ExpertWeights, MoE
+from eplb_jax.layer import MoEStats
+
+
+def _norm(config: DeepSeekConfig, key: jax.Array) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.dim, epsilon=config.norm_epsilon, rngs=nnx.Rngs(key))
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (Shazeer 2020): `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
+        def linear(into: int, out: int) -> nnx.Linear:
+            initial = nnx.initializers.truncated_normal(stddev=config.init_std)
+            return nnx.Linear(into, out, use_bias=False, kernel_init=initial, rngs=rngs)
+
+        self.gate = linear(config.dim, config.dense_hidden)
+        self.up = linear(config.dim, config.dense_hidden)
+        self.down = linear(config.dense_hidden, config.dim)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Layer(nnx.Module):
+    """A pre-norm layer: latent attention, then a dense network or a mixture of experts.
+
+    A pipeline's stages have one structure, so a layer may hold both kinds of
+    feed-forward network; which of them runs is said by which method is called.
+
+    Each part draws its first values from a key of its own, so that they do not depend
+    on what else the layer holds.
+    """
+
+    def __init__(
+        self,
+        config: DeepSeekConfig,
+        parallel: ExpertParallel,
+        *,
+        has_dense: bool,
+        has_moe: bool,
+        key: jax.Array,
+    ):
+        c = config
+        keys = jax.random.split(key, 5)
+        self.attention_norm = _norm(c, keys[0])
+        self.attention = LatentAttention(c, rngs=nnx.Rngs(keys[1]))
+        self.feed_forward_norm = _norm(c, keys[2])
+        self.dense = nnx.data(
+            FeedForward(c, rngs=nnx.Rngs(keys[3])) if has_dense else None
+        )
+        self.moe = nnx.data(
+            MoE(
+                c.dim,
+                c.expert_hidden,
+                num_experts=c.num_experts,
+                k=c.experts_per_token,
+                num_shared=c.num_shared_experts,
+                num_groups=c.num_groups,
+                topk_groups=c.topk_groups,
+                scaling=c.route_scale,
+                parallel=parallel,
+                rngs=nnx.Rngs(keys[4]),
+            )
+            if has_moe
+            else None
+        )
+
+    def attend(self, x_BTD: jax.Array) -> jax.Array:
+        """The attention and the residual stream."""
+        return x_BTD + self.attention(self.attention_norm(x_BTD))
+
+    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+        """The dense network and the residual stream."""
+        assert self.dense is not None
+        return x_BTD + self.dense(self.feed_forward_norm(x_BTD))
+
+    def mix(
+        self, x_BTD: jax.Array, tables: ExpertTables | None
+    ) -> tuple[jax.Array, MoEStats]:
+        """The mixture of experts and the residual stream.
+
+        Args:
+          x_BTD: activations.
+          tables: None: the experts are the device's share of the logical ones; else
+            they are those of its slots.
+        """
+        assert self.moe is not None
+        x = self.feed_forward_norm(x_BTD)
+        if tables is None:
+            y, stats = self.moe(x)
+        else:
+            slots = ExpertWeights(*(leaf[...] for leaf in self.moe.experts))
+            y, stats = self.moe(x, tables, physical=slots)
+        return x_BTD + y, stats
+
+
+class Head(nnx.Module):
+    """The last norm and, unless the embedding serves as one, the output matrix."""
+
+    def __init__(self, config: DeepSeekConfig, key: jax.Array):
+        keys = jax.random.split(key)
+        self.norm = _norm(config, keys[0])
+        shape = (config.dim, config.vocab_size)
+        initial = nnx.initializers.truncated_normal(stddev=config.init_std)
+        self.kernel = nnx.data(
+            None if config.tied else nnx.Param(initial(keys[1], shape))
+        )
+
+
+class NextNext(nnx.Module):
+    """The multi-token prediction module, depth 1: predicts the token after the next.
+
+    It joins what the model knows at a position with the embedding of the next token,
+    runs one more layer, and shares embedding and output matrix with the model
+    (section 2.2, equations 21 to 23).
+    """
+
+    def __init__(
+        self, config: DeepSeekConfig, parallel: ExpertParallel, key: jax.Array
+    ):
+        keys = jax.random.split(key, 5)
+        self.hidden_norm, self.token_norm, self.norm = (
+            _norm(config, key) for key in keys[:3]
+        )
+        shape = (2 * config.dim, config.dim)
+        initial = nnx.initializers.truncated_normal(stddev=config.init_std)
+        self.project = nnx.Param(initial(keys[3], shape))
+        self.layer = Layer(config, parallel, has_dense=False, has_moe=True, key=keys[4])
+
+    def __call__(
+        self, x_BTD: jax.Array, next_BTD: jax.Array, tables: ExpertTables | None
+    ) -> tuple[jax.Array, MoEStats]:
+        """Normalised activations that the output matrix turns into logits.
+
+        Args:
+          x_BTD: what the last layer gave.
+          next_BTD: embeddings of the next tokens.
+          tables: as for `Layer.mix`.
+        """
+        joined = jnp.concatenate(
+            [self.hidden_norm(x_BTD), self.token_norm(next_BTD)], axis=-1
+        )
+        y, stats = self.layer.mix(self.layer.attend(joined @ self.project[...]), tables)
+        return self.norm(y), stats

@@ -1,0 +1,118 @@
+"""The terms of the loss.
+
+Shape suffixes: see `dualpipe_jax.deepseek.model.config`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+# 512 MiB in float32.
+MAX_LOGITS = 2**27
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def add_loss(x: jax.Array, loss: jax.Array, weight: float) -> jax.Array:
+    """`x`, on whose way back the gradient of `weight * loss` is added.
+
+    So a stage contributes to the step's loss without handing a scalar from stage to
+    stage; DeepSeek-V2's published model does the same.
+
+    Args:
+      x: activations.
+      loss: [] float32.
+      weight: its factor in what is differentiated.
+    """
+    del loss, weight
+    return x
+
+
+add_loss.defvjp(
+    lambda x, loss, weight: (x, loss),
+    lambda weight, loss, ct: (ct, jnp.full_like(loss, weight)),
+)
+
+
+def logits_of(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[batch, sequence, vocabulary] float32, of normalised activations."""
+    return jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    *,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy, and the mean square of the log-normaliser.
+
+    Args:
+      hidden: [batch, sequence, dim], normalised activations.
+      kernel: [dim, vocabulary].
+      targets: [batch, sequence] int32.
+      max_logits: see `cross_entropies`.
+
+    Returns:
+      Two [] float32.
+    """
+    return cross_entropies([(hidden, targets)], kernel, max_logits=max_logits)[0]
+
+
+def cross_entropies(
+    sets: Sequence[tuple[jax.Array, jax.Array]],
+    kernel: jax.Array,
+    *,
+    max_logits: int = MAX_LOGITS,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """`cross_entropy` of several sets of tokens, in one pass over the kernel.
+
+    One pass has one gradient of the kernel, where one for each set would be held until
+    they are added: 1.7 GiB each for DeepSeek-V3, in bfloat16.
+
+    Args:
+      sets: of (hidden [batch, sequence, dim], targets [batch, sequence]).
+      kernel: [dim, vocabulary].
+      max_logits: of so many at a time; what the backward pass needs of them is computed
+        again. All of DeepSeek-V3's for one sequence are 2 GiB.
+
+    Returns:
+      For each set two [] float32.
+    """
+    numbers = [targets.size for _, targets in sets]
+    num_tokens, dim = sum(numbers), kernel.shape[0]
+    hidden = jnp.concatenate([hidden.reshape(-1, dim) for hidden, _ in sets])
+    targets = jnp.concatenate([targets.reshape(-1) for _, targets in sets])
+    # [tokens, sets], 1 for the tokens of a set.
+    owner = np.repeat(np.arange(len(sets)), numbers)
+    weights = jnp.asarray(owner[:, None] == np.arange(len(sets)), jnp.float32)
+
+    def sums(hidden: jax.Array, targets: jax.Array, weights: jax.Array):
+        logits = logits_of(hidden[None], kernel)[0]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        terms = jnp.stack([losses, jnp.square(normaliser)])
+        return (terms[..., None] * weights[None]).sum(axis=1)
+
+    parts = min(num_tokens, -(-num_tokens * kernel.shape[1] // max_logits))
+    if parts == 1:
+        totals = sums(hidden, targets, weights)
+    else:
+        size = -(-num_tokens // parts)
+
+        def cut(x: jax.Array) -> jax.Array:
+            """In parts, the last one filled up with tokens of no weight."""
+            room = [(0, parts * size - num_tokens), *((0, 0) for _ in x.shape[1:])]
+            return jnp.pad(x, room).reshape(parts, size, *x.shape[1:])
+
+        totals = jax.lax.map(
+            lambda part: jax.checkpoint(sums)(*part),
+            (cut(hidden), cut(targets), cut(weights)),
+        ).sum(axis=0)
+    return [(totals[0, i] / n, totals[1, i] / n) for i, n in enumerate(numbers)]

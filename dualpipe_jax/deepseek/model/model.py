@@ -1,0 +1,113 @@
+"""A DeepSeek-V3-style model and how it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from jax.sharding import Mesh
+
+from dualpipe_jax.deepseek.model.layout import Layout
+from dualpipe_jax.deepseek.model.options import DeepSeekOptions
+from dualpipe_jax.deepseek.model.stages import DeepSeekPipeline, unpipelined
+from dualpipe_jax.planning import Partition, partition_layers
+from dualpipe_jax.schedules import Schedule
+from eplb_jax import ExpertParallel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepSeek(DeepSeekOptions):
+    """A DeepSeek-V3-style model and how it is trained.
+
+    Attributes:
+      architecture: its sizes.
+      compute_dtype: of activations and of the weights that products see; parameters,
+        gradients and the optimizer are float32, and so is the router.
+      eplb: redundant experts, placed anew as the load changes; None: none.
+      bias_update_rate: of the auxiliary-loss-free balancing.
+      balance_loss: factor of the sequence-wise balance loss, alpha.
+      mtp_weight: factor of the multi-token prediction loss, lambda.
+      z_loss: factor of the squared log-normaliser of the output (arXiv:2204.02311).
+      buffer_factor: rows of a device's buffer for the tokens of its experts over the
+        mean; None: room for all that can come. What finds no room counts as zero, and
+        is reported as `overflow`.
+      remat: what the backward pass computes again instead of keeping it: `"attention"`
+        keeps the residual stream and nothing else of an attention, `"experts"` the
+        tokens that came to the experts and nothing of what is inside them; both keep of
+        a layer its input and what was exchanged.
+      payload: `"fp8"` sends tokens to their experts in float8, and keeps them so; see
+        `eplb_jax.layer.dispatch.send`.
+      layer_costs: of each layer, in any unit; None: `DeepSeekConfig.forward_flops`.
+      head_cost: of what stands behind the layers, in the same unit.
+      rank_speeds: of the pipeline's ranks, in any unit; None: all alike.
+      stage_code: what stages of different layers run. `"shared"`: the same, with a
+        branch wherever two of them differ. `"own"`: code for each kind of stage,
+        without branches, inside which exchanges cannot be hidden. It takes longer to
+        compile; where all stages are alike it is the same.
+      max_layers: of a stage, at most. Every rank has room for as many as the longest
+        stage has, so that a better balance may cost memory everywhere.
+    """
+
+    def partition(self, schedule: Schedule, sequence_length: int) -> Partition:
+        """Which layers each stage gets."""
+        arch = self.architecture
+        costs, head_cost = self.layer_costs, self.head_cost
+        if costs is None or head_cost is None:
+            costs = tuple(
+                arch.forward_flops(layer, sequence_length)
+                for layer in range(arch.num_layers)
+            )
+            head_cost = arch.head_flops(sequence_length)
+        return partition_layers(
+            costs,
+            schedule,
+            head_cost=head_cost,
+            speeds=self.rank_speeds,
+            max_layers=self.max_layers,
+        )
+
+    def build(
+        self,
+        schedule: Schedule,
+        mesh: Mesh,
+        *,
+        microbatch_size: int,
+        sequence_length: int,
+    ) -> DeepSeekPipeline:
+        """The model over the stages of `schedule`.
+
+        Args:
+          schedule: the pipeline's.
+          mesh: with the axes pp, dp and ep.
+          microbatch_size: sequences of a microbatch, over dp and ep.
+          sequence_length: tokens of a sequence.
+
+        Raises:
+          ValueError: the layers do not fit the stages, or the experts the ep axis.
+        """
+        partition = self.partition(schedule, sequence_length)
+        devices, num_rows = mesh.shape["ep"], None
+        if self.buffer_factor is not None:
+            tokens = microbatch_size * sequence_length / (mesh.shape["dp"] * devices)
+            mean = tokens * self.architecture.experts_per_token
+            num_rows = math.ceil(self.buffer_factor * mean)
+        parallel = ExpertParallel(
+            axis_name="ep" if devices > 1 else None,
+            num_devices=devices,
+            num_nodes=self.eplb.num_nodes if self.eplb else 1,
+            num_rows=num_rows,
+            payload=self.payload,
+            remat="experts" in self.remat,
+        )
+        return DeepSeekPipeline(
+            model=self,
+            layout=Layout(partition.layers, self.architecture.num_dense_layers),
+            num_microbatches=schedule.num_microbatches,
+            mesh=mesh,
+            parallel=parallel,
+            description=str(partition),
+        )
+
+    def build_unpipelined(self, num_microbatches: int = 1) -> DeepSeekPipeline:
+        """The model as one stage on one device, without redundant experts."""
+        return unpipelined(self, num_microbatches)

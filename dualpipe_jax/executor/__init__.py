@@ -1,0 +1,32 @@
+"""Runs a lowered schedule: one jitted step inside `jax.shard_map`.
+
+A step's call chain: `pipeline` (the public functions), `model` (parameters and buffers
+of one device), `work` (what the user's functions do in a tick), `runner` (the ticks).
+
+Imports: schedules, lowering, backward.
+"""
+
+from dualpipe_jax.executor.footprint import PipelineBuffers, num_bytes as num_bytes
+from dualpipe_jax.executor.params import (
+    PipelineAux,
+    PipelineParams,
+    map_specs as map_specs,
+    microbatch_key,
+    stack_stages,
+)
+from dualpipe_jax.executor.pipeline import (
+    PipelineStep,
+    pipeline_forward,
+    pipeline_value_and_grad,
+)
+
+__all__ = [
+    "PipelineAux",
+    "PipelineBuffers",
+    "PipelineParams",
+    "PipelineStep",
+    "microbatch_key",
+    "pipeline_forward",
+    "pipeline_value_and_grad",
+    "stack_stages",
+]

@@ -1,0 +1,128 @@
+"""What a step keeps on one device, and its dearest task alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dualpipe_jax.executor.model import Model
+from dualpipe_jax.executor.runner import State
+from dualpipe_jax.executor.work import training_work
+from dualpipe_jax.lowering import Kind
+
+PyTree = Any
+P = PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineBuffers:
+    """Bytes on one device that a step keeps from its first tick to its last.
+
+    Attributes:
+      residuals: activation slots, what F keeps for B, or for I and W.
+      num_slots: how many they are; P+1 under DualPipe.
+      crossing: slots of the W queue, what I keeps for W beside the residuals.
+      num_weight_slots: how many they are.
+      messages: activations and cotangents on their way between stages.
+      gradients: accumulators of all stages that the rank runs, of embedding and head.
+      parameters: of these stages, embedding and head, as they are computed with.
+      outputs: losses and auxiliary outputs.
+
+    Examples:
+      >>> PipelineBuffers(40, 5, 9, 3, 2, 8, 4, 1).total
+      64
+    """
+
+    residuals: int
+    num_slots: int
+    crossing: int
+    num_weight_slots: int
+    messages: int
+    gradients: int
+    parameters: int
+    outputs: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(vars(self).values()) - self.num_slots - self.num_weight_slots
+
+
+def buffers_of(model: Model, params, inputs, targets, key) -> PipelineBuffers:
+    """The bytes of a training model's buffers; arguments as those of `Model.call`."""
+    state, chunks = _shapes(model, params, inputs, targets, key)
+    return PipelineBuffers(
+        residuals=num_bytes(state.residuals),
+        num_slots=model.program.num_slots,
+        crossing=num_bytes(state.queue),
+        num_weight_slots=model.program.num_weight_slots,
+        messages=num_bytes(state.messages),
+        gradients=num_bytes((state.stage_grads, state.embed_grads, state.head_grads)),
+        parameters=num_bytes(chunks),
+        outputs=num_bytes((state.outputs, state.stage_aux, state.loss_aux)),
+    )
+
+
+def lower_task(model: Model, params, inputs, targets, key) -> Any:
+    """The dearest task of a training model alone, as a `jax.stages.Lowered`.
+
+    It takes the buffers and gives them back in place, so that the temporaries of what
+    is compiled are the task's working set.
+    """
+    program = model.program
+    kind = _dearest(program.kinds)
+    number = program.kinds.index(kind)
+    tick = int(np.argmax((program.table.kind == number).sum(1)))
+
+    def body(params, inputs, targets, key, state, chunks):
+        ready = model.prepare(training_work, params, inputs, targets, key)
+        runner = ready.runner
+        runner.chunks = chunks[0]
+        row = runner.row(jnp.int32(tick))
+        return runner.tasks(number, np.array([tick]), row, state)
+
+    def placed(tree: PyTree, specs: PyTree) -> PyTree:
+        def place(spec: PartitionSpec, part: PyTree) -> PyTree:
+            sharding = NamedSharding(model.mesh, spec)
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                part,
+            )
+
+        return jax.tree.map(place, specs, tree, is_leaf=lambda s: isinstance(s, P))
+
+    held = placed(_shapes(model, params, inputs, targets, key), P())
+    params = placed(params, model.specs_of(params))
+    inputs, targets = (placed(tree, model.batch_spec) for tree in (inputs, targets))
+    run = jax.jit(model.mapped(body, P()), donate_argnums=4)
+    return run.lower(params, inputs, targets, key, *held)
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Bytes of a tree's arrays, or of arrays of its shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _shapes(model: Model, params, inputs, targets, key) -> tuple[State, PyTree]:
+    """One device's part of the state, and of what it computes with."""
+    model.check(params, inputs, targets)
+
+    def body(params, inputs, targets, key):
+        ready = model.prepare(training_work, params, inputs, targets, key)
+        return ready.state, (ready.runner.chunks, params.embed, params.head)
+
+    # A result that is told to be the same everywhere has the shape that it has here.
+    run = model.mapped(body, P())
+    return jax.eval_shape(run, params, inputs, targets, key)
+
+
+def _dearest(kinds: tuple[Kind, ...]) -> Kind:
+    """A pair if there is one, else a whole backward, else its first half."""
+    return max(kinds, key=lambda kind: (len(kind), *(op in dict(kind) for op in "BI")))

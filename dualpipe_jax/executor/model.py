@@ -1,0 +1,275 @@
+"""A user's model on a mesh: what goes into `jax.shard_map`, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dualpipe_jax import compat
+from dualpipe_jax.executor import checks as _checks
+from dualpipe_jax.executor.exchange import Exchange
+from dualpipe_jax.executor.params import PipelineAux, PipelineParams, map_specs
+from dualpipe_jax.executor.runner import Runner, State
+from dualpipe_jax.executor.work import Functions, forward_work, training_work
+from dualpipe_jax.lowering import Program
+
+PyTree = Any
+P = PartitionSpec
+
+
+class Outputs(NamedTuple):
+    """What one call gives.
+
+    Attributes:
+      outputs: losses [num_microbatches]; of a forward-only program the last stage's
+        outputs, leaves [num_microbatches, microbatch, ...].
+      aux: auxiliary outputs, or None.
+      grads: gradients, in training.
+    """
+
+    outputs: PyTree
+    aux: PyTree
+    grads: PyTree
+
+
+class Prepared(NamedTuple):
+    """What one device runs, with the state that it starts from.
+
+    Attributes:
+      runner: runs it.
+      state: buffers, with zeros in gradients and sums.
+      exchange: between the stages that a rank owns and those that it runs.
+    """
+
+    runner: Runner
+    state: State
+    exchange: Exchange
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """The user's functions, a program, and how arrays lie on the mesh.
+
+    The fields are the arguments of `pipeline_value_and_grad`, the schedule lowered;
+    without a `loss_fn` the model runs forward only.
+    """
+
+    stage_fn: Callable[..., PyTree] | Sequence[Callable[..., PyTree]]
+    embed_fn: Callable[..., PyTree] | None
+    loss_fn: Callable[..., Any] | None
+    program: Program
+    mesh: Mesh
+    axis_name: str
+    data_axes: tuple[str, ...]
+    param_specs: PipelineParams
+    tied: bool = False
+    aux_reduction: str = "sum"
+    accumulate_dtype: Any = jnp.float32
+
+    @functools.cached_property
+    def variants(self) -> tuple[tuple[Callable[..., PyTree], ...], tuple[int, ...]]:
+        """The functions of stages, each once, and the number of each stage's."""
+        if callable(self.stage_fn):
+            return (self.stage_fn,), (0,) * self.program.schedule.num_stages
+        # Compared, not hashed: methods are made anew, and modules may have no hash.
+        found: list[Callable[..., PyTree]] = []
+        for fn in self.stage_fn:
+            if fn not in found:
+                found.append(fn)
+        return tuple(found), tuple(found.index(fn) for fn in self.stage_fn)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The mesh axes other than the pipeline's."""
+        return tuple(a for a in self.mesh.axis_names if a != self.axis_name)
+
+    def call(self, params, inputs, targets, key) -> Outputs:
+        """Runs the program on the whole mesh; global arrays in and out."""
+        self.check(params, inputs, targets)
+        if self.loss_fn is None:
+            forward = self.mapped(self._forward, self.batch_spec)
+            return Outputs(forward(params, inputs, targets, key), None, None)
+        aux = PipelineAux(P(self.axis_name), P())
+        train = self.mapped(self._train, Outputs(P(), aux, self.specs_of(params)))
+        out = train(params, inputs, targets, key)
+        stages, loss = out.aux
+        if stages is None or loss is None:
+            out = out._replace(aux=loss if stages is None else stages)
+        return out
+
+    def check(self, params, inputs, targets) -> None:
+        """Raises a ValueError for arguments of `call` that do not fit."""
+        schedule = self.program.schedule
+        _checks.check_params(params, schedule)
+        _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
+
+    @property
+    def batch_spec(self) -> PartitionSpec:
+        """How inputs and targets lie."""
+        return P(None, self.data_axes) if self.data_axes else P()
+
+    def mapped(self, body: Callable, out_specs: PyTree) -> Callable:
+        """`body(params, inputs, targets, key, *rest)` of one device, for the mesh.
+
+        All in `rest` is replicated.
+        """
+        batch = self.batch_spec
+
+        def call(params, inputs, targets, key, *rest):
+            specs = self.specs_of(params)
+            run = jax.shard_map(
+                body,
+                mesh=self.mesh,
+                in_specs=(specs, batch, batch, P(), *(P() for _ in rest)),
+                out_specs=out_specs,
+                # Every value here is one device's own. The gradients of what is
+                # replicated are summed once, at the end, and not by AD in each tick.
+                check_vma=False,
+            )
+            params = self._place(params, specs)
+            inputs, targets = (self._place(tree, batch) for tree in (inputs, targets))
+            return run(params, inputs, targets, key, *rest)
+
+        return call
+
+    def _place(self, tree: PyTree, specs: PyTree) -> PyTree:
+        """Where axes are Explicit, arrays must have the layout that they are told."""
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return tree
+        return jax.tree.map(
+            lambda spec, part: jax.tree.map(
+                lambda leaf: jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec)),
+                part,
+            ),
+            specs,
+            tree,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+
+    def specs_of(self, params: PipelineParams) -> PipelineParams:
+        """How the parameters lie, one spec a leaf."""
+        return map_specs(
+            lambda spec, _: P(*spec), self.param_specs, params, axis_name=self.axis_name
+        )
+
+    def prepare(self, make_work, params, inputs, targets, key) -> Prepared:
+        """On one device; leaves of `params.stages` are [V, ...] here."""
+        rank = lax.axis_index(self.axis_name)
+        exchange = Exchange(self.program, self.axis_name)
+        chunks = exchange.to_chunks(params.stages, rank)
+        if key is not None and self.data_axes:
+            key = jax.random.fold_in(key, lax.axis_index(self.data_axes))
+        stage_fns, variants = self.variants
+        functions = Functions(
+            stage_fns,
+            self.embed_fn,
+            self.loss_fn,
+            self.tied,
+            self.program,
+            key,
+            compat.platform_of(self.mesh),
+        )
+        work, buffers = make_work(functions, params, chunks[0], inputs, targets)
+        state = State(
+            # One message slot more: ranks that receive nothing write there.
+            messages=_slots(buffers.activation, self.program.num_message_slots + 1),
+            residuals=_slots(buffers.residuals, self.program.num_slots),
+            queue=_slots(buffers.crossing, self.program.num_weight_slots),
+            stage_grads=tuple(map(self._zero_grads, chunks)),
+            embed_grads=self._zero_grads(params.embed),
+            head_grads=self._zero_grads(params.head),
+            outputs=_slots(buffers.output, self.program.schedule.num_microbatches),
+            stage_aux=tuple(self._zero_aux(buffers.stage_aux) for _ in chunks),
+            loss_aux=self._zero_aux(buffers.loss_aux),
+        )
+        add_aux = _write_aux if self.aux_reduction == "stack" else _sum_aux
+        runner = Runner(
+            self.program, work, variants, chunks, rank, self.axis_name, add_aux
+        )
+        return Prepared(runner, state, exchange)
+
+    def _forward(self, params, inputs, targets, key) -> PyTree:
+        runner, state, _ = self.prepare(forward_work, params, inputs, targets, key)
+        # Only the rank of the last stage writes; the others hold zeros.
+        return lax.psum(runner.run(state).outputs, self.axis_name)
+
+    def _train(self, params, inputs, targets, key) -> Outputs:
+        runner, state, exchange = self.prepare(
+            training_work, params, inputs, targets, key
+        )
+        state, rank = runner.run(state), runner.rank
+        losses = lax.psum(state.outputs, self.axis_name)
+        grads = PipelineParams(
+            exchange.to_owners(state.stage_grads, rank),
+            lax.psum(state.embed_grads, self.axis_name),
+            lax.psum(state.head_grads, self.axis_name),
+        )
+        if self.beside:
+            losses = lax.pmean(losses, self.beside)
+            grads = jax.tree.map(self._mean_grad, grads, self.specs_of(params))
+        stage_aux = exchange.to_owners(state.stage_aux, rank)
+        aux = PipelineAux(stage_aux, lax.psum(state.loss_aux, self.axis_name))
+        return Outputs(losses, self._reduce_aux(aux), grads)
+
+    def _mean_grad(self, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """The step's loss is the mean over devices: sum copies, divide by devices."""
+        if not jnp.issubdtype(grad.dtype, jnp.inexact):
+            return grad
+        sharded = set(jax.tree.leaves(tuple(spec)))
+        copies = tuple(axis for axis in self.beside if axis not in sharded)
+        total = lax.psum(grad, copies) if copies else grad
+        return total / math.prod(self.mesh.shape[axis] for axis in self.beside)
+
+    def _reduce_aux(self, aux: PipelineAux) -> PipelineAux:
+        if self.data_axes:
+            reduce = lax.psum if self.aux_reduction == "sum" else lax.pmean
+            aux = jax.tree.map(lambda leaf: reduce(leaf, self.data_axes), aux)
+        if self.aux_reduction == "mean":
+            count = self.program.schedule.num_microbatches
+            aux = jax.tree.map(lambda leaf: leaf / count, aux)
+        return PipelineAux(*(tree if jax.tree.leaves(tree) else None for tree in aux))
+
+    def _zero_grads(self, params: PyTree) -> PyTree:
+        if self.loss_fn is None:
+            return None
+        return jax.tree.map(
+            functools.partial(_zero_grad, accumulate_dtype=self.accumulate_dtype),
+            params,
+        )
+
+    def _zero_aux(self, aux: PyTree) -> PyTree:
+        lead = ()
+        if self.aux_reduction == "stack":
+            lead = (self.program.schedule.num_microbatches,)
+        return jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), aux)
+
+
+def _zero_grad(leaf: jax.Array, accumulate_dtype: Any) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(leaf.dtype, accumulate_dtype)
+    return jnp.zeros(leaf.shape, dtype)
+
+
+def _sum_aux(total: PyTree, new: PyTree, microbatch: jax.Array) -> PyTree:
+    del microbatch
+    return jax.tree.map(jnp.add, total, new)
+
+
+def _write_aux(total: PyTree, new: PyTree, microbatch: jax.Array) -> PyTree:
+    return jax.tree.map(
+        lambda t, n: lax.dynamic_update_index_in_dim(t, n, microbatch, 0), total, new
+    )
+
+
+def _slots(tree: PyTree, count: int) -> PyTree:
+    return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), tree)

@@ -1,0 +1,234 @@
+"""The public functions that run a schedule: one jitted step, or its forward alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dualpipe_jax.executor import checks as _checks
+from dualpipe_jax.executor.footprint import PipelineBuffers, buffers_of, lower_task
+from dualpipe_jax.executor.model import Model
+from dualpipe_jax.executor.params import (
+    PipelineAux,
+    PipelineParams,
+    microbatch_key,
+    stack_stages,
+)
+from dualpipe_jax.lowering import lower
+from dualpipe_jax.schedules import Schedule
+
+__all__ = [
+    "PipelineAux",
+    "PipelineBuffers",
+    "PipelineParams",
+    "PipelineStep",
+    "microbatch_key",
+    "pipeline_forward",
+    "pipeline_value_and_grad",
+    "stack_stages",
+]
+
+PyTree = Any
+
+
+class PipelineStep:
+    """Losses and gradients of a pipelined model; see `pipeline_value_and_grad`.
+
+    Calling it compiles on the first call, as a function of `jax.jit` does.
+    """
+
+    def __init__(self, model: Model):
+        self._model = model
+
+        @jax.jit
+        def step(params, inputs, targets, key=None):
+            out = model.call(params, inputs, targets, key)
+            return (out.outputs, out.aux), out.grads
+
+        self._step = step
+
+    def __call__(self, params, inputs, targets, key=None):
+        return self._step(params, inputs, targets, key)
+
+    def lower(self, params, inputs, targets, key=None) -> Any:
+        """The step for arguments of these shapes, as a `jax.stages.Lowered`."""
+        return self._step.lower(params, inputs, targets, key)
+
+    def buffers(self, params, inputs, targets, key=None) -> PipelineBuffers:
+        """What the step keeps on one device from tick to tick, in bytes."""
+        return buffers_of(self._model, params, inputs, targets, key)
+
+    def lower_task(self, params, inputs, targets, key=None) -> Any:
+        """The dearest task alone, with the step's buffers, which it changes in place.
+
+        That is an overlapped pair, where the schedule has any; else a backward. What it
+        needs beside them when compiled is the working set of one task.
+        """
+        return lower_task(self._model, params, inputs, targets, key)
+
+
+def pipeline_value_and_grad(
+    stage_fn: Callable[..., PyTree] | Sequence[Callable[..., PyTree]],
+    loss_fn: Callable[..., Any],
+    *,
+    schedule: Schedule,
+    mesh: Mesh,
+    axis_name: str = "pp",
+    embed_fn: Callable[..., PyTree] | None = None,
+    data_axes: Sequence[str] = (),
+    param_specs: PipelineParams | None = None,
+    tied: bool = False,
+    aux_reduction: str = "sum",
+    accumulate_dtype: Any = jnp.float32,
+) -> PipelineStep:
+    """Losses and gradients of a pipelined model, as one function for `jax.jit`.
+
+    The functions see one microbatch, and run inside `jax.shard_map` over all axes of
+    the mesh: they may use collectives over every axis but `axis_name`. Over the
+    axes beside it the step's loss is the mean of what the devices compute, each from
+    its own part of the microbatch where `data_axes` split it.
+
+    Args:
+      stage_fn: `stage_fn(stage_params, x) -> y` or `(y, aux)`; x and y are pytrees of
+        floating arrays of the same shapes and dtypes. May be `jax.checkpoint`ed.
+        Where stages differ in more than numbers, a function for each stage, all of
+        parameters of one structure; those that are equal (`==`) share their code. What
+        would else be a `lax.cond` is decided when it compiles, so that collectives in
+        it can be hidden; each combination of two that meet on a rank compiles anew.
+      loss_fn: `loss_fn(head_params, y, targets) -> scalar` or `(scalar, aux)`.
+      schedule: which rank does what when.
+      mesh: mesh with the axis `axis_name`, of size `schedule.num_ranks`.
+      axis_name: the pipeline axis.
+      embed_fn: `embed_fn(embed_params, inputs) -> x`; by default x is the input.
+      data_axes: mesh axes that split axis 1 of inputs and targets.
+      param_specs: `PartitionSpec`s (a prefix of the parameters' tree) over axes other
+        than `axis_name`, without the stage axis; by default parameters are
+        replicated over them. A function sees its own shard.
+      tied: `loss_fn` gets `(embed_params, head_params)` as its first argument, and
+        the gradients of both uses of the embedding are summed in `grads.embed`.
+      aux_reduction: `"sum"`, `"mean"` or `"stack"` over microbatches (and sum, mean or
+        mean over `data_axes`), for all auxiliary outputs.
+      accumulate_dtype: gradients are summed over microbatches in this dtype, or in
+        the parameter's own if that is wider, and returned in it.
+
+    Returns:
+      `step(params, inputs, targets, key=None) -> (losses, aux), grads`.
+
+      - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
+      - inputs, targets: pytrees, leaves [num_microbatches, microbatch, ...].
+      - key: with a key, `stage_fn` and `embed_fn` are called with `key=` of their own
+        (see `microbatch_key`; folded with the position along `data_axes`).
+      - losses: [num_microbatches] float32.
+      - aux: what `stage_fn` (leaves [num_stages, ...]) or `loss_fn` returned beside,
+        reduced; a `PipelineAux` if both do, None if none does.
+      - grads: like params, of the mean of losses.
+
+      Beside being called it can be lowered (`step.lower`), tell the bytes that it keeps
+      (`step.buffers`) and lower its dearest task alone (`step.lower_task`).
+
+    Raises:
+      ValueError: the schedule does not fit the mesh, a parameter leaf lacks the stage
+        axis, a stage changes the shape of its input, activations are not floating,
+        the loss is no scalar, and the like; before anything is compiled.
+
+    Examples:
+      >>> from dualpipe_jax import one_f_one_b
+      >>> params = PipelineParams(stages={"w": jnp.ones((2, 4, 4))})
+      >>> step = pipeline_value_and_grad(
+      ...     lambda stage, x: jnp.tanh(x @ stage["w"]),
+      ...     lambda head, y, target: jnp.mean((y - target) ** 2),
+      ...     schedule=one_f_one_b(num_ranks=2, num_microbatches=3),
+      ...     mesh=jax.make_mesh((2,), ("pp",), devices=jax.devices()[:2]),
+      ... )
+      >>> x = jnp.ones((3, 8, 4))
+      >>> (losses, aux), grads = step(params, x, jnp.zeros_like(x))
+      >>> losses.shape, grads.stages["w"].shape
+      ((3,), (2, 4, 4))
+
+    References:
+      DeepSeek-V3 Technical Report, section 3.2.1 (DualPipe).
+    """
+    _checks.check_mesh(schedule, mesh, axis_name, data_axes)
+    _checks.check_stage_fns(stage_fn, schedule)
+    if schedule.is_forward_only:
+        raise ValueError(
+            f"{schedule.kind=} has no backward tasks; use pipeline_forward, or a "
+            "training schedule."
+        )
+    _checks.check_reduction(aux_reduction)
+    model = Model(
+        stage_fn=stage_fn,
+        embed_fn=embed_fn,
+        loss_fn=loss_fn,
+        tied=tied,
+        aux_reduction=aux_reduction,
+        accumulate_dtype=jnp.dtype(accumulate_dtype),
+        program=lower(schedule),
+        mesh=mesh,
+        axis_name=axis_name,
+        data_axes=tuple(data_axes),
+        param_specs=param_specs or PipelineParams(),
+    )
+    return PipelineStep(model)
+
+
+def pipeline_forward(
+    stage_fn: Callable[..., PyTree] | Sequence[Callable[..., PyTree]],
+    *,
+    schedule: Schedule,
+    mesh: Mesh,
+    axis_name: str = "pp",
+    embed_fn: Callable[..., PyTree] | None = None,
+    data_axes: Sequence[str] = (),
+    param_specs: PipelineParams | None = None,
+) -> Callable[..., PyTree]:
+    """The forward pass alone: no gradients, and nothing kept for them.
+
+    Args:
+      stage_fn: as in `pipeline_value_and_grad`; auxiliary outputs are dropped.
+      schedule: its F tasks, in its order.
+      mesh: mesh with the axis `axis_name`, of size `schedule.num_ranks`.
+      axis_name: the pipeline axis.
+      embed_fn: `embed_fn(embed_params, inputs) -> x`; by default x is the input.
+      data_axes: mesh axes that split axis 1 of inputs and of outputs.
+      param_specs: as in `pipeline_value_and_grad`.
+
+    Returns:
+      `forward(params, inputs, key=None) -> outputs`: the last stage's outputs, leaves
+      [num_microbatches, microbatch, ...].
+
+    Raises:
+      ValueError: as `pipeline_value_and_grad`.
+
+    Examples:
+      >>> from dualpipe_jax import gpipe
+      >>> forward = pipeline_forward(
+      ...     lambda stage, x: x + stage,
+      ...     schedule=gpipe(num_ranks=2, num_microbatches=3),
+      ...     mesh=jax.make_mesh((2,), ("pp",), devices=jax.devices()[:2]),
+      ... )
+      >>> print(forward(PipelineParams(jnp.array([1.0, 10.0])), jnp.arange(3.0)))
+      [11. 12. 13.]
+    """
+    _checks.check_mesh(schedule, mesh, axis_name, data_axes)
+    _checks.check_stage_fns(stage_fn, schedule)
+    model = Model(
+        stage_fn=stage_fn,
+        embed_fn=embed_fn,
+        loss_fn=None,
+        program=lower(schedule.forward_only()),
+        mesh=mesh,
+        axis_name=axis_name,
+        data_axes=tuple(data_axes),
+        param_specs=param_specs or PipelineParams(),
+    )
+
+    @jax.jit
+    def forward(params, inputs, key=None):
+        return model.call(params, inputs, (), key).outputs
+
+    return forward

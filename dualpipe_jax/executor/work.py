@@ -1,0 +1,264 @@
+"""From the user's functions to the work of a tick, for one microbatch each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dualpipe_jax.backward import SplitBackward
+from dualpipe_jax.executor import checks as _checks
+from dualpipe_jax.executor.params import PipelineParams, microbatch_key
+from dualpipe_jax.lowering import Program
+
+PyTree = Any
+
+
+def _never(*args):
+    raise NotImplementedError("A forward-only program has no backward task.")
+
+
+class StageWork(NamedTuple):
+    """What the ticks call of the stages that share a function, a variant.
+
+    Each gets and gives values of one microbatch; `stage` is a traced scalar. Variants
+    share the buffers: `residuals` and `crossing` say which arrays of
+    `State.residuals` and of `State.queue` hold what this one keeps.
+    """
+
+    forward: Callable[..., tuple]  # params, x, stage, microbatch -> y, aux, residuals
+    # What a forward-only program lacks:
+    backward: Callable[..., tuple] = _never  # params, residuals, dy -> grads, dx
+    backward_input: Callable[..., tuple] = _never  # the same -> dx, crossing
+    backward_weights: Callable[..., PyTree] = _never  # .., crossing -> grads
+    residuals: tuple[int, ...] = ()
+    crossing: tuple[int, ...] = ()
+
+
+class Work(NamedTuple):
+    """What the ticks call; the executor knows no model beyond these functions."""
+
+    stages: tuple[StageWork, ...]  # one a variant
+    embed: Callable[[jax.Array], PyTree]  # microbatch -> x
+    finish: Callable[..., tuple]  # y, microbatch -> output, aux, head & embed grads, dy
+    # What a forward-only program lacks:
+    # (variant, arguments of its forward), (variant, those of its backward) -> results.
+    pair: Callable[..., tuple] = _never
+    embed_backward: Callable[..., PyTree] | None = None  # dx, microbatch -> grads
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """What the user passed, the key of this step (None without randomness), and where
+    it runs (None: unknown). Of functions of stages each is there once.
+    """
+
+    stage_fns: tuple[Callable[..., PyTree], ...]
+    embed_fn: Callable[..., PyTree] | None
+    loss_fn: Callable[..., Any] | None
+    tied: bool
+    program: Program
+    key: jax.Array | None
+    platform: str | None = None
+
+    def key_of(self, stage: Any, microbatch: jax.Array) -> jax.Array | None:
+        return None if self.key is None else microbatch_key(self.key, stage, microbatch)
+
+    def embed(self, params: PyTree, inputs: PyTree, microbatch: jax.Array) -> PyTree:
+        x = _microbatch(inputs, microbatch)
+        if self.embed_fn is None:
+            return x
+        key = self.key_of(self.program.schedule.num_stages, microbatch)
+        return _with_key(self.embed_fn, key, params, x)
+
+    def loss(self, params: PipelineParams, y: PyTree, targets: PyTree):
+        """The loss of one microbatch, its aux, and the gradients of the mean loss."""
+        loss_fn, tied = self.loss_fn, self.tied
+        assert loss_fn is not None
+
+        def scalar(outer, y):
+            embed, head = outer
+            out = loss_fn((embed, head) if tied else head, y, targets)
+            return out if isinstance(out, tuple) else (out, None)
+
+        outer = (params.embed if tied else None, params.head)
+        loss, pullback, aux = jax.vjp(scalar, outer, y, has_aux=True)
+        share = jnp.asarray(1 / self.program.schedule.num_microbatches, loss.dtype)
+        (embed, head), dy = pullback(share)
+        return loss, aux, head, embed if tied else None, dy
+
+
+class Buffers(NamedTuple):
+    """Shapes of one slot of each buffer, and of the auxiliary outputs.
+
+    Residuals and crossing have room for what any variant of the stages keeps.
+    """
+
+    activation: PyTree
+    residuals: PyTree
+    crossing: PyTree
+    output: PyTree
+    stage_aux: PyTree
+    loss_aux: PyTree
+
+
+def forward_work(
+    functions: Functions, params: PipelineParams, chunk: PyTree, inputs, targets
+) -> tuple[Work, Buffers]:
+    """The work of a program that runs no backward; its output is the last stage's."""
+    del targets
+    x, stages, _ = _trace_stages(functions, params, chunk, inputs)
+
+    def work_of(stage) -> StageWork:
+        def forward(p, x, number, microbatch):
+            y, _ = stage(p, x, functions.key_of(number, microbatch))
+            return y, None, ()
+
+        return StageWork(forward)
+
+    work = Work(
+        stages=tuple(map(work_of, stages)),
+        embed=functools.partial(functions.embed, params.embed, inputs),
+        finish=lambda y, microbatch: (y, None, None, None, None),
+    )
+    return work, Buffers(x, (), (), x, None, None)
+
+
+def training_work(
+    functions: Functions, params: PipelineParams, chunk: PyTree, inputs, targets
+) -> tuple[Work, Buffers]:
+    """The work of a training program: backward in one piece or two, and the loss."""
+    x, stages, stage_aux = _trace_stages(functions, params, chunk, inputs)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    key = jax.eval_shape(functions.key_of, index, index)
+    plans = [
+        SplitBackward.trace(
+            stage, chunk, x, key, has_aux=True, platform=functions.platform
+        )
+        for stage in stages
+    ]
+    residuals, residual_places = _share([plan.residuals for plan in plans])
+    crossing, crossing_places = _share([plan.crossing for plan in plans])
+    loss_aux = _checks.check_loss(
+        jax.eval_shape(
+            functions.loss_fn,  # pyright: ignore[reportArgumentType]
+            (params.embed, params.head) if functions.tied else params.head,
+            x,
+            jax.eval_shape(_microbatch, targets, index),
+        )
+    )
+
+    def inputs_of(x, number, microbatch):
+        return x, functions.key_of(number, microbatch)
+
+    def work_of(plan: SplitBackward, residuals, crossing) -> StageWork:
+        def forward(p, *args):
+            (y, aux), kept = plan.forward(p, *inputs_of(*args))
+            return y, aux, kept
+
+        def backward(*args):
+            grads, cotangents = plan.backward(*args)
+            return grads, cotangents[0]
+
+        def backward_input(*args):
+            cotangents, crossing = plan.backward_input(*args)
+            return cotangents[0], crossing
+
+        return StageWork(
+            forward,
+            backward,
+            backward_input,
+            plan.backward_weights,
+            residuals,
+            crossing,
+        )
+
+    def pair(forward, backward):
+        f, (p, *args) = forward
+        b, backward_args = backward
+        ((y, aux), kept), (grads, cotangents) = plans[f].forward_and_backward(
+            (p, *inputs_of(*args)), backward_args, plans[b]
+        )
+        return (y, aux, kept), (grads, cotangents[0])
+
+    def finish(y, microbatch):
+        loss, *rest = functions.loss(params, y, _microbatch(targets, microbatch))
+        return loss.astype(jnp.float32), *rest
+
+    def embed_backward(dx, microbatch):
+        _, pullback = jax.vjp(
+            lambda p: functions.embed(p, inputs, microbatch), params.embed
+        )
+        return pullback(dx)[0]
+
+    work = Work(
+        stages=tuple(map(work_of, plans, residual_places, crossing_places)),
+        embed=functools.partial(functions.embed, params.embed, inputs),
+        finish=finish,
+        pair=pair,
+        embed_backward=embed_backward if jax.tree.leaves(params.embed) else None,
+    )
+    loss = jax.ShapeDtypeStruct((), jnp.float32)
+    return work, Buffers(x, residuals, crossing, loss, stage_aux, loss_aux)
+
+
+def _share(
+    wanted: list[tuple[jax.ShapeDtypeStruct, ...]],
+) -> tuple[tuple[jax.ShapeDtypeStruct, ...], list[tuple[int, ...]]]:
+    """The fewest arrays that hold the arrays of any one list, and where they stand."""
+    shared: list[jax.ShapeDtypeStruct] = []
+    places = []
+    for structs in wanted:
+        own: list[int] = []
+        for struct in structs:
+            free = (
+                place
+                for place, other in enumerate(shared)
+                if place not in own
+                and (other.shape, other.dtype) == (struct.shape, struct.dtype)
+            )
+            place = next(free, len(shared))
+            if place == len(shared):
+                shared.append(struct)
+            own.append(place)
+        places.append(tuple(own))
+    return tuple(shared), places
+
+
+def _trace_stages(functions: Functions, params: PipelineParams, chunk: PyTree, inputs):
+    """Shapes of an activation, stages as (params, x, key) -> (y, aux), their aux."""
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    x = jax.eval_shape(lambda p, m: functions.embed(p, inputs, m), params.embed, index)
+    _checks.check_activations(x, functions.embed_fn)
+    key = jax.eval_shape(functions.key_of, index, index)
+    stages, auxes = [], []
+    for fn in functions.stage_fns:
+
+        def call(p, x, key, fn=fn):
+            return _with_key(fn, key, p, x)
+
+        has_aux, aux = _checks.check_stage(jax.eval_shape(call, chunk, x, key), x)
+
+        def stage(p, x, key, call=call, has_aux=has_aux):
+            out = call(p, x, key)
+            return out if has_aux else (out, None)
+
+        stages.append(stage)
+        auxes.append(aux)
+    _checks.check_same_aux(auxes)
+    return x, stages, auxes[0]
+
+
+def _with_key(fn: Callable[..., PyTree], key: jax.Array | None, *args) -> PyTree:
+    return fn(*args) if key is None else fn(*args, key=key)
+
+
+def _microbatch(tree: PyTree, microbatch: jax.Array) -> PyTree:
+    return jax.tree.map(
+        lambda leaf: lax.dynamic_index_in_dim(leaf, microbatch, keepdims=False), tree
+    )

@@ -1,0 +1,108 @@
+"""Compiles a step twice: the second time XLA's scheduler knows what everything costs.
+
+XLA orders instructions before it knows how long they take: to its default estimate an
+exchange of 470 MB over the network is over after a few products. Its scheduler reads
+measured costs from a profile (profile-guided latency estimation); here they are those
+of `overlap_report`, so that nobody has to run anything first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dualpipe_jax.gpu.overlap.report import OverlapReport, overlap_report
+from dualpipe_jax.gpu.topology import Gpu, gpu_compiler_options
+
+_PROFILE = "xla_gpu_pgle_profile_file_or_directory_path"
+
+
+def compile_overlapped(
+    lowered: Any,
+    *,
+    gpu: str | Gpu | None = None,
+    gpus_per_node: int = 8,
+    efficiency: float = 0.7,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Compiles for GPUs so that communication runs under compute.
+
+    Args:
+      lowered: of `jax.jit(...).lower(...)`, for GPUs that are there or for those of
+        `gpu_mesh`.
+      gpu: see `overlap_report`, as the next two.
+      gpus_per_node: GPUs of one node.
+      efficiency: part of the GPU's peaks that kernels reach.
+      compiler_options: beside `gpu_compiler_options()`, over which they win.
+
+    Returns:
+      A `jax.stages.Compiled`.
+
+    Raises:
+      ValueError: `gpu` is unknown, or the program is not for GPUs.
+
+    Examples:
+      >>> import jax
+      >>> from dualpipe_jax import gpu_mesh
+      >>> mesh = gpu_mesh("h100", {"ep": 2})
+      >>> halves = jax.NamedSharding(mesh, jax.P("ep"))
+      >>> x = jax.ShapeDtypeStruct((4, 8), "float32", sharding=halves)
+      >>> compiled = compile_overlapped(jax.jit(lambda x: x.sum(axis=0)).lower(x))
+      >>> "all-reduce" in compiled.as_text()
+      True
+    """
+    options = {**options_here(), **(compiler_options or {})}
+    first = lowered.compile(options)
+    report = overlap_report(
+        first, gpu=gpu, gpus_per_node=gpus_per_node, efficiency=efficiency
+    )
+    if not report.collectives:
+        return first
+    return lowered.compile({**options, _PROFILE: _written(scheduling_profile(report))})
+
+
+def compile_for(lowered: Any, mesh: Mesh) -> Any:
+    """The same for the devices of a mesh, of which CPUs have nothing to overlap.
+
+    A GPU that nobody knows the figures of is warned of; XLA's own costs must do.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        return lowered.compile()
+    try:
+        return compile_overlapped(lowered)
+    except ValueError as error:
+        warnings.warn(f"compiled with XLA's own costs: {error}", stacklevel=2)
+        return lowered.compile(options_here())
+
+
+def _written(profile: str) -> str:
+    """A file with this text, whose name says what is in it.
+
+    jax's compilation cache looks at options, so at the name; and several processes may
+    share a host. The file is left for them.
+    """
+    digest = hashlib.sha256(profile.encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"dualpipe_jax_{digest}.pbtxt"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(profile)
+    return str(Path(file.name).replace(path))
+
+
+def options_here() -> dict[str, bool | int]:
+    """`gpu_compiler_options` for this process, with its GPUs or without any."""
+    return gpu_compiler_options(compile_only=jax.default_backend() != "gpu")
+
+
+def scheduling_profile(report: OverlapReport) -> str:
+    """The costs as text of XLA's ProfiledInstructionsProto, in microseconds."""
+    return "".join(
+        f'costs {{ name: "{name}" cost_us: {1e6 * seconds:.3f} }}\n'
+        for name, seconds in report.costs().items()
+    )

@@ -1,0 +1,32 @@
+"""One run of a computation as the spans of a timeline, for its figure."""
+
+from __future__ import annotations
+
+from dualpipe_jax.gpu.overlap.phases import last_part, phase, phase_of
+from dualpipe_jax.gpu.overlap.program import Program
+from dualpipe_jax.gpu.overlap.timeline import Compute
+from dualpipe_jax.pictures import Span
+
+TRACKS = {"": "Compute", "nvlink": "NVLink", "network": "Network", "local": "Copies"}
+
+
+def spans_of(program: Program, computation: str) -> tuple[Span, ...]:
+    """What the estimated timeline has of compute and of each link."""
+    op_names = {
+        event.name: event.op_name
+        for event in program.events(computation)
+        if isinstance(event, Compute)
+    }
+    spans = []
+    for span in program.timeline(computation).spans:
+        if span.queue:
+            name = span.name
+            label = phase_of(program, computation, span.name)
+        else:
+            op_name = op_names[span.name]
+            name = last_part(op_name) or span.name
+            label = phase(op_name) or ""
+        begin, end = span.begin * 1e6, span.end * 1e6
+        track = TRACKS[span.queue]
+        spans.append(Span(track, name, begin, end, bool(span.queue), label))
+    return tuple(spans)

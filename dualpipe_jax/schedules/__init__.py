@@ -1,0 +1,28 @@
+"""Schedules as data: tables of tasks, what makes them valid, and what they cost.
+
+Imports: nothing. Without jax.
+"""
+
+from dualpipe_jax.schedules.schedule import Schedule, predecessors as predecessors
+from dualpipe_jax.schedules.simulator import (
+    Costs,
+    Span as Span,
+    Timeline,
+    measure as measure,
+    simulate,
+)
+from dualpipe_jax.schedules.tasks import (
+    OPS as OPS,
+    Step as Step,
+    Task,
+    result_of as result_of,
+)
+from dualpipe_jax.schedules.validate import check_size as check_size
+
+__all__ = [
+    "Costs",
+    "Schedule",
+    "Task",
+    "Timeline",
+    "simulate",
+]

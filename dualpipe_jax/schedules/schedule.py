@@ -1,0 +1,231 @@
+"""A pipeline schedule as data: which rank runs which task, in which order.
+
+A `Schedule` is a frozen table that validates itself. Generators (one algorithm
+a file) only build such tables; one simulator, one lowering and one executor
+serve all of them. Nothing here imports jax, so a schedule can be studied
+anywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+from dualpipe_jax.schedules import validate as _validate
+from dualpipe_jax.schedules.tasks import (
+    OPS,
+    Step,
+    Task,
+    predecessors,
+    result_of,
+    step_from_text,
+    step_to_text,
+)
+from dualpipe_jax.schedules.validate import check_size
+from eplb_jax import lookup
+
+__all__ = [
+    "OPS",
+    "Schedule",
+    "Step",
+    "Task",
+    "check_size",
+    "predecessors",
+    "result_of",
+    "step_to_text",
+]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Schedule:
+    """What every rank does, in order.
+
+    In a notebook a schedule shows itself as a picture, simulated at unit costs.
+
+    Attributes:
+      kind: name of the algorithm, such as `"dualpipe"`.
+      num_ranks: size of the pipeline mesh axis.
+      num_stages: number of logical stages.
+      num_microbatches: microbatches of one training step, both directions.
+      steps: for each rank a tuple of steps; a step is a tuple of one `Task`, or
+        of two (an F and a B of different microbatches) executed together so that
+        each hides the other's communication.
+
+    Raises:
+      ValueError: a rank has no step, a task is missing, done twice or unknown, an
+        F stands after its B, an I after its W, one (stage, microbatch) is spread
+        over several ranks, a schedule is part forward-only, or ranks wait for
+        each other for ever.
+
+    Examples:
+      >>> schedule = Schedule.from_csv("0F0,0B0", kind="mine")
+      >>> schedule.num_stages, schedule.num_microbatches
+      (1, 1)
+      >>> schedule
+      Schedule('mine', num_ranks=1, num_stages=1, num_microbatches=1)
+    """
+
+    kind: str
+    num_ranks: int
+    num_stages: int
+    num_microbatches: int
+    steps: tuple[tuple[Step, ...], ...]
+
+    def __post_init__(self):
+        _validate.check_shape(self)
+        _validate.check_complete(self, _validate.check_steps(self))
+        self.dependency_order  # noqa: B018  (raises when ranks deadlock)
+
+    def __repr__(self) -> str:
+        return (
+            f"Schedule({self.kind!r}, num_ranks={self.num_ranks}, "
+            f"num_stages={self.num_stages}, num_microbatches={self.num_microbatches})"
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, int, Step]]:
+        """Yields (rank, position in the rank's order, step)."""
+        for rank, steps in enumerate(self.steps):
+            for position, step in enumerate(steps):
+                yield rank, position, step
+
+    @property
+    def is_forward_only(self) -> bool:
+        """Whether the schedule holds nothing but F tasks."""
+        return all(task.op == "F" for _, _, step in self for task in step)
+
+    def with_whole_backwards(self) -> Schedule:
+        """The same order with every I followed at once by its W, as one B.
+
+        Nothing then waits for its W: the memory for that is saved (with DualPipe, of
+        PP / 2 microbatches), and the bubbles that W would fill are back.
+
+        Examples:
+          >>> schedule = Schedule.from_csv("0F0,0I0,0W0", kind="mine")
+          >>> print(schedule.with_whole_backwards().to_csv())
+          0F0,0B0
+        """
+        steps = (
+            tuple(
+                tuple(
+                    task._replace(op="B") if task.op == "I" else task for task in step
+                )
+                for step in own
+                if step[0].op != "W"
+            )
+            for own in self.steps
+        )
+        return dataclasses.replace(self, steps=tuple(steps))
+
+    def rank_of(self, stage: int, microbatch: int) -> int:
+        """The rank that holds `stage` for `microbatch`."""
+        return self._owners[stage, microbatch]
+
+    def direction_of(self, stage: int, microbatch: int) -> int:
+        """Which of the two streams through the ranks the task belongs to.
+
+        A microbatch visits the ranks in runs, upwards or downwards; a new run
+        begins where the stages turn (DualPipeV) or wrap round (interleaved
+        schedules). Runs alternate between direction 0 and 1, and the first is 0
+        when it goes upwards: DualPipe's two directions, DualPipeV's two phases.
+
+        Examples:
+          >>> v = Schedule.from_csv("0F0,1F0,1B0,0B0", kind="v")
+          >>> v.direction_of(0, 0), v.direction_of(1, 0)
+          (0, 1)
+        """
+        return self._directions[microbatch][stage]
+
+    @functools.cached_property
+    def _owners(self) -> dict[tuple[int, int], int]:
+        return {
+            (task.stage, task.microbatch): rank
+            for rank, _, step in self
+            for task in step
+        }
+
+    @functools.cached_property
+    def _directions(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            _directions_along(
+                tuple(self.rank_of(stage, m) for stage in range(self.num_stages))
+            )
+            for m in range(self.num_microbatches)
+        )
+
+    @functools.cached_property
+    def dependency_order(self) -> tuple[tuple[int, int], ...]:
+        """(rank, position) of every step, each after all that it waits for."""
+        return _validate.dependency_order(self)
+
+    def forward_only(self) -> Schedule:
+        """The same order with nothing but its F tasks, for inference."""
+        steps = tuple(
+            tuple((task,) for step in rank for task in step if task.op == "F")
+            for rank in self.steps
+        )
+        return dataclasses.replace(self, kind=f"{self.kind}_forward", steps=steps)
+
+    def to_csv(self) -> str:
+        """The compute-only CSV of torch.distributed.pipelining, one row a rank.
+
+        An overlapped pair is written `(0F3;7B1)OVERLAP_F_B`.
+        """
+        return "".join(
+            ",".join(step_to_text(step) for step in rank) + "\n" for rank in self.steps
+        )
+
+    @classmethod
+    def from_csv(cls, text: str, kind: str = "csv") -> Schedule:
+        r"""Reads `to_csv`'s format; empty cells (idle in torch's tables) are skipped.
+
+        Args:
+          text: one row a rank, cells such as `0F3`, `2I0`, `2W0`, `1B2` or
+            `(0F3;7B1)OVERLAP_F_B`.
+          kind: the name that the schedule gets.
+
+        Raises:
+          ValueError: a cell cannot be read, or the table is not a valid schedule.
+
+        Examples:
+          >>> print(Schedule.from_csv("0F0,,,0B0\n,1F0,1B0").to_csv(), end="")
+          0F0,0B0
+          1F0,1B0
+        """
+        steps = tuple(
+            tuple(step_from_text(cell.strip(), rank) for cell in row if cell.strip())
+            for rank, row in enumerate(csv.reader(text.rstrip().splitlines()))
+        )
+        tasks = [task for rank in steps for step in rank for task in step]
+        if not tasks:
+            raise ValueError(
+                f"{text=} holds no task; write one row a rank with cells such as 0F0."
+            )
+        return cls(
+            kind=kind,
+            num_ranks=len(steps),
+            num_stages=1 + max(task.stage for task in tasks),
+            num_microbatches=1 + max(task.microbatch for task in tasks),
+            steps=steps,
+        )
+
+    _repr_html_ = lookup.method("dualpipe_jax.pictures.show:html_fragment")
+
+
+def _directions_along(route: Sequence[int]) -> tuple[int, ...]:
+    """Direction of each stage, given the rank that holds it."""
+    directions: list[int] = []
+    heading = 0  # 1 up, -1 down, 0 as long as the run has a single rank
+    for stage, rank in enumerate(route):
+        move = (rank > route[stage - 1]) - (rank < route[stage - 1]) if stage else 0
+        if stage == 0:
+            following = route[1] if len(route) > 1 else rank
+            directions.append(int(following < rank))
+        elif move == 0 or move == -heading:
+            directions.append(1 - directions[-1])
+            heading = 0
+        else:
+            directions.append(directions[-1])
+            heading = move
+    return tuple(directions)

@@ -1,0 +1,214 @@
+"""Event-driven simulation: when each step would run, and where ranks would wait.
+
+A step starts as soon as its rank is free and all of its inputs have arrived;
+nothing else delays it. What a real program adds to that is modelled elsewhere:
+`simulate` dispatches on its first argument, and the lowering registers the case of
+a lowered program, with the waits that its permutes cause.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+from dualpipe_jax.schedules.schedule import (
+    Schedule,
+    Step,
+    Task,
+    predecessors,
+    result_of,
+)
+from eplb_jax import lookup
+
+Span = tuple[Step, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What each kind of step costs, in any unit of time.
+
+    Attributes:
+      F: forward of one stage on one microbatch.
+      I: backward for input only.
+      W: backward for weights only.
+      B: full backward; I + W unless given.
+      FB: an overlapped pair of a forward and a full backward; F + B unless given.
+      p2p: delay between the end of a step and the arrival of its result on another
+        rank. It occupies neither rank.
+
+    Raises:
+      ValueError: a cost is negative or not a finite number.
+
+    Examples:
+      >>> Costs(F=97, I=104, W=35, FB=129).B
+      139.0
+    """
+
+    F: float = 1.0
+    I: float = 1.0
+    W: float = 1.0
+    B: float | None = None
+    FB: float | None = None
+    p2p: float = 0.0
+
+    def __post_init__(self):
+        for name in ("F", "I", "W", "B", "FB", "p2p"):
+            value = getattr(self, name)
+            if value is None and name == "B":
+                value = self.I + self.W
+            elif value is None and name == "FB":
+                value = self.F + (self.B or 0.0)
+            number = float(value) if isinstance(value, numbers.Real) else math.nan
+            if not (math.isfinite(number) and number >= 0):
+                raise ValueError(
+                    f"{name}={value!r} must be a finite number >= 0; give a duration."
+                )
+            object.__setattr__(self, name, number)
+
+    def of(self, step: Step) -> float:
+        """Cost of a step: of its one task, or of the overlapped pair."""
+        return getattr(self, step[0].op if len(step) == 1 else "FB")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Timeline:
+    """When every step ran. In a notebook a timeline shows itself as a picture.
+
+    Attributes:
+      schedule: what was simulated.
+      spans: for each rank a tuple of (step, start, end), in the rank's order.
+      costs: what it was simulated at.
+
+    Examples:
+      >>> from dualpipe_jax.schedules.generators.dualpipe import dualpipe
+      >>> timeline = simulate(dualpipe(8, 20))
+      >>> timeline
+      Timeline(dualpipe, 8 ranks, 20 microbatches: makespan 66, bubble 9.1 %)
+      >>> timeline.busy[0], timeline.bubble[0], timeline.peak_activations[0]
+      (60.0, 6.0, 9)
+    """
+
+    schedule: Schedule
+    spans: tuple[tuple[Span, ...], ...]
+    costs: Costs
+
+    @functools.cached_property
+    def makespan(self) -> float:
+        """From 0 until all ranks are done."""
+        return max(end for rank in self.spans for _, _, end in rank)
+
+    @functools.cached_property
+    def busy(self) -> tuple[float, ...]:
+        """For each rank, the time that it spends in steps."""
+        return tuple(
+            math.fsum(end - start for _, start, end in rank) for rank in self.spans
+        )
+
+    @property
+    def bubble(self) -> tuple[float, ...]:
+        """For each rank, the time that it waits: makespan minus busy."""
+        return tuple(self.makespan - busy for busy in self.busy)
+
+    @property
+    def bubble_ratio(self) -> float:
+        """Mean bubble of a rank over the makespan; 0 if nothing takes any time."""
+        if not self.makespan:
+            return 0.0
+        return math.fsum(self.bubble) / (len(self.spans) * self.makespan)
+
+    @property
+    def peak_activations(self) -> tuple[int, ...]:
+        """For each rank, how many activations are alive at most."""
+        return tuple(
+            peak_activations(step for step, _, _ in rank) for rank in self.spans
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Timeline({self.schedule.kind}, {self.schedule.num_ranks} ranks, "
+            f"{self.schedule.num_microbatches} microbatches: makespan "
+            f"{self.makespan:.6g}, bubble {100 * self.bubble_ratio:.1f} %)"
+        )
+
+    _repr_html_ = lookup.method("dualpipe_jax.pictures.show:html_fragment")
+
+
+def measure(
+    schedule: Schedule, spans: Iterable[Iterable[Span]], costs: Costs
+) -> Timeline:
+    """The timeline of what a simulation found, for each rank (step, start, end)."""
+    return Timeline(schedule, tuple(map(tuple, spans)), costs)
+
+
+def peak_activations(steps: Iterable[Step]) -> int:
+    """How many activations one rank holds at most, running `steps` in order.
+
+    An activation lives from its F until its B or W; within an overlapped pair both
+    the new F's and the B's own count. A rank that never runs backward keeps none.
+
+    Examples:
+      >>> from dualpipe_jax.schedules.generators.gpipe import gpipe
+      >>> peak_activations(gpipe(2, 7).steps[0])
+      7
+    """
+    alive = peak = 0
+    released = False
+    for step in steps:
+        alive += sum(task.op == "F" for task in step)
+        peak = max(peak, alive)
+        done = sum(task.op in "BW" for task in step)
+        alive -= done
+        released = released or done > 0
+    return peak if released else 0
+
+
+@functools.singledispatch
+def simulate(schedule_or_program: Any, costs: Costs = Costs()) -> Timeline:
+    """Simulates one training step.
+
+    Args:
+      schedule_or_program: a `Schedule`, which runs as an event-driven dispatcher
+        would run it; or a lowered `Program`, which runs with the waits that its
+        permutes cause. Pass it by position.
+      costs: what the steps cost; unit costs by default.
+
+    Returns:
+      When every step ran, and with it makespan, bubbles and peak activations.
+
+    Raises:
+      TypeError: `schedule_or_program` is neither.
+
+    Examples:
+      >>> from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
+      >>> simulate(one_f_one_b(4, 8)).bubble  # (P-1)(F+B) on every rank
+      (9.0, 9.0, 9.0, 9.0)
+    """
+    raise TypeError(
+        f"Cannot simulate {type(schedule_or_program).__name__}; pass a Schedule, or "
+        "what lower(schedule) returns."
+    )
+
+
+@simulate.register
+def _(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
+    free = [0.0] * schedule.num_ranks
+    ends: dict[Task, tuple[float, int]] = {}
+    spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
+    # Ranks are in-order and nothing is shared but results, so that any order in
+    # which each step follows what it waits for gives the event-driven times.
+    for rank, position in schedule.dependency_order:
+        step = schedule.steps[rank][position]
+        start = free[rank]
+        for task in step:
+            for need in predecessors(task, schedule):
+                end, producer = ends[need]
+                start = max(start, end if producer == rank else end + costs.p2p)
+        free[rank] = end = start + costs.of(step)
+        spans[rank].append((step, start, end))
+        for task in step:
+            ends[result_of(task)] = (end, rank)
+    return measure(schedule, spans, costs)

@@ -1,0 +1,143 @@
+"""What makes a table of steps a schedule that can run."""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+
+from dualpipe_jax.schedules.tasks import (
+    OPS,
+    StepTable,
+    Task,
+    predecessors,
+    result_of,
+    step_to_text,
+)
+
+
+def check_size(name: str, value: int, minimum: int = 1) -> int:
+    """Returns `value` as a plain int, or says what is wrong with it."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} must be an integer.") from None
+    if value < minimum:
+        raise ValueError(f"{name}={value} must be at least {minimum}.")
+    return value
+
+
+def check_shape(schedule: StepTable) -> None:
+    """Checks the sizes, and that every rank has something to do."""
+    for name in ("num_ranks", "num_stages", "num_microbatches"):
+        check_size(name, getattr(schedule, name))
+    if len(schedule.steps) != schedule.num_ranks:
+        raise ValueError(
+            f"steps has {len(schedule.steps)} rows, but "
+            f"num_ranks={schedule.num_ranks}; give one row a rank."
+        )
+    for rank, steps in enumerate(schedule.steps):
+        if not steps:
+            raise ValueError(f"Rank {rank} has no step; leave out ranks without work.")
+
+
+def check_steps(schedule: StepTable) -> dict[Task, tuple[int, int]]:
+    """Checks each step on its own; returns (rank, position) of every task."""
+    where: dict[Task, tuple[int, int]] = {}
+    owners: dict[tuple[int, int], int] = {}
+    for rank, position, step in schedule:
+        ops = tuple(task.op for task in step)
+        if len(step) not in (1, 2) or (len(step) == 2 and ops != ("F", "B")):
+            raise ValueError(
+                f"{step=} of rank {rank} is neither one task nor an overlapped pair "
+                "(F, B)."
+            )
+        if len(step) == 2 and step[0].microbatch == step[1].microbatch:
+            raise ValueError(
+                f"{step=} of rank {rank} overlaps a microbatch with itself; its B "
+                "needs its F first."
+            )
+        for task in step:
+            if (
+                task.op not in OPS
+                or not 0 <= task.stage < schedule.num_stages
+                or not 0 <= task.microbatch < schedule.num_microbatches
+            ):
+                raise ValueError(
+                    f"{task=} of rank {rank} is unknown: op must be one of {OPS}, "
+                    f"stage below {schedule.num_stages}, microbatch below "
+                    f"{schedule.num_microbatches}."
+                )
+            if task in where:
+                raise ValueError(f"{task} stands twice; run each task exactly once.")
+            owner = owners.setdefault((task.stage, task.microbatch), rank)
+            if owner != rank:
+                raise ValueError(
+                    f"{task} runs on rank {rank}, but rank {owner} holds stage "
+                    f"{task.stage} for microbatch {task.microbatch}; keep all tasks "
+                    "of one stage and microbatch on one rank."
+                )
+            where[task] = (rank, position)
+    return where
+
+
+def check_complete(schedule: StepTable, where: dict[Task, tuple[int, int]]) -> None:
+    """Checks that each stage does its part for each microbatch, in a possible order."""
+    forward_only = schedule.is_forward_only
+    for stage in range(schedule.num_stages):
+        for microbatch in range(schedule.num_microbatches):
+            at = {
+                op: where[task]
+                for op in OPS
+                if (task := Task(op, stage, microbatch)) in where
+            }
+            name = f"Stage {stage}, microbatch {microbatch}"
+            if "F" not in at:
+                raise ValueError(f"{name} has no F; add {stage}F{microbatch}.")
+            if forward_only:
+                continue
+            if set(at) not in ({"F", "B"}, {"F", "I", "W"}):
+                has = ", ".join(op for op in "BIW" if op in at) or "none of them"
+                raise ValueError(
+                    f"{name} must have either one B, or one I and one W; has {has}."
+                )
+            if at["F"] > at.get("B", at.get("I", at["F"])):
+                raise ValueError(f"{name} runs backward before its F; move F earlier.")
+            if "W" in at and at["I"] > at["W"]:
+                raise ValueError(f"{name} runs W before its I; move I earlier.")
+
+
+def dependency_order(schedule: StepTable) -> tuple[tuple[int, int], ...]:
+    """(rank, position) of every step, each after all that it waits for.
+
+    Linear: a rank that must wait is looked at again only when what it waits for is
+    done. What is left when no rank is awake is a deadlock.
+    """
+    order: list[tuple[int, int]] = []
+    done: set[Task] = set()
+    waiting: dict[Task, list[int]] = {}
+    position = [0] * schedule.num_ranks
+    awake = deque(range(schedule.num_ranks))
+    while awake:
+        rank = awake.popleft()
+        while position[rank] < len(schedule.steps[rank]):
+            step = schedule.steps[rank][position[rank]]
+            needs = (need for task in step for need in predecessors(task, schedule))
+            missing = next((need for need in needs if need not in done), None)
+            if missing is not None:
+                waiting.setdefault(missing, []).append(rank)
+                break
+            order.append((rank, position[rank]))
+            position[rank] += 1
+            for result in map(result_of, step):
+                done.add(result)
+                awake.extend(waiting.pop(result, ()))
+    if waiting:
+        waits = ", ".join(
+            f"rank {rank} at {step_to_text(schedule.steps[rank][position[rank]])} "
+            f"waits for {'the backward' if need.op == 'I' else 'the forward'} of "
+            f"stage {need.stage}, microbatch {need.microbatch}"
+            for need, ranks in waiting.items()
+            for rank in ranks
+        )
+        raise ValueError(f"The schedule deadlocks: {waits}; reorder these steps.")
+    return tuple(order)

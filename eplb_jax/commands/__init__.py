@@ -1,0 +1,4 @@
+"""The command line, `python -m eplb_jax`.
+
+Imports: placement, recordings, pictures.
+"""

@@ -1,0 +1,63 @@
+"""The mixture-of-experts layer: routing, dispatch to replicas, grouped products.
+
+Imports: placement.
+"""
+
+from typing import TYPE_CHECKING
+
+from eplb_jax import lookup
+from eplb_jax.layer.dispatch import Payload as Payload
+from eplb_jax.layer.exchange import Transport as Transport
+from eplb_jax.layer.grouped_products import grouped_matmul
+from eplb_jax.layer.kernels import (
+    cross_compiling as cross_compiling,
+    load_tokamax as load_tokamax,
+    on_cuda as on_cuda,
+)
+from eplb_jax.layer.mixture import (
+    EXCHANGED as EXCHANGED,
+    ONE_DEVICE as ONE_DEVICE,
+    ExpertParallel,
+    ExpertWeights,
+    Route as Route,
+    mix_experts,
+)
+from eplb_jax.layer.physical import (
+    check_held as check_held,
+    count_fetched as count_fetched,
+    fetch_rows as fetch_rows,
+    physical_weights,
+    plan_fetch as plan_fetch,
+)
+from eplb_jax.layer.routing import (
+    Routing,
+    sequence_balance_loss,
+    sigmoid_group_top_k,
+    softmax_top_k,
+    update_bias,
+)
+
+if TYPE_CHECKING:
+    from eplb_jax.layer.moe import MoE, MoEStats as MoEStats
+
+__all__ = [
+    "ExpertParallel",
+    "ExpertWeights",
+    "MoE",
+    "Routing",
+    "grouped_matmul",
+    "mix_experts",
+    "physical_weights",
+    "sequence_balance_loss",
+    "sigmoid_group_top_k",
+    "softmax_top_k",
+    "update_bias",
+]
+
+__getattr__, __dir__ = lookup.attach(
+    __name__,
+    {
+        "MoE": "eplb_jax.layer.moe",
+        "MoEStats": "eplb_jax.layer.moe",
+    },
+)

@@ -1,0 +1,164 @@
+"""Rows of different numbers between all pairs of devices, inside `jax.shard_map`.
+
+On GPUs this is `jax.lax.ragged_all_to_all`, which moves just the rows that are meant.
+XLA:CPU has no such collective; there every device gathers all rows and picks its own,
+which is right and slow, and meant for tests and for development without GPUs.
+
+The way back is the same function with the segments turned round, and so is the
+transpose of the way there.
+
+Shape suffixes: D devices, N rows sent, M rows received.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from eplb_jax.layer.axes import Axis, all_gather, axis_index, ragged_all_to_all
+from eplb_jax.layer.varying import vary_alike
+from eplb_jax.placement import take_or_zero
+
+Transport = Literal["auto", "ragged", "gather"]
+
+
+class Segments(NamedTuple):
+    """Which rows go where; the same values on all devices of the axis.
+
+    Attributes:
+      sizes: [devices, devices] int32, rows that device i sends to device j.
+      starts: [devices, devices] int32, the first of them among the rows of device i.
+      places: [devices, devices] int32, where they come to lie at device j. Segments at
+        one device do not overlap, and lie in the order of the devices they are from.
+    """
+
+    sizes: jax.Array
+    starts: jax.Array
+    places: jax.Array
+
+    def reversed(self) -> Segments:
+        """The segments of the way back."""
+        return Segments(self.sizes.T, self.places.T, self.starts.T)
+
+
+def exchange(
+    rows: jax.Array,
+    segments: Segments,
+    num_received: int,
+    axis_name: Axis,
+    transport: Transport = "auto",
+) -> jax.Array:
+    """Sends segments of rows to the devices of a mesh axis; call in `jax.shard_map`.
+
+    Args:
+      rows: [rows, ...], this device's.
+      segments: who sends what to whom.
+      num_received: rows of the result.
+      axis_name: the mesh axis, or groups of its devices.
+      transport: `"ragged"` is `lax.ragged_all_to_all`, `"gather"` works on every
+        backend, `"auto"` is the former when lowered for CUDA and the latter elsewhere.
+
+    Returns:
+      [num_received, ...]; zero where no segment lies.
+
+    Raises:
+      ValueError: for an unknown transport.
+
+    Examples:
+      Two devices of a CPU mesh; device 0 sends its two rows to device 1:
+
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((2,), ("ep",), axis_types=(AxisType.Auto,))
+      >>> table = lambda *rows: jnp.array(rows)
+      >>> segments = Segments(table([0, 2], [0, 0]), table([0, 0], [0, 0]),
+      ...                     table([0, 0], [0, 2]))
+      >>> send = lambda rows: exchange(rows, segments, 3, "ep")
+      >>> sent = jax.shard_map(send, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+      >>> jax.jit(sent)(jnp.array([1.0, 2.0, 3.0, 4.0])).tolist()
+      [0.0, 0.0, 0.0, 1.0, 2.0, 0.0]
+    """
+    if transport not in get_args(Transport):
+        raise ValueError(
+            f"{transport=} must be one of {', '.join(get_args(Transport))}."
+        )
+    return _exchange(rows, segments, num_received, axis_name, transport)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _exchange(
+    rows: jax.Array,
+    segments: Segments,
+    num_received: int,
+    axis_name: Axis,
+    transport: Transport,
+) -> jax.Array:
+    by = {"ragged": _by_ragged, "gather": _by_gather}
+    options = {"num_received": num_received, "axis_name": axis_name}
+    if transport != "auto":
+        return by[transport](rows, segments, **options)
+    return lax.platform_dependent(
+        rows,
+        segments,
+        cuda=functools.partial(_by_ragged, **options),
+        default=functools.partial(_by_gather, **options),
+    )
+
+
+def _forward(
+    rows: jax.Array,
+    segments: Segments,
+    num_received: int,
+    axis_name: Axis,
+    transport: Transport,
+) -> Any:
+    received = _exchange(rows, segments, num_received, axis_name, transport)
+    return received, (segments, rows.shape[0])
+
+
+def _backward(
+    num_received: int, axis_name: Axis, transport: Transport, saved: Any, ct: jax.Array
+) -> Any:
+    segments, num_sent = saved
+    back = segments.reversed()
+    return _exchange(ct, back, num_sent, axis_name, transport), None
+
+
+_exchange.defvjp(_forward, _backward)
+
+
+def _by_ragged(
+    rows: jax.Array, segments: Segments, *, num_received: int, axis_name: Axis
+) -> jax.Array:
+    me = axis_index(axis_name)
+    room = jnp.zeros((num_received, *rows.shape[1:]), rows.dtype)
+    room, rows, segments = vary_alike(room, rows, segments)
+    return ragged_all_to_all(
+        rows,
+        room,
+        segments.starts[me],
+        segments.sizes[me],
+        segments.places[me],
+        segments.sizes[:, me],
+        axis=axis_name,
+    )
+
+
+def _by_gather(
+    rows: jax.Array, segments: Segments, *, num_received: int, axis_name: Axis
+) -> jax.Array:
+    me = axis_index(axis_name)
+    all_rows = all_gather(rows, axis_name)
+    row_M = jnp.arange(num_received, dtype=jnp.int32)
+    place_D = segments.places[:, me]
+    # An empty segment shares its place with the next one, which is the one meant.
+    from_M = jnp.searchsorted(place_D, row_M, side="right").astype(jnp.int32) - 1
+    inside_M = row_M - place_D[from_M]
+    is_sent_M = (from_M >= 0) & (inside_M < segments.sizes[:, me][from_M])
+    index_M = from_M * rows.shape[0] + segments.starts[:, me][from_M] + inside_M
+    index_M = jnp.where(is_sent_M, index_M, -1)
+    flat = all_rows.reshape(-1, *rows.shape[1:])
+    return take_or_zero(flat, index_M)

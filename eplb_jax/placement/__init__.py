@@ -1,0 +1,45 @@
+"""Where experts go: placements, their quality, and the tables that hold them.
+
+A rebalance's call chain: `placement`, `tables`, then `layer.dispatch` and `layer.moe`.
+
+Imports: nothing.
+"""
+
+from eplb_jax.placement.arrays import (
+    divisor_from as divisor_from,
+    take_or_zero as take_or_zero,
+)
+from eplb_jax.placement.checks import as_capacity as as_capacity, is_traced as is_traced
+from eplb_jax.placement.hashing import mix_bits as mix_bits
+from eplb_jax.placement.load import (
+    LoadEstimator,
+    moving_average,
+    restore_state,
+    save_state,
+    sum_of_last,
+)
+from eplb_jax.placement.placement import Policy as Policy, rebalance_experts
+from eplb_jax.placement.quality import (
+    balancedness,
+    balancedness_bound,
+    count_duplicates as count_duplicates,
+    count_moves as count_moves,
+    remote_share as remote_share,
+    slot_loads as slot_loads,
+)
+from eplb_jax.placement.refine import refine_placement
+from eplb_jax.placement.soft import home_nodes as home_nodes
+from eplb_jax.placement.tables import ExpertTables
+
+__all__ = [
+    "ExpertTables",
+    "LoadEstimator",
+    "balancedness",
+    "balancedness_bound",
+    "moving_average",
+    "rebalance_experts",
+    "refine_placement",
+    "restore_state",
+    "save_state",
+    "sum_of_last",
+]

@@ -1,0 +1,134 @@
+"""What balancing would have brought: recorded windows, planned on one, run on the next.
+
+A plan is always older than the load that it meets. So every strategy here plans on
+window i and is scored on window i + 1, and counts the replicas that devices had to
+fetch for it.
+
+Shape suffixes: W windows, L layers, E experts, S slots of a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eplb_jax.placement import (
+    Policy,
+    balancedness,
+    count_moves,
+    rebalance_experts,
+    refine_placement,
+)
+
+
+class Outcome(NamedTuple):
+    """What one strategy came to; a step goes from window i to window i + 1.
+
+    Attributes:
+      balancedness: [steps], mean over layers with load.
+      worst: [steps], the least balanced of these layers.
+      moved: [steps], part of the slots whose expert a device had to fetch before the
+        step; the first plan counts from experts in order.
+    """
+
+    balancedness: np.ndarray
+    worst: np.ndarray
+    moved: np.ndarray
+
+
+def in_order(num_layers: int, num_experts: int, num_replicas: int) -> np.ndarray:
+    """The placement without a plan: slot s holds expert s modulo their number.
+
+    Args:
+      num_layers: layers.
+      num_experts: logical experts.
+      num_replicas: slots of a layer.
+
+    Returns:
+      [layers, num_replicas] int32.
+
+    Examples:
+      >>> in_order(1, 3, 4).tolist()
+      [[0, 1, 2, 0]]
+    """
+    expert_S = np.arange(num_replicas, dtype=np.int32) % num_experts
+    return np.tile(expert_S, (num_layers, 1))
+
+
+def replay(
+    counts: np.ndarray,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    *,
+    policy: Policy = "swaps",
+    max_moves: int | None = None,
+) -> dict[str, Outcome]:
+    """Walks recorded windows with four strategies.
+
+    Strategies:
+      - `"never"`: experts in order, no plan at all.
+      - `"once"`: a plan by `policy` on the first window, kept.
+      - `"upstream"`: upstream's policy afresh on every window.
+      - `"refine"`: the plan of `"once"`, then `refine_placement` on every window.
+
+    Args:
+      counts: [windows, layers, experts] loads; at least two windows.
+      num_replicas: slots of a layer.
+      num_groups: groups of experts.
+      num_nodes: nodes.
+      num_gpus: GPUs.
+      policy: of the first plan of `"once"` and `"refine"`.
+      max_moves: of `"refine"`, per layer and window; None: a sixth of the slots.
+
+    Returns:
+      An `Outcome` for each strategy.
+
+    Raises:
+      ValueError: for fewer than two windows, and as `rebalance_experts`.
+
+    Examples:
+      >>> counts = np.array([[[8, 1, 1, 2]], [[1, 8, 1, 2]], [[1, 8, 1, 2]]])
+      >>> outcomes = replay(counts, 6, 1, 1, 2, policy="auto")
+      >>> {name: outcome.moved.tolist() for name, outcome in outcomes.items()}
+      {'never': [0.0, 0.0], 'once': [...], 'upstream': [...], 'refine': [...]}
+    """
+    if counts.ndim != 3 or len(counts) < 2:
+        raise ValueError(
+            f"counts has shape {counts.shape}, but replay needs at least two windows, "
+            "[windows, layers, experts]: it plans on one and scores on the next."
+        )
+    if max_moves is None:
+        max_moves = num_replicas // 6
+    has_load_L = counts.sum(axis=(0, 2)) > 0
+    windows = counts[:, has_load_L].astype(np.float32)
+    sizes = (num_replicas, num_groups, num_nodes, num_gpus)
+    start = in_order(windows.shape[1], windows.shape[2], num_replicas)
+
+    def plan(weight: np.ndarray, policy: Policy) -> Any:
+        return rebalance_experts(weight, *sizes, policy=policy).physical_to_logical_map
+
+    def refine(weight: np.ndarray, old: Any) -> Any:
+        return refine_placement(weight, old, num_gpus, max_moves=max_moves)[0]
+
+    first = plan(windows[0], policy)
+    strategies = {
+        "never": lambda i, old: old,
+        "once": lambda i, old: first,
+        "upstream": lambda i, old: plan(windows[i], "auto"),
+        "refine": lambda i, old: first if i == 0 else refine(windows[i], old),
+    }
+    outcomes = {}
+    for name, next_placement in strategies.items():
+        steps, placement = [], start
+        for i in range(len(windows) - 1):
+            old, placement = placement, next_placement(i, placement)
+            score_L = np.asarray(balancedness(windows[i + 1], placement, num_gpus))
+            moves_L = np.asarray(count_moves(old, placement, num_gpus))
+            steps.append((score_L.mean(), score_L.min(), moves_L.mean() / num_replicas))
+        outcomes[name] = Outcome(
+            *(np.array(column) for column in zip(*steps, strict=True))
+        )
+    return outcomes

@@ -1,0 +1,208 @@
+"""Counts by formula against arrays, traced programs and the published model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import deepseek_v3
+from dualpipe_jax.backward.flop_count import flops
+from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig
+from dualpipe_jax.deepseek.model.config import layer_parameters
+from dualpipe_jax.deepseek.model.layers import Layer, NextNext
+from eplb_jax import ExpertParallel, MoE
+from tests.deepseek.model.sizes import SMALL, small
+
+DEEPSEEK_V3 = deepseek_v3.architecture()
+
+
+def drawn(seed):
+    """Sizes with no regard for what is sensible."""
+    rng = np.random.default_rng(seed)
+    names = ["vocab_size", "dim", "num_layers", "dense_hidden", "num_heads", "kv_rank"]
+    names += ["nope_dim", "value_dim", "num_experts", "expert_hidden", "q_rank"]
+    sizes = {name: int(rng.integers(1, 9)) for name in names}
+    return DeepSeekConfig(
+        **sizes | {"q_rank": None} if seed % 3 == 0 else sizes,
+        rope_dim=2 * int(rng.integers(1, 4)),
+        num_dense_layers=int(rng.integers(sizes["num_layers"] + 1)),
+        num_shared_experts=int(rng.integers(3)),
+        experts_per_token=int(rng.integers(sizes["num_experts"])) + 1,
+        tied=bool(seed & 1),
+        mtp=bool(seed & 2),
+    )
+
+
+def size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_parameters_are_counted_as_they_are_made(seed):
+    config = drawn(seed)
+    model = DeepSeek(architecture=config).build_unpipelined()
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    counts = config.count_parameters()
+    assert size(shapes) == counts.total + counts.mtp
+    assert size(shapes.head.get("mtp")) == counts.mtp
+    assert (counts.mtp > 0) == config.mtp
+    experts = [size(slot["moe"]["experts"]) for slot in shapes.stages if "moe" in slot]
+    idle = config.num_experts - config.experts_per_token
+    left_out = sum(experts) * idle // config.num_experts
+    assert counts.total - counts.active == left_out
+
+
+def test_random_sizes_cover_the_choices():
+    configs = [drawn(seed) for seed in range(8)]
+    assert {(c.tied, c.mtp) for c in configs} == {
+        (a, b) for a in (0, 1) for b in (0, 1)
+    }
+    assert {c.q_rank is None for c in configs} == {True, False}
+    assert {c.num_shared_experts for c in configs} >= {0, 1}
+    assert any(0 < c.num_dense_layers < c.num_layers for c in configs)
+
+
+def test_deepseek_v3s_parameters():
+    """The total of the published main model, which counts the routers' biases too."""
+    counts = DEEPSEEK_V3.count_parameters()
+    biases = DEEPSEEK_V3.num_moe_layers * DEEPSEEK_V3.num_experts
+    assert biases == 58 * 256
+    assert counts.total == 671_026_404_352
+    assert counts.total + biases == 671_026_419_200
+    # "37B activated for each token"; 0.93B of these are the embedding.
+    assert round(counts.active / 1e9, 1) == 37.6
+
+
+def test_deepseek_v3s_arrays_are_as_many_as_its_formula_says():
+    model = DeepSeek(architecture=DEEPSEEK_V3).build_unpipelined()
+    counts = layer_parameters(DEEPSEEK_V3)
+    for layer in (0, 3):
+        make = functools.partial(model._layer, layer)
+        shapes = nnx.eval_shape(lambda make=make: make(jax.random.key(0)))
+        feed_forward = counts.dense if layer == 0 else counts.moe
+        want = counts.attention + counts.norms + feed_forward
+        assert size(nnx.state(shapes, nnx.Param)) == want
+
+
+BATCH, LENGTH = 2, 6
+TOKENS = BATCH * LENGTH
+
+
+def products(config, call, make):
+    """FLOPs of all matrix products of a call on BATCH sequences, a token."""
+    module = nnx.eval_shape(make)
+    for _, layer in nnx.iter_graph(module):
+        if isinstance(layer, MoE):
+            # Not in blocks, whose number is known only when they run.
+            layer.implementation = "xla"
+    graph, state = nnx.split(module)
+    x = jax.ShapeDtypeStruct((BATCH, LENGTH, config.dim), jnp.float32)
+    total = flops(lambda state, x: call(nnx.merge(graph, state), x), state, x)
+    return total / TOKENS
+
+
+def inner_norms(config):
+    """Their parameters are in no product, but count as such in the estimate."""
+    return (config.q_rank or 0) + config.kv_rank
+
+
+def upper_triangle(config):
+    """The products of queries with later keys: computed here, and then masked."""
+    return config.num_heads * (config.head_dim + config.value_dim) * LENGTH / 2
+
+
+@pytest.mark.parametrize("is_dense", [True, False])
+@pytest.mark.parametrize("q_rank", [None, 10])
+def test_a_layers_flops_are_those_of_its_products(is_dense, q_rank):
+    config = small(q_rank=q_rank, num_shared_experts=2)
+    key = jax.random.key(0)
+
+    def make():
+        has = {"has_dense": is_dense, "has_moe": not is_dense}
+        return Layer(config, ExpertParallel(), **has, key=key)
+
+    def call(layer, x):
+        x = layer.attend(x)
+        return layer.feed_forward(x) if is_dense else layer.mix(x, None)
+
+    got = products(config, call, make)
+    layer = 0 if is_dense else config.num_dense_layers
+    estimate = config.forward_flops(layer, LENGTH)
+    # Exact, but for what the estimate says that it simplifies.
+    assert got == estimate + 2 * (upper_triangle(config) - inner_norms(config))
+
+
+def test_head_flops_are_those_of_its_products():
+    config = small()
+    x = jax.ShapeDtypeStruct((TOKENS, config.dim), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((config.dim, config.vocab_size), jnp.float32)
+    head = flops(jnp.matmul, x, kernel) / TOKENS
+    assert config.head_flops(LENGTH) == head
+    config = small(mtp=True)
+    got = products(
+        config,
+        lambda module, x: module(x, x, None),
+        lambda: NextNext(config, ExpertParallel(), jax.random.key(0)),
+    )
+    estimate = config.head_flops(LENGTH) - 2 * head
+    assert got == estimate + 2 * (upper_triangle(config) - inner_norms(config))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dim": 0}, "dim=0 must be at least 1"),
+        ({"num_dense_layers": -1}, "num_dense_layers=-1 must be at least 0"),
+        ({"num_shared_experts": -1}, "num_shared_experts=-1 must be at least 0"),
+        ({"q_rank": 0}, "q_rank=0 must be at least 1, or None"),
+        ({"num_dense_layers": 4}, "num_dense_layers=4 must be at most .*num_layers=3"),
+        ({"rope_dim": 3}, "rope_dim=3 must be even"),
+        ({"experts_per_token": 5}, "experts_per_token=5 must be at most .*experts=4"),
+        ({"num_groups": 3}, "num_groups=3 must divide .*num_experts=4"),
+        (
+            {"num_groups": 2, "topk_groups": 3},
+            "topk_groups=3 must be at most .*num_groups=2",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+@pytest.mark.parametrize("name", ["num_dense_layers", "num_shared_experts"])
+def test_zero_is_a_size_where_it_makes_sense(name):
+    assert getattr(small(**{name: 0}), name) == 0
+
+
+def test_no_other_size_may_be_zero():
+    fields = [f.name for f in dataclasses.fields(SMALL) if f.type == "int"]
+    assert len(fields) == 16
+    for name in set(fields) - {"num_dense_layers", "num_shared_experts"}:
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            small(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"remat": ("attention", "mlp")},
+            "'mlp' is unknown; choose from attention, ex",
+        ),
+        ({"compute_dtype": "float16"}, "compute_dtype='float16' must be 'float32' or"),
+        ({"head_cost": 1.0}, "layer_costs and head_cost share a unit; give both"),
+        ({"layer_costs": (1.0,) * 3}, "layer_costs and head_cost share a unit"),
+        (
+            {"layer_costs": (1.0,) * 9, "head_cost": 1.0},
+            "layer_costs has 9 entries, but the model has num_layers=",
+        ),
+    ],
+)
+def test_models_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DeepSeek(architecture=SMALL, **changes)

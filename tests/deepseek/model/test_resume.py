@@ -1,0 +1,61 @@
+"""A run that goes on with other ranks, stages and slots, as if nothing had happened."""
+
+import dataclasses
+import io
+import shutil
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dualpipe_jax.deepseek import EplbConfig
+from dualpipe_jax.train import Text, train
+from tests.deepseek.model import small
+
+TEXT = Text(
+    train=np.random.default_rng(0).integers(0, 16, 4000).astype(np.uint8),
+    held_out=np.random.default_rng(1).integers(0, 16, 400).astype(np.uint8),
+    source="noise",
+)
+
+
+def run(config, folder, *, resume=False):
+    console = Console(file=io.StringIO(), width=200)
+    return train(config, TEXT, folder, resume=resume, console=console)
+
+
+@pytest.mark.slow
+def test_another_mesh_schedule_and_placement(tmp_path):
+    config = small.config(
+        architecture={"num_layers": 2},
+        schedule="1f1b",
+        num_steps=6,
+        checkpoint_every=3,
+        eval_every=3,
+    )
+    whole = run(config, tmp_path).metrics
+    # As if the nodes had been lost between the two checkpoints.
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    eplb = EplbConfig(every=2, num_redundant=4)  # eight slots, as four devices need
+    fewer_ranks = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, eplb=eplb),
+        mesh={"pp": 1, "ep": 4},
+        schedule="gpipe",
+        sample_tokens=5,
+    )
+    resumed = run(fewer_ranks, tmp_path, resume=True)
+    for name in ("loss", "grad_norm", "held_out_loss", "learning_rate"):
+        got, expected = (
+            [record[name] for record in records if name in record]
+            for records in (resumed.metrics, whole)
+        )
+        assert len(got) == len(expected) > 0
+        # f32 in another order of sums, through five steps of Adam.
+        np.testing.assert_allclose(got, expected, rtol=1e-4, err_msg=name)
+    prompt, new = resumed.sample
+    assert len(prompt) == 4 and len(new) == 5
+    other = dataclasses.replace(config.model.architecture, route_scale=2.0)
+    other = dataclasses.replace(config.model, architecture=other)
+    with pytest.raises(ValueError, match=r"of another model: its route_scale is 1.0"):
+        run(dataclasses.replace(config, model=other), tmp_path, resume=True)

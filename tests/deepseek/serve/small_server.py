@@ -1,0 +1,83 @@
+"""A server on 8 devices that compiles in seconds, with weights that say something."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dualpipe_jax.deepseek import DeepSeek
+from dualpipe_jax.deepseek.serve import Engine, RebalanceConfig, ServeConfig
+from dualpipe_jax.deepseek.serve.weights import trained_params
+from tests.deepseek.model.small import ARCHITECTURE, single_params
+
+# Large first values, so that attention and experts decide what is written.
+SIZES = dataclasses.replace(
+    ARCHITECTURE,
+    num_experts=16,
+    num_groups=1,
+    topk_groups=1,
+    num_layers=3,
+    init_std=0.3,
+)
+OFTEN = RebalanceConfig(every=2, below=1, min_gain=0, max_moves=3, layers_per_plan=1)
+
+
+def config(**changes) -> ServeConfig:
+    fields = {
+        "name": "small",
+        "architecture": SIZES,
+        "num_devices": 8,
+        "num_redundant": 8,
+        "requests_per_device": 2,
+        "context_length": 224,
+        "prompt_length": 10,
+        "prompts_per_device": 4,
+        "prefill_tokens": 14,
+        "rebalance": OFTEN,
+    }
+    return ServeConfig(**fields | changes)
+
+
+def params(config):
+    model = DeepSeek(architecture=config.architecture).build_unpipelined()
+    shape = (config.architecture.num_moe_layers, config.architecture.num_experts)
+    # Some experts are wanted much more than others.
+    bias = np.random.default_rng(0).normal(size=shape, scale=0.3).astype(np.float32)
+    of = functools.partial(trained_params, config, model)
+    return jax.jit(of)(single_params(config.architecture), bias), bias
+
+
+def engine(config) -> Engine:
+    return Engine(config, params(config)[0])
+
+
+def prompts(count, config, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, config.max_prompt + 1, count)
+    return [rng.integers(0, config.architecture.vocab_size, n) for n in lengths]
+
+
+def reference(config, bias):
+    """Greedy completions by the training model: all of the sequence for each token."""
+    model = DeepSeek(architecture=config.architecture).build_unpipelined()
+    buffers = model.init_buffers()._replace(bias=jnp.asarray(bias))
+    weights = single_params(config.architecture)
+
+    @jax.jit
+    def next_token(weights, tokens, length):
+        bound = model.bind(weights, buffers)
+        x = model.embed(bound.embed, tokens[None])
+        x, _ = model.stage(jax.tree.map(lambda leaf: leaf[0], bound.stages), x)
+        logits = model.logits(bound.embed, bound.head, x)[0]
+        return jnp.argmax(logits[length - 1]).astype(jnp.int32)
+
+    def complete(prompt, num_tokens):
+        tokens = np.zeros(config.context_length, np.int32)
+        tokens[: len(prompt)] = prompt
+        for length in range(len(prompt), len(prompt) + num_tokens):
+            tokens[length] = next_token(weights, tokens, np.int32(length))
+        return tokens[len(prompt) : len(prompt) + num_tokens]
+
+    return complete

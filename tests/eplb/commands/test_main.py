@@ -1,0 +1,191 @@
+"""The command line, as a user runs it, and the files it reads and writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eplb_jax.commands.main import main
+from eplb_jax.recordings.files import read_loads
+from eplb_jax.recordings.replays import replay
+from tests.eplb.placement.cases import EXPERTS, GPUS, LAYERS, SIZES, SLOTS, lognormal
+
+LOADS = str(Path(__file__).parents[2] / "data" / "eplb_loads_deepseek_v3.npz")
+OPTIONS = ("--replicas", "--groups", "--nodes", "--gpus")
+CLUSTER = [str(item) for pair in zip(OPTIONS, SIZES, strict=True) for item in pair]
+
+
+@pytest.fixture
+def counts():
+    return np.random.default_rng(0).integers(0, 1000, (4, LAYERS, EXPERTS))
+
+
+@pytest.fixture
+def loads(counts, tmp_path):
+    path = tmp_path / "loads.npy"
+    np.save(path, counts)
+    return str(path)
+
+
+def run_json(capsys, *argv):
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_format_reads_the_same(counts, tmp_path):
+    np.save(tmp_path / "a.npy", counts)
+    np.savez(tmp_path / "b.npz", counts=counts)
+    np.savez(tmp_path / "c.npz", **dict(zip("xyzw", counts, strict=True)))
+    (tmp_path / "d.json").write_text(json.dumps({"logical_count": counts.tolist()}))
+    (tmp_path / "e.json").write_text(json.dumps(counts.tolist()))
+    for name in ("a.npy", "b.npz", "c.npz", "d.json", "e.json"):
+        recording = read_loads(tmp_path / name)
+        np.testing.assert_array_equal(recording.counts, counts)
+        assert len(recording.names) == 4
+    assert read_loads(tmp_path / "c.npz").names == ("x", "y", "z", "w")
+    np.save(tmp_path / "one.npy", counts[0])
+    assert read_loads(tmp_path / "one.npy").counts.shape == (1, LAYERS, EXPERTS)
+
+
+@pytest.mark.slow
+def test_rebalance_prints_a_table_and_a_placement(loads, capsys):
+    assert main(["rebalance", loads, *CLUSTER, "--layer", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "32 experts in 48 slots of 12 GPUs on 4 nodes, policy auto" in out
+    assert "3 of 3 layers have load" in out
+    assert "load away from home" in out
+    placement = out[out.index("Layer 1") :].splitlines()[2:]
+    assert len(placement) == GPUS
+    experts = [int(e.strip("*")) for row in placement for e in row.split()[4:]]
+    assert len(experts) == SLOTS
+    assert set(experts) == set(range(EXPERTS))
+
+
+@pytest.mark.parametrize(
+    "policy", ["global", pytest.param("swaps", marks=pytest.mark.slow)]
+)
+def test_rebalance_json_and_files(loads, counts, tmp_path, capsys, policy):
+    out, figure = tmp_path / "maps.json", tmp_path / "placement.png"
+    argv = ["rebalance", loads, *CLUSTER, "--policy", policy]
+    summary = run_json(capsys, *argv, "--out", str(out), "--figure", str(figure))
+    assert summary["num_replicas"] == SLOTS
+    assert summary["with_experts_in_order"]["mean"] > 0
+    assert (
+        summary["balancedness"]["worst"]
+        <= summary["balancedness"]["mean"]
+        <= summary["no_placement_exceeds"]["mean"] + 1e-6
+    )
+    placement = json.loads(out.read_text())["physical_to_logical_map"]
+    assert placement == summary["physical_to_logical_map"]
+    assert np.shape(placement) == (LAYERS, SLOTS)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert main([*argv, "--out", str(tmp_path / "maps.npz")]) == 0
+    with np.load(tmp_path / "maps.npz") as maps:
+        np.testing.assert_array_equal(maps["physical_to_logical_map"], placement)
+        assert maps["logical_to_physical_map"].shape == (LAYERS, EXPERTS, 17)
+
+
+@pytest.mark.slow
+def test_dead_devices_on_the_command_line(loads, capsys):
+    argv = ["rebalance", loads, *CLUSTER, "--policy", "swaps"]
+    summary = run_json(capsys, *argv, "--capacity", *["1"] * 10, "0.5", "0")
+    assert all(row[44:] == [-1] * 4 for row in summary["physical_to_logical_map"])
+    assert summary["balancedness"]["mean"] > 0.85
+
+
+@pytest.mark.slow
+def test_one_window_of_the_recorded_loads(capsys):
+    argv = ["rebalance", LOADS, "--gpus", "32", "--nodes", "8"]
+    summary = run_json(capsys, *argv, "--window", "prefill_in2048")
+    assert summary["num_replicas"] == 288
+    assert len(summary["layers"]) == 58  # three are dense
+    # anchors: global greedy on these loads
+    assert summary["balancedness"]["mean"] == pytest.approx(0.9935, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_replay(loads, counts, tmp_path, capsys):
+    figure = tmp_path / "replay.svg"
+    argv = ["replay", loads, *CLUSTER, "--max-moves", "4", "--policy", "global"]
+    result = run_json(capsys, *argv, "--figure", str(figure))
+    assert result["windows"] == ["0", "1", "2", "3"]
+    strategies = result["strategies"]
+    assert list(strategies) == ["never", "once", "upstream", "refine"]
+    assert strategies["never"]["moved"] == [0, 0, 0]
+    assert strategies["once"]["moved"][1] == 0
+    assert 0 < strategies["refine"]["moved"][1] <= 4 / SLOTS
+    assert (
+        strategies["once"]["balancedness"][0]
+        == (strategies["refine"]["balancedness"][0])
+    )
+    assert "<svg" in figure.read_text()
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[0].split()[4:] == list(strategies)
+
+
+@pytest.mark.slow
+def test_refining_beats_planning_once_when_loads_drift():
+    counts = [lognormal(0)]
+    for seed in range(1, 7):
+        counts.append(counts[-1] * lognormal(seed, sigma=0.15))
+    outcomes = replay(np.stack(counts), *SIZES, policy="global")
+    means = {name: outcome.balancedness.mean() for name, outcome in outcomes.items()}
+    assert means["refine"] > means["once"] > means["never"]
+    assert outcomes["refine"].moved[1:].max() <= 1 / 6
+    assert outcomes["upstream"].moved[1:].mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["rebalance", "nowhere.npz"], "there is no such file"),
+        (["rebalance", "loads.pt"], "must be in a file ending in .npz, .npy, .json"),
+        (["rebalance", LOADS, "--window", "x"], "--window x is not in the recording"),
+        (["rebalance", LOADS, "--layer", "61"], "--layer 61 is not one of 61 layers"),
+        (["rebalance", LOADS, "--gpus", "0"], "num_gpus=0 must be a positive int"),
+        (["rebalance", LOADS, "--gpus", "7", "--replicas", "260"], "multiple of"),
+        (["rebalance", LOADS, "--out", "x.csv"], "must end in .npz or .json"),
+        (["rebalance", LOADS, "--capacity", "1"], "knows no device_capacity"),
+    ],
+)
+def test_bad_arguments(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", "{", "cannot be read"),
+        ("a.json", '{"count": [[1]]}', "has no `logical_count`"),
+        ("a.json", "[[1, 2], [3]]", "a.json"),
+        ("a.json", "[1, 2]", "loads are numbers"),
+        ("a.json", "[[1, -2]]", "finite and not negative"),
+        ("a.json", '[["x"]]', "loads are numbers"),
+        ("a.npy", "not numpy", "a.npy"),
+        ("a.npz", "not numpy", "a.npz"),
+    ],
+)
+def test_bad_files(name, content, message, capsys, tmp_path):
+    path = tmp_path / name
+    path.write_text(content)
+    assert main(["rebalance", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_windows_of_different_sizes_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones((2, 4)), y=np.ones((2, 5)))
+    with pytest.raises(ValueError, match=r"must all be .* of one size"):
+        read_loads(tmp_path / "a.npz")
+
+
+def test_one_window_cannot_be_replayed(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.ones((2, 8)))
+    assert main(["replay", str(tmp_path / "a.npy")]) == 2
+    assert "needs at least two windows" in capsys.readouterr().err

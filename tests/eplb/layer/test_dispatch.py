@@ -1,0 +1,200 @@
+"""Rows on their way to slots and back, against a loop over choices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec as P
+
+from dualpipe_jax.gpu.topology import gpu_mesh
+from eplb_jax.layer.dispatch import combine, fetch, plan_dispatch, send, send_choices
+from eplb_jax.layer.exchange import Segments, exchange
+
+DEVICES, TOKENS, K, SLOTS, DIM = 8, 6, 2, 24, 4
+PER = SLOTS // DEVICES
+MESH = jax.make_mesh((DEVICES,), ("ep",), axis_types=(AxisType.Auto,))
+
+
+def on_mesh(fn, num_in):
+    return jax.jit(
+        jax.shard_map(
+            fn,
+            mesh=MESH,
+            in_specs=(P("ep"),) * num_in,
+            out_specs=P("ep"),
+            check_vma=False,
+        )
+    )
+
+
+def choices(seed=0):
+    rng = np.random.default_rng(seed)
+    slots = np.array([rng.permutation(SLOTS)[:K] for _ in range(DEVICES * TOKENS)])
+    slots[rng.random(slots.shape) < 0.2] = -1
+    slots[: TOKENS + 2, 0] = 5  # one slot that many want
+    return slots.astype(np.int32)
+
+
+def expected_rows(x, slots, num_rows):
+    """What arrives: for each device its rows in order of slot, then of sender."""
+    arrived = [[] for _ in range(DEVICES)]
+    for device in range(DEVICES):
+        mine = slots.reshape(DEVICES, TOKENS * K)[device]
+        for n in np.argsort(mine, kind="stable"):
+            if mine[n] >= 0 and len(arrived[mine[n] // PER]) < num_rows:
+                arrived[mine[n] // PER].append((mine[n], device, n))
+    rows = np.zeros((DEVICES, num_rows, DIM), np.float32)
+    sizes = np.zeros(SLOTS, int)
+    for device, found in enumerate(arrived):
+        for m, (slot, sender, n) in enumerate(sorted(found)):
+            rows[device, m] = x[sender * TOKENS + n // K]
+            sizes[slot] += 1
+    return rows.reshape(-1, DIM), sizes, sum(map(len, arrived))
+
+
+@pytest.mark.parametrize("num_rows", [None, 5])
+def test_against_a_loop(num_rows):
+    rng = np.random.default_rng(1)
+    x, slots = (
+        rng.standard_normal((DEVICES * TOKENS, DIM)).astype(np.float32),
+        choices(),
+    )
+
+    def run(x, slots):
+        plan = plan_dispatch(
+            slots, SLOTS, num_devices=DEVICES, axis_name="ep", num_rows=num_rows
+        )
+        rows = send(x, plan, axis_name="ep")
+        # Each slot multiplies by its own number, so that a row from elsewhere shows.
+        slot = jnp.repeat(
+            jnp.arange(PER), plan.group_sizes, total_repeat_length=len(rows)
+        ) + PER * jax.lax.axis_index("ep")
+        factor = (slot[:, None] + 1).astype(rows.dtype)
+        back = fetch(rows * factor, plan, axis_name="ep")
+        added = combine(rows * factor, plan, TOKENS, axis_name="ep")
+        return (
+            rows,
+            back,
+            added,
+            plan.group_sizes,
+            plan.slot_counts,
+            plan.overflow[None],
+        )
+
+    rows, back, added, sizes, counts, overflow = map(
+        np.asarray, on_mesh(run, 2)(x, slots)
+    )
+    room = DEVICES * TOKENS * K if num_rows is None else num_rows
+    want, want_sizes, num_arrived = expected_rows(x, slots, room)
+    np.testing.assert_array_equal(rows, want)
+    np.testing.assert_array_equal(sizes, want_sizes)
+    asked = np.bincount(slots[slots >= 0], minlength=SLOTS)
+    np.testing.assert_array_equal(counts.reshape(DEVICES, SLOTS), [asked] * DEVICES)
+    assert (overflow == asked.sum() - num_arrived).all()
+    assert (overflow > 0).all() == (num_rows is not None)
+    choice = slots.reshape(-1)
+    result = np.repeat(x, K, axis=0) * (choice[:, None] + 1).astype(np.float32)
+    if num_rows is None:
+        np.testing.assert_array_equal(back, np.where(choice[:, None] >= 0, result, 0))
+    else:
+        is_served = back.any(axis=1)
+        assert is_served.sum() == num_arrived
+        np.testing.assert_array_equal(back[is_served], result[is_served])
+    # float32: the order of K sums.
+    each = back.reshape(-1, K, DIM).sum(axis=1, dtype=np.float64)
+    np.testing.assert_allclose(added, each, rtol=1e-6, atol=1e-5)
+
+
+def inner(a, b):
+    return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum()
+
+
+@pytest.mark.parametrize("a_choice", [False, True])
+def test_there_and_back_are_each_others_transpose(a_choice):
+    slots = choices(2)
+
+    def run(x, y, slots):
+        plan = plan_dispatch(slots, SLOTS, num_devices=DEVICES, axis_name="ep")
+
+        def there(x):
+            return (send_choices if a_choice else send)(x, plan, axis_name="ep")
+
+        def back(y):
+            if a_choice:
+                return fetch(y, plan, axis_name="ep")
+            return combine(y, plan, TOKENS, axis_name="ep")
+
+        sent, pull_sent = jax.vjp(there, x)
+        returned, pull_returned = jax.vjp(back, y)
+        products = [inner(sent, y), inner(x, pull_sent(y)[0])]
+        products += [inner(returned, x), inner(y, pull_returned(x)[0])]
+        return jnp.stack(products)[None]
+
+    rng = np.random.default_rng(3)
+    num_rows = DEVICES * TOKENS * (K if a_choice else 1)
+    x = rng.standard_normal((num_rows, DIM)).astype(np.float32)
+    y = rng.standard_normal((DEVICES * DEVICES * TOKENS * K, DIM)).astype(np.float32)
+    products = np.asarray(on_mesh(run, 3)(x, y, slots)).sum(axis=0)
+    # <send x, y> = <x, send' y> = <x, combine y> over all devices; float32 sums of a
+    # few hundred.
+    np.testing.assert_allclose(products, products[0], rtol=1e-4)
+    assert abs(products[0]) > 0.1
+
+
+@pytest.mark.slow
+def test_on_gpus_rows_travel_ragged_and_nothing_is_gathered():
+    mesh = gpu_mesh("h100", {"ep": 8})
+    sizes = jnp.ones((8, 8), jnp.int32)
+    places = jnp.cumsum(sizes, axis=1) - sizes
+
+    def run(rows):
+        segments = Segments(sizes, places, places.T)
+        return exchange(rows, segments, 8, "ep")
+
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=False
+    )
+    rows = jax.ShapeDtypeStruct(
+        (64, 4), jnp.bfloat16, sharding=jax.NamedSharding(mesh, P("ep"))
+    )
+    program = jax.jit(jax.grad(lambda rows: sharded(rows).astype(jnp.float32).sum()))
+    text = program.lower(rows).compile().as_text()
+    assert "ragged-all-to-all" in text
+    assert "all-gather" not in text
+
+
+@pytest.mark.parametrize("transport", ["ragged", "gather"])
+def test_the_transport_can_be_named(transport):
+    def run(rows):
+        table = jnp.zeros((DEVICES, DEVICES), jnp.int32)
+        return exchange(rows, Segments(table, table, table), 2, "ep", transport)
+
+    sharded = jax.shard_map(
+        run, mesh=MESH, in_specs=P("ep"), out_specs=P("ep"), check_vma=False
+    )
+    text = jax.jit(sharded).lower(jnp.ones((16, 3))).as_text()
+    assert ("ragged_all_to_all" in text) == (transport == "ragged")
+
+
+def test_bad_arguments():
+    slots = jnp.zeros((4, 2), jnp.int32)
+    plan, x = plan_dispatch(slots, 3), jnp.ones((4, 100))
+    for call, message in [
+        (lambda: plan_dispatch(slots, 9, num_devices=2, axis_name="ep"), "must divide"),
+        (
+            lambda: plan_dispatch(slots, 8, num_devices=2),
+            "num_devices=2 needs axis_name",
+        ),
+        (lambda: plan_dispatch(slots, 8, num_rows=0), "num_rows=0 must be at least 1"),
+        (
+            lambda: send(x, plan, payload="fp4"),
+            "payload='fp4' must be one of plain, fp8",
+        ),
+        (lambda: send(x, plan, payload="fp8"), r"do not divide x.shape\[1\]=100"),
+        (
+            lambda: exchange(x, None, 2, "ep", "pigeon"),
+            "transport='pigeon' must be one of auto, ragged, gather",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

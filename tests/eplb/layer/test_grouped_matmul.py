@@ -1,0 +1,243 @@
+"""The product of groups against a loop over groups, forward and backward."""
+
+import contextlib
+import re
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from jax import lax
+
+from dualpipe_jax.gpu.topology import gpu_mesh
+from eplb_jax.layer import grouped_products as module, kernels
+from eplb_jax.layer.grouped_products import grouped_matmul, num_block_rows
+
+SIZES = [
+    [5, 0, 40, 3],
+    [0, 0, 0, 0],
+    [300, 0, 0, 0],
+    [0, 128, 0, 129],
+    [17, 16, 15, 1],
+]
+ROWS = 300
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    values = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(values, dtype)
+
+
+def loop(x, weight, sizes):
+    """In float64 and Python, padding left out."""
+    y = np.zeros((len(x), weight.shape[2]))
+    x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    row = 0
+    for group, size in enumerate(sizes):
+        y[row : row + size] = x[row : row + size] @ weight[group]
+        row += size
+    return y
+
+
+def gradients(x, weight, dy, sizes):
+    transposed = np.swapaxes(np.asarray(weight, np.float64), 1, 2)
+    dx = loop(dy, transposed, sizes)
+    dw, row = [], 0
+    for size in sizes:
+        rows = slice(row, row + size)
+        dw.append(np.asarray(x, np.float64)[rows].T @ np.asarray(dy, np.float64)[rows])
+        row += size
+    return dx, np.stack(dw)
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "xla"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_equals_a_loop(sizes, implementation):
+    x, weight, dy = normal(0, ROWS, 8), normal(1, 4, 8, 6), normal(2, ROWS, 6)
+    # What is not a row of any group must not matter, whatever it is.
+    padding = jnp.arange(ROWS)[:, None] >= sum(sizes)
+    x = jnp.where(padding, jnp.nan, x)
+    y, pullback = jax.vjp(
+        lambda x, w: grouped_matmul(
+            x, w, jnp.array(sizes), implementation=implementation
+        ),
+        x,
+        weight,
+    )
+    dx, dw = pullback(jnp.where(padding, jnp.inf, dy))
+    want = (loop(x, weight, sizes), *gradients(x, weight, dy, sizes))
+    for ours, theirs in zip((y, dx, dw), want, strict=True):
+        # float32 sums of at most 300 products against float64
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * np.abs(dw).max())
+
+
+def test_bfloat16_is_added_in_float32():
+    sizes = [100, 200, 0, 0]
+    x, weight = (normal(0, ROWS, 512), normal(1, 4, 512, 4))
+    x, weight = x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
+    dy = normal(2, ROWS, 4).astype(jnp.bfloat16)
+    y, pullback = jax.vjp(
+        lambda x, w: grouped_matmul(x, w, jnp.array(sizes)), x, weight
+    )
+    want = (loop(x, weight, sizes), *gradients(x, weight, dy, sizes))
+    for ours, theirs in zip((y, *pullback(dy)), want, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        # One rounding to 8 bits at the end; sums in bfloat16 would lose five of them.
+        error = np.abs(np.asarray(ours, np.float64) - theirs)
+        assert (error <= np.abs(theirs) * 2**-8 + 1e-4).all()
+
+
+def test_fewer_rows_than_a_block():
+    x, weight = normal(0, 3, 8), normal(1, 2, 8, 4)
+    y = jax.jit(grouped_matmul)(x, weight, jnp.array([2, 1]))
+    np.testing.assert_allclose(y, loop(x, weight, [2, 1]), rtol=0, atol=1e-5)
+
+
+def test_under_vmap_and_scan():
+    x, weight = normal(0, 2, 20, 8), normal(1, 2, 3, 8, 8)
+    sizes = jnp.array([[3, 7, 10], [20, 0, 0]])
+    mapped = jax.vmap(grouped_matmul)(x, weight, sizes)
+    _, scanned = lax.scan(
+        lambda _, a: (None, grouped_matmul(*a)), None, (x, weight, sizes)
+    )
+    for i in range(2):
+        want = loop(x[i], weight[i], sizes[i].tolist())
+        np.testing.assert_allclose(mapped[i], want, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(scanned[i], want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_groups, k", [(64, 1), (64, 8), (32, 1)])
+def test_multiplies_little_more_than_it_must(num_groups, k, monkeypatch):
+    # Counts the products that really run: without jit, loops are Python's.
+    d, f, num_rows = 2, 3, 4096 * k
+    sizes = np.random.default_rng(0).multinomial(
+        num_rows, np.ones(num_groups) / num_groups
+    )
+    done = []
+    original = lax.dot_general
+
+    def counting(a, b, dimensions, **options):
+        y = original(a, b, dimensions, **options)
+        done.append(2 * y.size * a.shape[dimensions[0][0][0]])
+        return y
+
+    monkeypatch.setattr(module.lax, "dot_general", counting)
+    with jax.disable_jit():
+        grouped_matmul(jnp.ones((num_rows, d)), jnp.ones((num_groups, d, f)), sizes)
+    assert sum(done) == 2 * d * f * int(num_block_rows(sizes))
+    assert sum(done) <= 1.3 * 2 * num_rows * d * f
+
+
+def test_room_that_is_not_used_costs_nothing():
+    assert num_block_rows(jnp.array([3, 0, 0, 1])) == 32
+    program = jax.jit(grouped_matmul).lower(
+        normal(0, 4096, 8), normal(1, 4, 8, 8), jnp.ones(4, int)
+    )
+    # The only products in the program are of blocks.
+    rows = {128, 16}
+    shapes = re.findall(r"dot_general.*->\s*tensor<(\d+)x8xf32>", program.as_text())
+    assert {int(n) for n in shapes} == rows
+
+
+def test_tokamax_is_chosen_when_compiled_for_gpus(monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
+    monkeypatch.setattr(
+        module, "_by_tokamax", lambda x, w, s: calls.append(1) or x @ w[0]
+    )
+    sharding = jax.sharding.NamedSharding(
+        gpu_mesh("h100", {"ep": 1}), jax.sharding.PartitionSpec()
+    )
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for shape, dtype in (((32, 8), "f4"), ((2, 8, 8), "f4"), ((2,), "i4"))
+    ]
+    text = jax.jit(grouped_matmul).lower(*args).as_text()
+    assert calls and "while" not in text
+    text = (
+        jax.jit(grouped_matmul)
+        .lower(*(jnp.zeros(a.shape, a.dtype) for a in args))
+        .as_text()
+    )
+    assert "while" in text
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_kernel_that_is_missing_is_replaced(backend, monkeypatch):
+    def refuse(*args):
+        raise ValueError("Unsupported device kind")
+
+    monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
+    monkeypatch.setattr(module, "_by_tokamax", refuse)
+    monkeypatch.setattr(kernels.jax, "default_backend", lambda: backend)
+    # Shapes of its own for each: jax remembers what it has traced.
+    x, sizes = {"cpu": (normal(0, 3, 8), [2, 1]), "gpu": (normal(0, 5, 8), [1, 4])}[
+        backend
+    ]
+    weight = normal(1, 2, 8, 4)
+    expected = pytest.warns(UserWarning, match="slower code takes.*Unsupported device")
+    with expected if backend == "gpu" else contextlib.nullcontext():
+        y = jax.jit(grouped_matmul)(x, weight, jnp.array(sizes))
+    np.testing.assert_allclose(y, loop(x, weight, sizes), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_choice_of_kernels_has_the_gradient_of_what_is_chosen(
+    keep, is_there, monkeypatch
+):
+    def kernel(x, n):
+        if not is_there:
+            raise NotImplementedError("not for this shape")
+        return jnp.sin(x) * n.astype(x.dtype)
+
+    def otherwise(x, n):
+        return jnp.cos(x) * n.astype(x.dtype)
+
+    monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
+    monkeypatch.setattr(kernels, "cross_compiling", contextlib.nullcontext)
+    x, n = normal(0, 3, 4), jnp.arange(4.0)[None].astype(jnp.int32)
+
+    def loss(x):
+        y = kernels.on_cuda(kernel, otherwise, x, n, keep=keep)
+        return (y * y).sum()
+
+    # This process is one of CPUs, so it is the other one.
+    got, grad = jax.jit(jax.value_and_grad(loss))(x)
+    want, expected = jax.value_and_grad(lambda x: (otherwise(x, n) ** 2).sum())(x)
+    np.testing.assert_allclose(got, want, rtol=1e-6)  # float32
+    np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bad_arguments(monkeypatch):
+    monkeypatch.setattr(module, "has_tokamax", lambda: False)
+    x, weight, sizes = jnp.ones((4, 2)), jnp.ones((3, 2, 5)), jnp.array([1, 1, 1])
+    for args, options, message in [
+        ((x, weight, sizes), {"implementation": "best"}, "must be one of auto, blocks"),
+        ((x, weight, sizes), {"implementation": "tokamax"}, "pip install tokamax"),
+        ((x[:, :1], weight, sizes), {}, r"x of shape \(4, 1\) and weight of shape"),
+        ((x, weight[0], sizes), {}, r"must be \[rows, d\] and \[groups, d, f\]"),
+        ((x, weight, sizes[:2]), {}, r"group_sizes has shape \(2,\), but weight has 3"),
+        ((x, weight.astype(jnp.bfloat16), sizes), {}, "one floating dtype"),
+        ((x.astype(int), weight.astype(int), sizes), {}, "one floating dtype"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            grouped_matmul(*args, **options)
+
+
+def test_tokamax_does_not_read_our_command_line(monkeypatch):
+    """Its settings are absl's, which would refuse `--gpu` and end the process."""
+    tokamax = types.ModuleType("tokamax")
+    monkeypatch.setitem(sys.modules, "tokamax", tokamax)
+    monkeypatch.setattr(sys, "argv", ["python", "--gpu", "h800"])
+    was_parsed = flags.FLAGS.is_parsed()
+    flags.FLAGS.unparse_flags()
+    try:
+        assert kernels.load_tokamax() is tokamax
+        assert flags.FLAGS.is_parsed()
+    finally:
+        if not was_parsed:
+            flags.FLAGS.unparse_flags()

@@ -1,0 +1,170 @@
+"""The choice of replicas: always a right one, and as even or as near as promised."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec as P
+
+from eplb_jax.layer.replicas import balanced_shares, choose_slots
+from eplb_jax.placement.placement import rebalance_experts
+from eplb_jax.placement.tables import ExpertTables
+
+DATA = Path(__file__).parents[2] / "data"
+EXPERTS, SLOTS, DEVICES, NODES, K = 12, 24, 8, 2, 3
+MESH = jax.make_mesh((DEVICES,), ("ep",), axis_types=(AxisType.Auto,))
+
+
+def tables(seed=0):
+    rng = np.random.default_rng(seed)
+    extra = rng.integers(0, EXPERTS, SLOTS - EXPERTS)
+    slots = rng.permutation(np.concatenate([np.arange(EXPERTS), extra]))
+    return ExpertTables.from_placement(slots, EXPERTS)
+
+
+def picks(num_tokens, seed=0):
+    """Distinct experts a token, some much liked, every fifth token padding."""
+    rng = np.random.default_rng(seed)
+    score = rng.random((num_tokens, EXPERTS)) * np.linspace(1, 3, EXPERTS)
+    experts = np.argsort(-score, axis=1)[:, :K].astype(np.int32)
+    experts[::5] = -1
+    return experts
+
+
+def slots_on_mesh(experts, maps, choice):
+    def choose(experts, maps):
+        return choose_slots(
+            experts,
+            maps,
+            choice=choice,
+            num_devices=DEVICES,
+            num_nodes=NODES,
+            axis_name="ep",
+        )
+
+    sharded = jax.shard_map(
+        choose,
+        mesh=MESH,
+        in_specs=(P("ep"), P()),
+        out_specs=P("ep"),
+    )
+    return np.asarray(jax.jit(sharded)(experts, maps))
+
+
+@pytest.mark.parametrize("choice", ["spread", "nearest", "balanced"])
+def test_a_slot_of_the_expert_and_the_same_again(choice):
+    experts = picks(DEVICES * 40)
+    slots = slots_on_mesh(experts, tables(), choice)
+    expert_of_slot = np.asarray(tables().physical_to_logical_map)
+    assert (expert_of_slot[slots][experts >= 0] == experts[experts >= 0]).all()
+    assert (slots[experts < 0] == -1).all()
+    np.testing.assert_array_equal(slots, slots_on_mesh(experts, tables(), choice))
+
+
+def test_spread_is_even_to_one():
+    experts, maps = picks(997), tables()
+    slots = np.asarray(jax.jit(choose_slots)(experts, maps))
+    for expert in range(EXPERTS):
+        count = int(maps.expert_count[expert])
+        used = np.asarray(maps.logical_to_physical_map[expert])[:count]
+        served = [(slots == slot).sum() for slot in used]
+        assert max(served) - min(served) <= 1
+
+
+def test_the_picks_of_a_token_are_spread_independently():
+    # Every token wants the same two experts, each on devices 0 and 1.
+    maps = ExpertTables.from_placement(jnp.array([0, 1, 0, 1]), 2)
+    experts = np.tile(np.array([[0, 1]], np.int32), (400, 1))
+    device = np.asarray(jax.jit(choose_slots)(experts, maps)) // 2
+    both = np.bincount(device[:, 0] * 2 + device[:, 1], minlength=4)
+    # Four equally likely outcomes: 100 each, five standard deviations of 8.7.
+    assert (abs(both - 100) < 44).all()
+
+
+def test_nearest_stays_on_the_device_then_on_the_node():
+    experts, maps = picks(DEVICES * 40), tables(1)
+    slots = slots_on_mesh(experts, maps, "nearest").reshape(DEVICES, -1)
+    experts = experts.reshape(DEVICES, -1)
+    per_device, per_node = SLOTS // DEVICES, DEVICES // NODES
+    replicas = np.asarray(maps.logical_to_physical_map)
+    for device in range(DEVICES):
+        for expert in range(EXPERTS):
+            at = replicas[expert][replicas[expert] >= 0] // per_device
+            distance = np.where(
+                at == device, 0, 1 + (at // per_node != device // per_node)
+            )
+            chosen = slots[device][experts[device] == expert]
+            if not len(chosen):
+                continue
+            allowed = replicas[expert][: len(at)][distance == distance.min()]
+            served = [(chosen == slot).sum() for slot in allowed]
+            assert sum(served) == len(chosen)
+            assert max(served) - min(served) <= 1
+
+
+def test_balanced_is_even_where_spread_is_not():
+    # Devices 0 and 1 hold expert 0; device 0 also has the only replica of expert 1.
+    maps = ExpertTables.from_placement(jnp.array([0, 1, 0, 2]), 3)
+    experts = np.array([[0]] * 60 + [[1]] * 40, np.int32)
+
+    def loads(choice):
+        choose = functools.partial(choose_slots, choice=choice, num_devices=2)
+        slots = jax.jit(choose)(experts, maps)
+        return np.bincount(np.ravel(slots) // 2, minlength=2).tolist()
+
+    assert loads("spread") == [70, 30]
+    assert loads("balanced") == [50, 50]
+
+
+@functools.cache
+def recorded():
+    with np.load(DATA / "eplb_loads_deepseek_v3.npz") as file:
+        return file["prefill_in1024"][3:], file["prefill_in2048"][3:]
+
+
+@pytest.mark.slow
+def test_shares_on_recorded_loads():
+    # A plan for other loads than those that come, as it always is.
+    planned, came = recorded()
+    placement = rebalance_experts(planned, 288, 1, 1, 32)[0]
+    maps = ExpertTables.from_placement(placement, 256, 33)
+    shares = jax.jit(jax.vmap(lambda c, t: balanced_shares(c, t, 32)))(came, maps)
+    slots = np.asarray(maps.logical_to_physical_map)
+    shares = np.asarray(shares, np.float64)
+    assert (shares >= 0).all()
+    assert not shares[slots < 0].any()
+    # float32 shares that add up to counts of up to 1e6
+    np.testing.assert_allclose(shares.sum(axis=2), came, rtol=1e-5)
+    even = came / np.asarray(maps.expert_count)
+
+    def balance(share):
+        scores = []
+        for layer in range(len(came)):
+            load = np.zeros(32)
+            valid = slots[layer] >= 0
+            np.add.at(load, slots[layer][valid] // 9, share[layer][valid])
+            scores.append(load.mean() / load.max())
+        return np.array(scores)
+
+    before, after = (
+        balance(np.broadcast_to(even[..., None], slots.shape)),
+        balance(shares),
+    )
+    assert (after >= before - 1e-6).all()
+    assert after.mean() > before.mean() + 0.03
+
+
+def test_bad_arguments():
+    experts, maps = np.zeros((2, 1), np.int32), tables()
+    layered = ExpertTables.from_placement(np.tile(np.arange(4), (3, 1)), 4)
+    for options, message in [
+        ({"choice": "best"}, "choice='best' must be one of spread, nearest, balanced"),
+        ({"num_devices": 7}, "num_devices=7 must divide the 24 slots"),
+        ({"num_devices": 8, "num_nodes": 3}, "num_nodes=3 must divide num_devices=8"),
+        ({"tables": layered}, "tables are of 3 layers; pass one layer's"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            choose_slots(experts, options.pop("tables", maps), **options)

@@ -1,0 +1,117 @@
+"""The measures, against loops over slots, and the bound, against all placements."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from eplb_jax.placement.placement import placement_maps, rebalance_experts
+from eplb_jax.placement.quality import (
+    balancedness,
+    balancedness_bound,
+    count_duplicates,
+    count_moves,
+    device_loads,
+    remote_share,
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_loads_and_balancedness_against_a_loop(rng):
+    weight = rng.lognormal(0, 1, (3, 5)).astype(np.float32)
+    placement = np.concatenate(
+        [np.tile(np.arange(5), (3, 1)), rng.integers(-1, 5, (3, 7))], axis=1
+    )
+    capacity = np.array([1.0, 0.5, 2.0, 0.0], np.float32)
+    placement[:, 9:] = -1
+    load = np.zeros((3, 4))
+    for layer, slot in itertools.product(range(3), range(12)):
+        expert = placement[layer, slot]
+        if expert >= 0:
+            count = (placement[layer] == expert).sum()
+            load[layer, slot // 3] += weight[layer, expert] / count
+    # rtol: float32 quotients and sums against float64 ones
+    np.testing.assert_allclose(device_loads(weight, placement, 4), load, rtol=1e-6)
+    plain = load.mean(axis=1) / load.max(axis=1)
+    np.testing.assert_allclose(balancedness(weight, placement, 4), plain, rtol=1e-6)
+    scaled = load[:, :3] / capacity[:3]
+    scaled = load.sum(axis=1) / capacity.sum() / scaled.max(axis=1)
+    np.testing.assert_allclose(
+        balancedness(weight, placement, 4, capacity), scaled, rtol=1e-6
+    )
+
+
+def test_a_layer_without_load_is_balanced():
+    assert balancedness(np.zeros((1, 2)), [[0, 1]], 2).tolist() == [1.0]
+    assert balancedness_bound(np.zeros((1, 2)), 4, 2).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("num_experts, num_slots, num_gpus", [(2, 6, 3), (3, 5, 5)])
+def test_no_placement_exceeds_the_bound(rng, num_experts, num_slots, num_gpus):
+    every = np.array(
+        [
+            placement
+            for placement in itertools.product(range(num_experts), repeat=num_slots)
+            if len(set(placement)) == num_experts
+        ]
+    )
+    score = jax.jit(balancedness, static_argnums=2)
+    weight = rng.lognormal(0, 2, (20, num_experts)).astype(np.float32)
+    bound = np.asarray(balancedness_bound(weight, num_slots, num_gpus))
+    weights = [np.broadcast_to(row, (len(every), num_experts)) for row in weight]
+    best = np.array([score(row, every, num_gpus).max() for row in weights])
+    assert (best <= bound * (1 + 1e-6)).all()  # rounding of float32 sums
+    is_reached = best >= bound * (1 - 1e-6)
+    # With one slot a GPU nothing but the heaviest replica matters.
+    assert is_reached.all() if num_slots == num_gpus else is_reached.any()
+
+
+def test_moves_and_duplicates_against_multisets(rng):
+    old = rng.integers(0, 6, (20, 12))
+    new = rng.integers(-1, 6, (20, 12))
+    moves, duplicates = [], []
+    for before, after in zip(old, new, strict=True):
+        moves.append(0)
+        duplicates.append(0)
+        for gpu in range(4):
+            had = list(before[3 * gpu : 3 * gpu + 3])
+            has = [e for e in after[3 * gpu : 3 * gpu + 3] if e >= 0]
+            duplicates[-1] += len(has) - len(set(has))
+            for expert in has:
+                if expert in had:
+                    had.remove(expert)
+                else:
+                    moves[-1] += 1
+    assert count_moves(old, new, 4).tolist() == moves
+    assert count_duplicates(new, 4).tolist() == duplicates
+
+
+def test_remote_share(rng):
+    home = np.array([[0, 0, 1, 1]])
+    placement = np.array([[0, 1, 2, 2, 3, 0]])
+    weight = np.array([[6.0, 1.0, 4.0, 5.0]])
+    # Expert 0 has its second replica away (3.0), expert 2 its first (2.0).
+    share = remote_share(weight, placement, home, 2)
+    np.testing.assert_allclose(share, [5 / 16], rtol=1e-6)  # one float32 division
+
+
+def test_maps_of_a_placement_agree_with_upstreams_maps():
+    weight = np.random.default_rng(1).lognormal(0, 1, (4, 12)).astype(np.float32)
+    maps = rebalance_experts(weight, 16, 4, 2, 8)
+    again = placement_maps(maps.physical_to_logical_map, 12, 5)
+    np.testing.assert_array_equal(again.expert_count, maps.expert_count)
+    # Upstream orders the replicas of an expert by when they were made, not by slot.
+    ordered = np.sort(np.asarray(maps.logical_to_physical_map), axis=-1)
+    np.testing.assert_array_equal(
+        np.sort(np.asarray(again.logical_to_physical_map), axis=-1), ordered
+    )
+
+
+def test_what_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(1, 5\) cannot be divided among"):
+        balancedness([[1.0, 2.0]], np.zeros((1, 5), int), 2)

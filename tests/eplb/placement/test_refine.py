@@ -1,0 +1,158 @@
+"""Refinement: the budget is kept, each move pays, the dead are buried."""
+
+import jax
+import numpy as np
+import pytest
+
+from eplb_jax.placement.placement import rebalance_experts
+from eplb_jax.placement.quality import balancedness, count_duplicates, count_moves
+from eplb_jax.placement.refine import refine_placement
+from eplb_jax.placement.soft import home_nodes
+from tests.eplb.placement.cases import EXPERTS, GPUS, LAYERS, SIZES, SLOTS, lognormal
+
+
+@pytest.fixture
+def drifted():
+    """A placement of one load, and another load not far from it."""
+    old_weight = lognormal(0)
+    placement = rebalance_experts(old_weight, *SIZES, policy="global")[0]
+    return old_weight * lognormal(1, sigma=0.5), placement
+
+
+@pytest.mark.parametrize("max_moves", [0, 1, 2, 3, 7, 20, SLOTS])
+def test_the_budget_is_kept_and_moves_pay(drifted, max_moves):
+    weight, old = drifted
+    new, moves = refine_placement(weight, old, GPUS, max_moves=max_moves)
+    changed = (np.asarray(new) != np.asarray(old)).sum(axis=1)
+    assert moves.tolist() == changed.tolist()
+    assert changed.max() <= max_moves
+    assert (np.asarray(count_moves(old, new, GPUS)) <= changed).all()
+    was, now = (np.asarray(balancedness(weight, p, GPUS)) for p in (old, new))
+    assert (now >= was).all()
+    for layer in np.asarray(new):
+        assert set(layer) == set(range(EXPERTS))
+    if max_moves >= 20:
+        assert (now > was + 0.05).all()
+
+
+def test_more_moves_are_no_worse(drifted):
+    weight, old = drifted
+
+    def score(budget):
+        new, _ = refine_placement(weight, old, GPUS, max_moves=budget)
+        return np.asarray(balancedness(weight, new, GPUS)).mean()
+
+    scores = [score(budget) for budget in (0, 4, 8, 16, 32)]
+    assert scores == sorted(scores)
+    assert scores[-1] > 0.97
+
+
+def test_a_steady_load_causes_no_moves(drifted):
+    weight, old = drifted
+    first, _ = refine_placement(weight, old, GPUS, max_moves=SLOTS)
+    again, moves = refine_placement(weight, first, GPUS, max_moves=SLOTS)
+    assert moves.tolist() == [0] * LAYERS
+    np.testing.assert_array_equal(first, again)
+
+
+def test_a_greater_least_gain_makes_fewer_moves(drifted):
+    weight, old = drifted
+
+    def count(gain):
+        _, moves = refine_placement(weight, old, GPUS, max_moves=SLOTS, min_gain=gain)
+        return np.asarray(moves)[is_apart].sum()
+
+    # Parting replicas on one device is no matter of gain.
+    is_apart = np.asarray(count_duplicates(old, GPUS)) == 0
+    assert is_apart.any()
+    counts = [count(gain) for gain in (1e-6, 1e-3, 1e-2, 1.0)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1] == 0
+
+
+def test_shared_devices_are_parted():
+    old = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1))
+    old[:, 1] = old[:, 0]
+    old[:, EXPERTS] = 1  # expert 1 keeps a replica
+    parted, _ = refine_placement(np.ones((LAYERS, EXPERTS)), old, GPUS, max_moves=4)
+    assert not np.asarray(count_duplicates(parted, GPUS)).any()
+
+
+@pytest.mark.slow
+def test_shared_devices_are_left_where_asked():
+    old = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1))
+    old[:, 1] = old[:, 0]
+    old[:, EXPERTS] = 1  # expert 1 keeps a replica
+    left, moves = refine_placement(
+        np.ones((LAYERS, EXPERTS)), old, GPUS, max_moves=4, separate=False, min_gain=0.5
+    )
+    assert moves.tolist() == [0] * LAYERS
+    np.testing.assert_array_equal(left, old)
+
+
+def test_the_experts_of_a_dead_device_come_back(drifted):
+    weight, old = drifted
+    capacity = np.ones(GPUS, np.float32)
+    capacity[7] = 0
+    new, moves = refine_placement(
+        weight, old, GPUS, max_moves=6, device_capacity=capacity
+    )
+    new = np.asarray(new)
+    assert (new[:, 28:32] == -1).all()
+    for layer in new:
+        assert set(layer) - {-1} == set(range(EXPERTS))
+    assert np.asarray(moves).max() <= 6
+    more, _ = refine_placement(
+        weight, new, GPUS, max_moves=SLOTS, device_capacity=capacity
+    )
+    score = np.asarray(balancedness(weight, more, GPUS, capacity))
+    assert score.min() > 0.95
+
+
+def test_a_device_that_comes_back_is_filled(drifted):
+    weight, old = drifted
+    gone = np.array(old)
+    gone[:, 28:32] = -1
+    capacity = np.ones(GPUS, np.float32)
+    capacity[7] = 0
+    gone, _ = refine_placement(
+        weight, gone, GPUS, max_moves=SLOTS, device_capacity=capacity
+    )
+    back, _ = refine_placement(weight, gone, GPUS, max_moves=SLOTS)
+    filled = (np.asarray(back)[:, 28:32] >= 0).sum(axis=1)
+    assert (filled >= 1).all()
+    score = np.asarray(balancedness(weight, back, GPUS))
+    assert score.min() > 0.95
+
+
+@pytest.mark.slow
+def test_the_last_replica_at_home_stays():
+    weight = lognormal(3)
+    home = home_nodes(weight, 8, 4)
+    old = rebalance_experts(weight, *SIZES, policy="hierarchical")[0]
+    later = weight * lognormal(4)
+    new, _ = refine_placement(
+        later, old, GPUS, max_moves=SLOTS, home=home, num_nodes=4, remote_price=0.0
+    )
+    new, home = np.asarray(new), np.asarray(home)
+    node = np.arange(SLOTS) // 12
+    for layer, expert in np.ndindex(LAYERS, EXPERTS):
+        assert home[layer, expert] in node[new[layer] == expert]
+    assert (new != np.asarray(old)).any()
+
+
+@pytest.mark.slow
+def test_same_in_jit_and_under_vmap(drifted):
+    weight, old = drifted
+
+    def refine(weight, old, capacity):
+        return refine_placement(
+            weight, old, GPUS, max_moves=8, device_capacity=capacity
+        )
+
+    capacity = np.ones(GPUS, np.float32)
+    two = np.stack([weight, weight[::-1]])
+    both = jax.jit(jax.vmap(refine, (0, None, None)))(two, old, capacity)
+    for i in range(2):
+        for one, other in zip(refine(two[i], old, capacity), both, strict=True):
+            np.testing.assert_array_equal(one, other[i])

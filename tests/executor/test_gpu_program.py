@@ -1,0 +1,127 @@
+"""What XLA makes of a step for a mesh of H100s, compiled without one.
+
+Skipping is not an option: `make test` installs the plugin.
+"""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from dualpipe_jax import dualpipe, memory_report
+from dualpipe_jax.executor.pipeline import PipelineParams, pipeline_value_and_grad
+from dualpipe_jax.gpu.topology import gpu_compiler_options, gpu_mesh
+from tests.modules import computations, copies_of, in_loops
+
+pytestmark = pytest.mark.as_users
+
+RANKS, LAYERS, WIDTH, HIDDEN, TOKENS, VOCABULARY = 4, 2, 512, 1024, 2048, 1024
+
+
+def stage_fn(layers, x):
+    for layer in layers:
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1) + 1e-6)
+        h = x * scale[..., None].astype(x.dtype)
+        x = x + (jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])) @ layer["down"]
+    return x
+
+
+def loss_fn(head, y, targets):
+    log_probs = jax.nn.log_softmax((y @ head).astype(jnp.float32))
+    return -jnp.mean(jnp.take_along_axis(log_probs, targets[..., None], -1))
+
+
+def make_step(num_microbatches):
+    mesh = gpu_mesh("h100", {"pp": RANKS})
+
+    def struct(spec, *shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    layer = {
+        "gate": struct(P("pp"), RANKS, WIDTH, HIDDEN),
+        "up": struct(P("pp"), RANKS, WIDTH, HIDDEN),
+        "down": struct(P("pp"), RANKS, HIDDEN, WIDTH),
+    }
+    params = PipelineParams(
+        [layer] * LAYERS,
+        struct(P(), VOCABULARY, WIDTH),
+        struct(P(), WIDTH, VOCABULARY),
+    )
+    tokens = struct(P(), num_microbatches, 1, TOKENS, dtype=jnp.int32)
+    step = pipeline_value_and_grad(
+        stage_fn,
+        loss_fn,
+        schedule=dualpipe(RANKS, num_microbatches),
+        mesh=mesh,
+        embed_fn=lambda table, tokens: table[tokens],
+    )
+    return step, (params, tokens, tokens)
+
+
+def compile_step(num_microbatches):
+    step, args = make_step(num_microbatches)
+    return step.lower(*args).compile(compiler_options=gpu_compiler_options())
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_step(16)
+
+
+def instructions(text):
+    return sum(" = " in line for lines in computations(text).values() for line in lines)
+
+
+@pytest.mark.slow
+def test_no_buffer_is_copied_in_the_loops(compiled):
+    """No copy is larger than one message: residuals and accumulators stay in place."""
+    message = 2 * TOKENS * WIDTH
+    found = computations(compiled.as_text())
+    names = in_loops(found)
+    copies = copies_of(found, names)
+    assert copies  # small ones there are, or the pattern does not match any more
+    assert not {at: size for at, size in copies.items() if size > message}
+    # The weight gradients are there, in loops, or this test reads the wrong module.
+    assert any("gemm" in line for name in names for line in found[name])
+
+
+@pytest.mark.slow
+def test_size_does_not_depend_on_microbatches(compiled):
+    short, long = (instructions(c.as_text()) for c in (compiled, compile_step(64)))
+    assert abs(long - short) <= 0.05 * short
+
+
+@pytest.mark.slow
+def test_steady_state_permutes_run_under_weight_gradients(compiled):
+    """In the steady body, some GEMM of a W runs under at least half of the permutes."""
+    found = computations(compiled.as_text())
+    (body,) = (
+        found[name]
+        for name in in_loops(found)
+        if sum("collective-permute-start(" in line for line in found[name]) > 1
+    )
+    under, flying = collections.Counter(), set()
+    for line in body:
+        start = re.search(r"%(\S+) = .* collective-permute-start\(", line)
+        done = re.search(r"collective-permute-done\(.*%([\w.-]+)\)", line)
+        if start:
+            flying.add(start[1])
+            under[start[1]] = 0
+        elif done:
+            flying.remove(done[1])
+        elif "gemm" in line and "/transpose(" in line:
+            under.update(flying)
+    assert sum(count > 0 for count in under.values()) >= len(under) / 2
+
+
+@pytest.mark.slow
+def test_memory_is_what_the_program_says(compiled):
+    """Temporary memory: buffers, and the working set of one pair compiled alone."""
+    step, args = make_step(16)
+    task = step.lower_task(*args).compile(compiler_options=gpu_compiler_options())
+    report = memory_report(compiled, buffers=step.buffers(*args), task=task)
+    # The loss runs when no pair does, and its logits are most of what it needs.
+    assert 0.9 < report.ratio <= 1.1

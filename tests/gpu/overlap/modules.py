@@ -1,0 +1,107 @@
+"""Scheduled modules written by hand, and a GPU with round figures."""
+
+import dataclasses
+
+from dualpipe_jax.gpu.topology import GPUS
+
+# Seconds: 1 ps a FLOP and 1 ps a byte at half of the peaks, 10 ps a byte of NVLink and
+# 100 ps a byte of network.
+GPU = dataclasses.replace(
+    GPUS["h100"],
+    name="round figures",
+    bf16_flops=2e12,
+    memory_bandwidth=2_000_000_000_000,
+    nvlink_bandwidth=1e11,
+    network_bandwidth=1e10,
+)
+HALF = {"gpu": GPU, "efficiency": 0.5}
+# What the package says of latencies, once more.
+KERNEL, INSIDE, BETWEEN = 1.5e-6, 10e-6, 20e-6
+
+# A square matrix of bfloat16: 2 MB, and 2 GFLOP to multiply two of them.
+M = "bf16[1000,1000]{1,0}"
+GEMM = 2e9 / 1e12 + KERNEL  # its 6 MB take 6 us of the 2 ms
+COPY = 4e6 / 1e12 + KERNEL
+
+_BY_8 = "replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}"
+PERMUTE = 2e6 / 1e10 + BETWEEN
+ALL_TO_ALL = 2e6 * 7 / 8 / 1e11 + INSIDE
+
+
+def module(entry, *computations, devices=16):
+    """A module's text; the entry takes one matrix `%x` and returns it."""
+    return "\n\n".join(
+        [
+            f"HloModule by_hand, is_scheduled=true, num_partitions={devices}",
+            *computations,
+            f"ENTRY %main (x: {M[:-5]}) -> {M[:-5]} {{\n"
+            f"  %x = {M} parameter(0)\n{entry}\n"
+            f"  ROOT %result = {M} bitcast(%x)\n}}\n",
+        ]
+    )
+
+
+def permute_start(name, attributes="source_target_pairs={{0,8},{8,0}}", operand="x"):
+    return (
+        f"  %{name} = ({M}, {M}) collective-permute-start(%{operand}), channel_id=1, "
+        f"{attributes}"
+    )
+
+
+def permute_done(name):
+    return f"  %{name}.done = {M} collective-permute-done(%{name})"
+
+
+def all_to_all_start(name, operand="x"):
+    return (
+        f"  %{name} = (({M}), {M}) all-to-all-start(%{operand}), channel_id=2, "
+        f"{_BY_8}, dimensions={{0}}"
+    )
+
+
+def all_to_all_done(name):
+    return f"  %{name}.done = {M} all-to-all-done(%{name})"
+
+
+def gemm(name, operand="x"):
+    return (
+        f"  %{name} = {M} dot(%{operand}, %{operand}), lhs_contracting_dims={{1}}, "
+        "rhs_contracting_dims={0}"
+    )
+
+
+def copy(name, operand="x"):
+    return f"  %{name} = {M} copy(%{operand})"
+
+
+CARRY = f"(s32[], pred[], {M})"
+
+
+def loop(name, lines, flag="%flag"):
+    """A body and a condition on the counter: `{name}` and `{name}.until`."""
+    return f"""%{name} (c.{name}: {CARRY}) -> {CARRY} {{
+  %c.{name} = {CARRY} parameter(0)
+  %i = s32[] get-tuple-element(%c.{name}), index=0
+  %flag = pred[] get-tuple-element(%c.{name}), index=1
+  %x = {M} get-tuple-element(%c.{name}), index=2
+  %false = pred[] constant(false)
+{lines}
+  ROOT %next = {CARRY} tuple(%i, {flag}, %x)
+}}
+
+%{name}.until (c: {CARRY}) -> pred[] {{
+  %c = {CARRY} parameter(0)
+  ROOT %go = pred[] get-tuple-element(%c), index=1
+}}"""
+
+
+def run_loop(name, trips=None, carry="x"):
+    """The lines that run a loop in a computation that has `%x`."""
+    config = (
+        f', backend_config={{"known_trip_count":{{"n":"{trips}"}}}}' if trips else ""
+    )
+    return f"""  %zero.{name} = s32[] constant(0)
+  %true.{name} = pred[] constant(true)
+  %init.{name} = {CARRY} tuple(%zero.{name}, %true.{name}, %{carry})
+  %run.{name} = {CARRY} while(%init.{name}), condition=%{name}.until, \
+body=%{name}{config}"""

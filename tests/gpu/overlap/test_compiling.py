@@ -1,0 +1,64 @@
+"""What XLA's scheduler is told, and what it makes of it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from dualpipe_jax import compile_overlapped, gpu_compiler_options, gpu_mesh
+from dualpipe_jax.gpu.overlap import overlap_report
+from dualpipe_jax.gpu.overlap.compiling import scheduling_profile
+
+pytestmark = pytest.mark.as_users
+
+
+def lowered():
+    """Two exchanges, each as long as many small products, and these beside them."""
+    mesh = gpu_mesh("h100", {"ep": 16})
+
+    def run(x, y, w):
+        for _ in range(2):
+            x = jnp.tanh(x)
+            x = lax.all_to_all(x, "ep", split_axis=0, concat_axis=0, tiled=True)
+        for _ in range(80):
+            y = jnp.tanh(y @ w)
+        return x, y
+
+    def struct(spec, *shape):
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(P("ep"), P("ep"), P()),
+        out_specs=P("ep"),
+        check_vma=False,
+    )
+    x, y = struct(P("ep"), 16 * 4096, 1024), struct(P("ep"), 16 * 1024, 1024)
+    return jax.jit(mapped).lower(x, y, struct(P(), 1024, 1024))
+
+
+@pytest.mark.slow
+def test_the_scheduler_is_told_what_everything_costs():
+    program = lowered()
+    plain = overlap_report(program.compile(gpu_compiler_options()), gpu="h100")
+    text = scheduling_profile(plain)
+    told = dict(re.findall(r'costs \{ name: "(.*)" cost_us: (.*) \}\n', text))
+    # Every line is one, and an exchange's is what the report says.
+    assert len(told) == text.count("\n") > 80
+    for exchange in plain.collectives:
+        want = pytest.approx(1e6 * exchange.seconds, abs=1e-3)
+        assert float(told[exchange.name]) == want
+    steered = overlap_report(compile_overlapped(program), gpu="h100")
+    ((before,), (after,)) = plain.loops, steered.loops
+    assert after.hidden_fraction > 0.97 > before.hidden_fraction
+
+
+def test_a_program_for_cpus_is_refused():
+    program = jax.jit(jnp.sin).lower(jnp.ones(3))
+    with pytest.raises(ValueError, match="GPU"):
+        compile_overlapped(program)
