@@ -48,24 +48,24 @@ def pair(quick):
         vocab_size=64,
         dim=7168 // scale,
         num_layers=1,
-        num_dense_layers=0,
-        dense_hidden=64,
+        first_k_dense_replace=0,
+        intermediate_size=64,
         num_heads=128 // scale,
-        q_rank=1536 // scale,
-        kv_rank=512 // scale,
-        nope_dim=128,
-        rope_dim=64,
-        value_dim=128,
+        q_lora_rank=1536 // scale,
+        kv_lora_rank=512 // scale,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
         num_experts=16,
-        expert_hidden=2048 // scale,
-        experts_per_token=8,
-        num_shared_experts=1,
+        moe_intermediate_size=2048 // scale,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
     )
     model = DeepSeek(
         architecture=arch, compute_dtype="bfloat16", remat=("attention",)
     ).build_unpipelined()
     params = jax.jit(
-        lambda key: model.bind(model.init(key), model.init_buffers()).stages
+        lambda key: model.prepare_params(model.init(key), model.init_buffers()).stages
     )(jax.random.key(0))
     stage = jax.tree.map(lambda leaf: leaf[0], params)
     tokens = 256 if quick else 4096

@@ -56,12 +56,12 @@ def unpipelined_step(model_config, count, optimizer_config):
     optimizer = make_optimizer(optimizer_config, NUM_STEPS)
 
     def mean_loss(params, buffers, inputs, targets):
-        bound = model.bind(params, buffers)
-        stage = jax.tree.map(lambda leaf: leaf[0], bound.stages)
+        prepared = model.prepare_params(params, buffers)
+        stage = jax.tree.map(lambda leaf: leaf[0], prepared.stages)
 
         def one(batch):
-            x, aux = model.stage(stage, model.embed(bound.embed, batch[0]))
-            loss, loss_aux = model.loss(bound.head, x, batch[1])
+            x, aux = model.stage(stage, model.embed(prepared.embed, batch[0]))
+            loss, loss_aux = model.loss(prepared.head, x, batch[1])
             return loss, PipelineAux(
                 jax.tree.map(lambda leaf: leaf[None], aux), loss_aux
             )

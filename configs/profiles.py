@@ -27,7 +27,7 @@ def training() -> TrainConfig:
     sizes = dataclasses.replace(
         architecture(),
         num_layers=num_ranks * layers_a_chunk,
-        num_dense_layers=0,
+        first_k_dense_replace=0,
         mtp=False,
     )
     return TrainConfig(
@@ -67,7 +67,7 @@ def prefill() -> ServeConfig:
     return ServeConfig(
         name="profile_prefill",
         architecture=dataclasses.replace(
-            architecture(), num_layers=16, num_dense_layers=0
+            architecture(), num_layers=16, first_k_dense_replace=0
         ),
         phase="prefill",
         num_devices=32,

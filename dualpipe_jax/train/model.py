@@ -55,14 +55,14 @@ class PipelineModel(abc.ABC):
       tied: whether `loss` gets (embed, head) instead of the head's parameters.
       param_specs: how parameters lie on the mesh beside the pipeline's axis, a prefix
         of their tree; the stage axis is left out.
-      bound_specs: the same for what `bind` returns; None: as `param_specs`.
+      prepared_specs: the same for what `prepare_params` returns; None: as `param_specs`.
     """
 
     description: str = ""
     vocab_size: int | None = None
     tied: bool = False
     param_specs: PipelineParams = PipelineParams()
-    bound_specs: PipelineParams | None = None
+    prepared_specs: PipelineParams | None = None
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> PipelineParams:
@@ -96,13 +96,13 @@ class PipelineModel(abc.ABC):
         """What steps change beside parameters, and a checkpoint holds; arrays only."""
         return ()
 
-    def bind(self, params: PipelineParams, buffers: PyTree) -> PipelineParams:
+    def prepare_params(self, params: PipelineParams, buffers: PyTree) -> PipelineParams:
         """The parameters that the pipeline runs with: cast, gathered, with tables."""
         del buffers
         return params
 
-    def unbind(self, grads: PipelineParams, buffers: PyTree) -> PipelineParams:
-        """Gradients of the parameters, from those of what `bind` returned."""
+    def unprepare_grads(self, grads: PipelineParams, buffers: PyTree) -> PipelineParams:
+        """Gradients of the parameters, from those of what `prepare_params` returned."""
         del buffers
         return grads
 
@@ -127,7 +127,7 @@ class PipelineModel(abc.ABC):
         """What a checkpoint says of the model and its layout; JSON."""
         return {}
 
-    def written_by(self, info: dict[str, Any]) -> PipelineModel:
+    def from_checkpoint_info(self, info: dict[str, Any]) -> PipelineModel:
         """This model as a checkpoint has it, which may be laid out differently.
 
         Raises:
@@ -136,12 +136,12 @@ class PipelineModel(abc.ABC):
         del info
         return self
 
-    def take_params(self, params: PipelineParams, old: Any) -> PipelineParams:
+    def convert_params(self, params: PipelineParams, old: Any) -> PipelineParams:
         """The parameters of `old`, or what is shaped like them, laid out as here."""
         del old
         return params
 
-    def take_buffers(self, buffers: PyTree, old: Any) -> PyTree:
+    def convert_buffers(self, buffers: PyTree, old: Any) -> PyTree:
         """The buffers of `old`, as they are needed here."""
         del old
         return buffers

@@ -338,7 +338,7 @@ def layer_names(config: Record, number: int) -> list[str]:
     model = config.get("model")
     sizes = model.get("architecture") if isinstance(model, dict) else None
     sizes = sizes if isinstance(sizes, dict) else {}
-    first, last = sizes.get("num_dense_layers"), sizes.get("num_layers")
+    first, last = sizes.get("first_k_dense_replace"), sizes.get("num_layers")
     if not (isinstance(first, int) and isinstance(last, int)):
         return [str(i) for i in range(number)]
     names = [f"layer {i}" for i in range(first, last)]

@@ -174,14 +174,14 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         specs = rest_specs(state.params, model.param_specs, mesh, config.shard_at_rest)
         return abstract_state(state, specs, optimizer, mesh)
 
-    bound_specs = model.bound_specs or model.param_specs
+    prepared_specs = model.prepared_specs or model.param_specs
     layout: dict[str, Any] = {
         "schedule": schedule,
         "mesh": mesh,
         "axis_name": "pp",
         "embed_fn": model.embed,
         "data_axes": DATA_AXES,
-        "param_specs": bound_specs,
+        "param_specs": prepared_specs,
     }
     value_and_grad = pipeline_value_and_grad(
         model.stage_fns, model.loss, tied=model.tied, **layout
@@ -189,10 +189,10 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
     forward = pipeline_forward(model.stage_fns, **layout)
 
     def train_step(state: TrainState, inputs: jax.Array, targets: jax.Array):
-        bound = model.bind(state.params, state.buffers)
+        prepared = model.prepare_params(state.params, state.buffers)
         grads: Any
-        (losses, aux), grads = value_and_grad(bound, inputs, targets)
-        grads = model.unbind(grads, state.buffers)
+        (losses, aux), grads = value_and_grad(prepared, inputs, targets)
+        grads = model.unprepare_grads(grads, state.buffers)
         step = state.step + 1
         # optax mixes floats with its int32 counts; all else here is strict.
         with jax.numpy_dtype_promotion("standard"):
@@ -208,8 +208,8 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         return TrainState(step, params, opt_state, buffers), metrics | observed
 
     def held_out_loss(state: TrainState, inputs: jax.Array, targets: jax.Array):
-        bound = model.bind(state.params, state.buffers)
-        outputs = forward(bound, inputs)
+        prepared = model.prepare_params(state.params, state.buffers)
+        outputs = forward(prepared, inputs)
 
         def mean_loss(embed, head, outputs, targets):
             losses = jax.lax.map(
@@ -220,32 +220,41 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         evaluate = jax.shard_map(
             mean_loss,
             mesh=mesh,
-            in_specs=(bound_specs.embed or P(), bound_specs.head or P(), BATCH, BATCH),
+            in_specs=(
+                prepared_specs.embed or P(),
+                prepared_specs.head or P(),
+                BATCH,
+                BATCH,
+            ),
             out_specs=P(),
             check_vma=False,
         )
-        return evaluate(bound.embed, bound.head, outputs, targets)
+        return evaluate(prepared.embed, prepared.head, outputs, targets)
 
     def about_step(method: str) -> Any:
         """What a method of the train step's pipelined part tells of it."""
-        bound = jax.eval_shape(model.bind, abstract.params, abstract.buffers)
-        return getattr(value_and_grad, method)(bound, tokens, tokens)
+        prepared = jax.eval_shape(
+            model.prepare_params, abstract.params, abstract.buffers
+        )
+        return getattr(value_and_grad, method)(prepared, tokens, tokens)
 
     abstract = abstract_with(model)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def restore_plan(info: dict[str, Any]):
-        old = model.written_by(info)
+        old = model.from_checkpoint_info(info)
         saved = abstract_with(old)
 
         def convert(state: TrainState) -> TrainState:
             # Parameters, and what the optimizer keeps for each of them.
             params, opt_state = jax.tree.map(
-                lambda tree: model.take_params(tree, old) if _is_params(tree) else tree,
+                lambda tree: (
+                    model.convert_params(tree, old) if _is_params(tree) else tree
+                ),
                 (state.params, state.opt_state),
                 is_leaf=_is_params,
             )
-            buffers = model.take_buffers(state.buffers, old)
+            buffers = model.convert_buffers(state.buffers, old)
             return TrainState(state.step, params, opt_state, buffers)
 
         mine = model.checkpoint_info

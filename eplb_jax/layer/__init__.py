@@ -24,10 +24,10 @@ from eplb_jax.layer.mixture import (
 )
 from eplb_jax.layer.physical import (
     check_held as check_held,
-    count_fetched as count_fetched,
-    fetch_rows as fetch_rows,
+    count_gathered_experts as count_gathered_experts,
+    gather_weight_rows as gather_weight_rows,
     physical_weights,
-    plan_fetch as plan_fetch,
+    plan_weight_gather as plan_weight_gather,
 )
 from eplb_jax.layer.routing import (
     Routing,

@@ -2,7 +2,7 @@
 
 `plan_dispatch` turns the slot of every choice into a `Dispatch`: integers that say
 where each row goes. `send` brings the tokens to their slots, grouped by slot, and
-`combine` adds the results up again where the tokens are; `send_choices` and `fetch` do
+`combine` adds the results up again where the tokens are; `dispatch_choices` and `fetch` do
 the same with one row for each choice. In both pairs each is the transpose of the other,
 so gradients go the same ways. Nothing is dropped, unless a buffer is made smaller than
 what may come; then what does not fit counts as overflow, and its result is zero.
@@ -44,7 +44,7 @@ class Dispatch(NamedTuple):
       to_group: [rows] int32, which received row each row of the buffer is.
       from_group: [rows] int32, the reverse. Both are out of range for empty rows.
       group_sizes: [slots of this device] int32, rows of the buffer for each.
-      slot_counts: [slots] int32, choices of all devices for each slot.
+      tokens_per_physical_expert: [slots] int32, choices of all devices for each slot.
       overflow: [] int32, choices of all devices that found no room.
     """
 
@@ -54,7 +54,7 @@ class Dispatch(NamedTuple):
     to_group: jax.Array
     from_group: jax.Array
     group_sizes: jax.Array
-    slot_counts: jax.Array
+    tokens_per_physical_expert: jax.Array
     overflow: jax.Array
 
 
@@ -70,7 +70,7 @@ def plan_dispatch(
     """Plans the way of every choice of every token.
 
     Args:
-      slots: [tokens, k] int32, see `choose_slots`; -1 goes nowhere.
+      slots: [tokens, k] int32, see `choose_physical_experts`; -1 goes nowhere.
       num_slots: slots of all devices.
       num_devices: devices that the slots are divided among, in order.
       axis_name: mesh axis of the devices, inside `jax.shard_map`, or groups of them;
@@ -128,11 +128,11 @@ def plan_dispatch(
     grouped_DI = (jnp.cumsum(flat_ID) - flat_ID).reshape(arrived_DI.T.shape).T
 
     # What everyone has counted is here: no need to add it up over the devices.
-    slot_counts = count_DDI.sum(axis=0, dtype=jnp.int32).reshape(-1)
+    tokens_per_physical_expert = count_DDI.sum(axis=0, dtype=jnp.int32).reshape(-1)
     overflow = (asked_DD - sizes_DD).sum(dtype=jnp.int32)
     if axis_name is not None and is_typed(count_S):
         # Unless types are to tell that all devices have the same.
-        slot_counts = psum(count_S, axis_name)
+        tokens_per_physical_expert = psum(count_S, axis_name)
         overflow = psum((asked_DD - sizes_DD)[me].sum(dtype=jnp.int32), axis_name)
     segments = None
     if axis_name is not None:
@@ -144,7 +144,7 @@ def plan_dispatch(
         to_group=_shifted((received_DI - grouped_DI).T, arrived_DI.T, num_rows),
         from_group=_shifted(grouped_DI - received_DI, arrived_DI, num_rows),
         group_sizes=arrived_DI.sum(axis=0, dtype=jnp.int32),
-        slot_counts=slot_counts,
+        tokens_per_physical_expert=tokens_per_physical_expert,
         overflow=overflow,
     )
 
@@ -218,7 +218,7 @@ def combine(
     return _combine(rows, plan, num_tokens, axis_name, transport)
 
 
-def send_choices(
+def dispatch_choices(
     values: jax.Array,
     plan: Dispatch,
     *,
@@ -239,7 +239,7 @@ def send_choices(
     Examples:
       >>> plan = plan_dispatch(jnp.array([[2, 0], [0, -1]]), 3)
       >>> values = jnp.array([[5.0], [6.0], [7.0], [8.0]])
-      >>> send_choices(values, plan).ravel().tolist()
+      >>> dispatch_choices(values, plan).ravel().tolist()
       [6.0, 7.0, 5.0, 0.0]
     """
     return _send_choices(values, plan, axis_name, transport)

@@ -17,15 +17,15 @@ from eplb_jax.layer.axes import Axis, Groups, all_gather, axis_index, psum
 from eplb_jax.layer.dispatch import (
     Payload,
     combine,
+    dispatch_choices,
     fetch,
     plan_dispatch,
     send,
-    send_choices,
 )
 from eplb_jax.layer.exchange import Transport
 from eplb_jax.layer.grouped_products import Implementation, grouped_matmul
 from eplb_jax.layer.physical import physical_weights
-from eplb_jax.layer.replicas import ReplicaChoice, choose_slots
+from eplb_jax.layer.replicas import ReplicaChoice, choose_physical_experts
 from eplb_jax.layer.routing import ROUTING
 from eplb_jax.placement import ExpertTables
 
@@ -59,7 +59,7 @@ class ExpertParallel:
       num_devices: its size.
       num_nodes: nodes that its devices are divided among, in order; for
         `replica_choice="nearest"`.
-      replica_choice: see `choose_slots`.
+      replica_choice: see `choose_physical_experts`.
       num_rows: rows of a device's buffer; None: as many as can come, see
         `plan_dispatch`.
       transport: see `exchange`.
@@ -117,7 +117,7 @@ def mix_experts(
 
     Returns:
       outputs: [tokens, d], of the dtype of `x`.
-      slot_counts: [slots] int32, see `MoEStats`.
+      tokens_per_physical_expert: [slots] int32, see `MoEStats`.
       overflow: [] int32, see `MoEStats`.
 
     Raises:
@@ -142,7 +142,7 @@ def mix_experts(
         if is_physical:
             _check_fit(expert_weights, tables, p)
         num_slots = tables.num_slots
-        slots = choose_slots(
+        slots = choose_physical_experts(
             experts,
             tables,
             choice=p.replica_choice,
@@ -212,8 +212,12 @@ def _mix_by_node(
     )
     with jax.named_scope("combine"):
         outputs = combine(results, plan, len(x), **way).astype(x.dtype)
-    slot_counts = all_gather(counts_S, across).reshape(-1)
-    return outputs, slot_counts, psum(plan.overflow, node) + psum(overflow, across)
+    tokens_per_physical_expert = all_gather(counts_S, across).reshape(-1)
+    return (
+        outputs,
+        tokens_per_physical_expert,
+        psum(plan.overflow, node) + psum(overflow, across),
+    )
 
 
 def _nodes_of(slots_TK: jax.Array, per_node: int, num_nodes: int) -> jax.Array:
@@ -262,7 +266,7 @@ def _mix_slots(
     with jax.named_scope("dispatch"):
         rows, weights_M1 = send(x, plan, payload=p.payload, **way), None
         if sends_weights:
-            weights_M1 = send_choices(weights.reshape(-1, 1), plan, **way)
+            weights_M1 = dispatch_choices(weights.reshape(-1, 1), plan, **way)
         rows, weights_M1 = checkpoint_name((rows, weights_M1), "moe_rows")
 
     def run(
@@ -287,7 +291,7 @@ def _mix_slots(
             # No product of matrices, which would not be fused with the gather.
             outputs = (choice_TKD.astype(jnp.float32) * weights[..., None]).sum(axis=1)
         outputs = outputs.astype(x.dtype)
-    return outputs, plan.slot_counts, plan.overflow
+    return outputs, plan.tokens_per_physical_expert, plan.overflow
 
 
 def _check_fit(

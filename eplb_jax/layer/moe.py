@@ -33,16 +33,16 @@ class MoEStats(NamedTuple):
     """What a layer has to tell, the same on all devices of the expert axis.
 
     Attributes:
-      expert_counts: [experts] int32, tokens that chose each expert: what the load
+      tokens_per_expert: [experts] int32, tokens that chose each expert: what the load
         estimators of `eplb_jax.placement.load` take.
-      slot_counts: [slots] int32, tokens that each slot was to compute.
+      tokens_per_physical_expert: [slots] int32, tokens that each slot was to compute.
       overflow: [] int32, choices that found no room in a buffer and count as zero.
       balance_loss: [] float32, `sequence_balance_loss`, mean over this device's
         sequences; 1 is even.
     """
 
-    expert_counts: jax.Array
-    slot_counts: jax.Array
+    tokens_per_expert: jax.Array
+    tokens_per_physical_expert: jax.Array
     overflow: jax.Array
     balance_loss: jax.Array
 
@@ -70,7 +70,7 @@ class MoE(nnx.Module):
       >>> tables = ExpertTables.from_placement(slots, 8)
       >>> step = nnx.jit(lambda layer, x, tables: layer(x, tables))
       >>> y, stats = step(layer, jnp.ones((3, 5, 16)), tables)
-      >>> y.shape, stats.slot_counts.shape, int(stats.expert_counts.sum())
+      >>> y.shape, stats.tokens_per_physical_expert.shape, int(stats.tokens_per_expert.sum())
       ((3, 5, 16), (10,), 30)
     """
 
@@ -230,7 +230,7 @@ class MoE(nnx.Module):
         held = physical
         if held is None:
             held = ExpertWeights(*(leaf[...] for leaf in self.experts))
-        outputs, slot_counts, overflow = mix_experts(
+        outputs, tokens_per_physical_expert, overflow = mix_experts(
             tokens,
             experts.reshape(-1, self.k),
             routing.weights.reshape(-1, self.k),
@@ -243,10 +243,10 @@ class MoE(nnx.Module):
         if self.shared is not None:
             gate, up, down = (leaf[0].astype(dtype) for leaf in self.shared)
             outputs += (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
-        counts = slot_counts
+        counts = tokens_per_physical_expert
         if tables is not None:
             # Each choice has one slot, and all devices know the slots' counts.
-            counts = tables.add_replicas(slot_counts)
+            counts = tables.add_replicas(tokens_per_physical_expert)
         loss = sequence_balance_loss(routing.scores, self.k, is_padding).mean()
-        stats = MoEStats(counts, slot_counts, overflow, loss)
+        stats = MoEStats(counts, tokens_per_physical_expert, overflow, loss)
         return outputs.reshape(x.shape).astype(x.dtype), stats

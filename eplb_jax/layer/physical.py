@@ -72,7 +72,7 @@ def physical_weights(
     num_sent = tables.num_slots - tables.num_experts + per_device
     owner_S = jnp.where(expert_S >= 0, expert_S // per_device, num_devices)
     source_S = expert_S - owner_S * per_device
-    fetch = plan_fetch(owner_S, source_S, num_devices, num_sent, axis_name)
+    fetch = plan_weight_gather(owner_S, source_S, num_devices, num_sent, axis_name)
 
     slices = -(-num_sent // (tables.num_slots // num_devices))
 
@@ -83,7 +83,7 @@ def physical_weights(
     return jax.tree.map(gather, weights)
 
 
-class Fetch(NamedTuple):
+class WeightGatherPlan(NamedTuple):
     """Which rows of which device each slot of this device is filled with.
 
     Attributes:
@@ -99,13 +99,13 @@ class Fetch(NamedTuple):
     place: jax.Array
 
 
-def plan_fetch(
+def plan_weight_gather(
     owner: jax.Array,
     source: jax.Array,
     num_devices: int,
     num_sent: int,
     axis_name: str,
-) -> Fetch:
+) -> WeightGatherPlan:
     """Plans a fetch of one row for each slot; call in `jax.shard_map`.
 
     Args:
@@ -116,10 +116,10 @@ def plan_fetch(
       axis_name: mesh axis of the devices.
 
     Returns:
-      A `Fetch`.
+      A `WeightGatherPlan`.
     """
     none = jnp.iinfo(jnp.int32).max
-    sizes_DD = count_fetched(owner, num_devices)
+    sizes_DD = count_gathered_experts(owner, num_devices)
     segments = Segments(
         sizes_DD,
         jnp.cumsum(sizes_DD, axis=1) - sizes_DD,
@@ -133,10 +133,12 @@ def plan_fetch(
     order_I = jnp.argsort(owner_I, stable=True)
     arrived_I = jnp.arange(len(order_I), dtype=jnp.int32)
     place_I = jnp.zeros_like(arrived_I).at[order_I].set(arrived_I)
-    return Fetch(segments, sent_N, jnp.where(owner_I < num_devices, place_I, none))
+    return WeightGatherPlan(
+        segments, sent_N, jnp.where(owner_I < num_devices, place_I, none)
+    )
 
 
-def count_fetched(owner: jax.Array, num_devices: int) -> jax.Array:
+def count_gathered_experts(owner: jax.Array, num_devices: int) -> jax.Array:
     """How many rows each device sends to each.
 
     Args:
@@ -151,14 +153,14 @@ def count_fetched(owner: jax.Array, num_devices: int) -> jax.Array:
     return (owner_DI[None] == device_D[:, None, None]).sum(axis=2, dtype=jnp.int32)
 
 
-def fetch_rows(
-    rows: jax.Array, fetch: Fetch, axis_name: str, transport: Transport
+def gather_weight_rows(
+    rows: jax.Array, fetch: WeightGatherPlan, axis_name: str, transport: Transport
 ) -> jax.Array:
     """Fills the slots of this device as planned; differentiable.
 
     Args:
       rows: [rows, ...], this device's.
-      fetch: of `plan_fetch`.
+      fetch: of `plan_weight_gather`.
       axis_name: mesh axis of the devices.
       transport: see `exchange`.
 
@@ -173,18 +175,26 @@ def fetch_rows(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _fetch_slices(
-    rows: jax.Array, fetch: Fetch, count: int, axis_name: str, transport: Transport
+    rows: jax.Array,
+    fetch: WeightGatherPlan,
+    count: int,
+    axis_name: str,
+    transport: Transport,
 ) -> jax.Array:
-    """`fetch_rows` with a `count`-th of the features at a time."""
+    """`gather_weight_rows` with a `count`-th of the features at a time."""
 
     def bring(part: jax.Array) -> jax.Array:
-        return fetch_rows(part, fetch, axis_name, transport)
+        return gather_weight_rows(part, fetch, axis_name, transport)
 
     return _by_slices(bring, rows, len(fetch.place), count)
 
 
 def _fetch_forward(
-    rows: jax.Array, fetch: Fetch, count: int, axis_name: str, transport: Transport
+    rows: jax.Array,
+    fetch: WeightGatherPlan,
+    count: int,
+    axis_name: str,
+    transport: Transport,
 ) -> Any:
     fetched = _fetch_slices(rows, fetch, count, axis_name, transport)
     return fetched, (fetch, rows.shape[0])
@@ -199,7 +209,7 @@ def _fetch_backward(
         # Linear, so any point will do.
         zeros = jnp.zeros((num_rows, *part.shape[1:]), part.dtype)
         _, pullback = jax.vjp(
-            lambda rows: fetch_rows(rows, fetch, axis_name, transport),
+            lambda rows: gather_weight_rows(rows, fetch, axis_name, transport),
             *vary_alike(zeros, part)[:1],
         )
         return pullback(part)[0]

@@ -28,7 +28,7 @@ _NUM_ITERATIONS = 8
 _STEP = 0.5
 
 
-def choose_slots(
+def choose_physical_experts(
     experts: jax.Array,
     tables: ExpertTables,
     *,
@@ -69,7 +69,7 @@ def choose_slots(
       Expert 0 is in slots 0 and 2:
 
       >>> tables = ExpertTables.from_placement(jnp.array([0, 1, 0]), 2)
-      >>> choose_slots(jnp.array([[0, 1], [0, 1], [0, -1]]), tables).tolist()
+      >>> choose_physical_experts(jnp.array([[0, 1], [0, 1], [0, -1]]), tables).tolist()
       [[2, 1], [0, 1], [0, -1]]
     """
     _check(tables, choice, num_devices, num_nodes)

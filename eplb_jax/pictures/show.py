@@ -14,7 +14,7 @@ import numpy as np
 
 from eplb_jax import style
 from eplb_jax.pictures.over_time import balancedness_figure, replay_figure
-from eplb_jax.placement import balancedness, slot_loads
+from eplb_jax.placement import balancedness, physical_expert_loads
 from eplb_jax.recordings import Outcome, in_order
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _layer(
             f"{expert_S.shape}."
         )
     load_S = np.asarray(
-        slot_loads(jnp.asarray(weight_E[None]), jnp.asarray(expert_S[None]))
+        physical_expert_loads(jnp.asarray(weight_E[None]), jnp.asarray(expert_S[None]))
     )[0]
     capacity_G = np.ones(num_gpus)
     if device_capacity is not None:

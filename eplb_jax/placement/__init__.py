@@ -24,8 +24,8 @@ from eplb_jax.placement.quality import (
     balancedness_bound,
     count_duplicates as count_duplicates,
     count_moves as count_moves,
+    physical_expert_loads as physical_expert_loads,
     remote_share as remote_share,
-    slot_loads as slot_loads,
 )
 from eplb_jax.placement.refine import refine_placement
 from eplb_jax.placement.soft import home_nodes as home_nodes

@@ -51,7 +51,7 @@ class Limits(NamedTuple):
     remote_price: jax.Array
 
 
-class Problem(NamedTuple):
+class PlacementProblem(NamedTuple):
     """What is to be placed; every leaf has a leading axis of layers.
 
     Attributes:
@@ -67,8 +67,8 @@ class Problem(NamedTuple):
     original: jax.Array
 
 
-class Placed(NamedTuple):
-    """State of the search: like `Problem`, one layer each."""
+class SearchState(NamedTuple):
+    """State of the search: like `PlacementProblem`, one layer each."""
 
     expert_S: jax.Array
     count_E: jax.Array
@@ -78,7 +78,7 @@ class Placed(NamedTuple):
     best_cost: jax.Array
 
 
-class View(NamedTuple):
+class SearchFeatures(NamedTuple):
     """What the two kinds of moves have in common, in one step of one layer."""
 
     expert_KG: jax.Array
@@ -131,7 +131,7 @@ class Budget(NamedTuple):
     left: jax.Array
 
 
-def look(problem: Problem, placed: Placed) -> View:
+def featurize(problem: PlacementProblem, placed: SearchState) -> SearchFeatures:
     """The loads as they are, and the device that the next move is for.
 
     That is the hottest one, unless replicas on one device are to be parted; and the
@@ -142,7 +142,7 @@ def look(problem: Problem, placed: Placed) -> View:
       placed: where it is now.
 
     Returns:
-      A `View`.
+      A `SearchFeatures`.
     """
     num_gpus = problem.per_share.shape[0]
     expert_KG = placed.expert_S.reshape(num_gpus, -1).T
@@ -166,7 +166,7 @@ def look(problem: Problem, placed: Placed) -> View:
     lost = jnp.argmax(jnp.where(is_missing_E, problem.weight, -1.0)).astype(jnp.int32)
     expert_I = jnp.where(is_missing, lost, expert_KG[:, hot])
     same_KIG = expert_KG[:, None] == expert_I[None, :, None]
-    return View(
+    return SearchFeatures(
         expert_KG=expert_KG,
         is_filled_KG=is_filled_KG,
         load_KG=load_KG,
@@ -188,13 +188,15 @@ def look(problem: Problem, placed: Placed) -> View:
     )
 
 
-def find_homes(problem: Problem, placed: Placed, view: View, rules: Rules) -> Homes:
+def find_homes(
+    problem: PlacementProblem, placed: SearchState, view: SearchFeatures, rules: Rules
+) -> Homes:
     """Which replicas are away from home, and which must not go.
 
     Args:
       problem: what is to be placed, one layer.
       placed: where it is now.
-      view: of `look`.
+      view: of `featurize`.
       rules: settings.
 
     Returns:
@@ -229,7 +231,12 @@ def find_homes(problem: Problem, placed: Placed, view: View, rules: Rules) -> Ho
     )
 
 
-def count(problem: Problem, placed: Placed, view: View, homes: Homes | None) -> Counts:
+def count(
+    problem: PlacementProblem,
+    placed: SearchState,
+    view: SearchFeatures,
+    homes: Homes | None,
+) -> Counts:
     """What another number of replicas would do.
 
     Both sums go replica by replica, as if no two of the replicas concerned were on
@@ -238,7 +245,7 @@ def count(problem: Problem, placed: Placed, view: View, homes: Homes | None) -> 
     Args:
       problem: what is to be placed, one layer.
       placed: where it is now.
-      view: of `look`.
+      view: of `featurize`.
       homes: of `find_homes`, or None.
 
     Returns:
@@ -266,12 +273,14 @@ def count(problem: Problem, placed: Placed, view: View, homes: Homes | None) -> 
     return Counts(one_more_E, relief_E, harm_KG, is_free_KG)
 
 
-def find_budget(problem: Problem, view: View, limits: Limits) -> Budget:
+def find_budget(
+    problem: PlacementProblem, view: SearchFeatures, limits: Limits
+) -> Budget:
     """What may still change.
 
     Args:
       problem: what is to be placed, one layer.
-      view: of `look`.
+      view: of `featurize`.
       limits: settings.
 
     Returns:

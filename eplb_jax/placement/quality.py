@@ -42,7 +42,7 @@ def device_loads(
 
 
 @jax.jit
-def slot_loads(weight_LE: jax.Array, expert_LS: jax.Array) -> jax.Array:
+def physical_expert_loads(weight_LE: jax.Array, expert_LS: jax.Array) -> jax.Array:
     """The load of each slot, replicas of an expert sharing its load evenly.
 
     Args:
@@ -54,7 +54,7 @@ def slot_loads(weight_LE: jax.Array, expert_LS: jax.Array) -> jax.Array:
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> slot_loads(jnp.array([[6.0, 2.0]]), jnp.array([[0, -1, 0, 1]])).tolist()
+      >>> physical_expert_loads(jnp.array([[6.0, 2.0]]), jnp.array([[0, -1, 0, 1]])).tolist()
       [[3.0, 0.0, 3.0, 2.0]]
     """
     num_experts = weight_LE.shape[1]
@@ -197,7 +197,7 @@ def remote_share(
       [0.25]
     """
     weight_LE, expert_LS = _as_pair(weight, physical_to_logical_map, num_nodes)
-    load_LS = slot_loads(weight_LE, expert_LS)
+    load_LS = physical_expert_loads(weight_LE, expert_LS)
     return _remote_share(load_LS, expert_LS, jnp.asarray(home, jnp.int32), num_nodes)
 
 
@@ -205,7 +205,7 @@ def remote_share(
 def _device_loads(
     weight_LE: jax.Array, expert_LS: jax.Array, num_gpus: int
 ) -> jax.Array:
-    load_LS = slot_loads(weight_LE, expert_LS)
+    load_LS = physical_expert_loads(weight_LE, expert_LS)
     return load_LS.reshape(len(expert_LS), num_gpus, -1).sum(axis=2)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eplb_jax.placement.checks import as_capacity, as_loads, is_traced
-from eplb_jax.placement.moves import Limits, Problem, Rules
+from eplb_jax.placement.moves import Limits, PlacementProblem, Rules
 from eplb_jax.placement.search import search
 from eplb_jax.placement.soft import normalise, per_share
 
@@ -119,7 +119,7 @@ def _refine(
     is_alive_S = jnp.repeat(per_share_G > 0, per_gpu)
     kept_LS = jnp.where(is_alive_S[None], old_LS, -1)
     per_share_LG = jnp.broadcast_to(per_share_G, (len(old_LS), len(per_share_G)))
-    problem = Problem(normalise(weight_LE), per_share_LG, home_LE, kept_LS)
+    problem = PlacementProblem(normalise(weight_LE), per_share_LG, home_LE, kept_LS)
     new_LS, _ = search(problem, kept_LS, rules, limits)
     return new_LS, (new_LS != kept_LS).sum(axis=1, dtype=jnp.int32)
 

@@ -13,19 +13,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from eplb_jax.placement.moves import URGENT, Budget, Counts, Homes, Problem, View, phi
+from eplb_jax.placement.moves import (
+    URGENT,
+    Budget,
+    Counts,
+    Homes,
+    PlacementProblem,
+    SearchFeatures,
+    phi,
+)
 
 _NEVER = jnp.iinfo(jnp.int32).max
 _NOT_PREFERRED = 1 << 30
 
 
 def score_swaps(
-    view: View, homes: Homes | None, budget: Budget | None, remote_price: jax.Array
+    view: SearchFeatures,
+    homes: Homes | None,
+    budget: Budget | None,
+    remote_price: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """What a swap of replica i with the best one of device g is worth.
 
     Args:
-      view: of `look`.
+      view: of `featurize`.
       homes: of `find_homes`, or None.
       budget: of `find_budget`, or None.
       remote_price: [] float32.
@@ -95,7 +106,7 @@ def score_swaps(
 
 
 def score_copies(
-    view: View,
+    view: SearchFeatures,
     counts: Counts,
     homes: Homes | None,
     budget: Budget | None,
@@ -104,7 +115,7 @@ def score_copies(
     """What a copy of expert i over the least needed replica of device g is worth.
 
     Args:
-      view: of `look`.
+      view: of `featurize`.
       counts: of `count`.
       homes: of `find_homes`, or None.
       budget: of `find_budget`, or None.
@@ -142,8 +153,8 @@ def score_copies(
 
 
 def score_replacements(
-    problem: Problem,
-    view: View,
+    problem: PlacementProblem,
+    view: SearchFeatures,
     counts: Counts,
     homes: Homes | None,
     budget: Budget | None,
@@ -153,7 +164,7 @@ def score_replacements(
 
     Args:
       problem: what is to be placed, one layer.
-      view: of `look`.
+      view: of `featurize`.
       counts: of `count`.
       homes: of `find_homes`, or None.
       budget: of `find_budget`, or None.

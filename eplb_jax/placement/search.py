@@ -31,21 +31,21 @@ from eplb_jax.placement.moves import (
     URGENT,
     Homes,
     Limits,
-    Placed,
-    Problem,
+    PlacementProblem,
     Rules,
-    View,
+    SearchFeatures,
+    SearchState,
     count,
+    featurize,
     find_budget,
     find_homes,
-    look,
 )
 from eplb_jax.placement.scores import score_copies, score_replacements, score_swaps
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def search(
-    problem: Problem, expert: jax.Array, rules: Rules, limits: Limits
+    problem: PlacementProblem, expert: jax.Array, rules: Rules, limits: Limits
 ) -> tuple[jax.Array, jax.Array]:
     """Moves replicas until no move is worth it, in all layers at once.
 
@@ -60,8 +60,8 @@ def search(
       cost: [layers] float32, its objective.
     """
 
-    def start(problem: Problem, expert_S: jax.Array) -> Placed:
-        return Placed(
+    def start(problem: PlacementProblem, expert_S: jax.Array) -> SearchState:
+        return SearchState(
             expert_S=expert_S,
             count_E=count_replicas(expert_S, problem.weight.shape[0]),
             is_parted=jnp.bool_(not rules.separate),
@@ -70,11 +70,11 @@ def search(
             best_cost=jnp.float32(jnp.inf),
         )
 
-    def goes_on(carry: tuple[jax.Array, Placed]) -> jax.Array:
+    def goes_on(carry: tuple[jax.Array, SearchState]) -> jax.Array:
         step, placed = carry
         return (step < limits.max_steps) & ~placed.is_done.all()
 
-    def move(carry: tuple[jax.Array, Placed]) -> tuple[jax.Array, Placed]:
+    def move(carry: tuple[jax.Array, SearchState]) -> tuple[jax.Array, SearchState]:
         step, placed = carry
         step_layer = jax.vmap(lambda p, s: _step(p, s, rules, limits))
         return step + 1, step_layer(problem, placed)
@@ -102,11 +102,13 @@ def count_replicas(expert_S: jax.Array, num_experts: int) -> jax.Array:
     return jnp.zeros(num_experts, jnp.int32).at[expert_S].add(is_filled_S)
 
 
-def _step(problem: Problem, placed: Placed, rules: Rules, limits: Limits) -> Placed:
+def _step(
+    problem: PlacementProblem, placed: SearchState, rules: Rules, limits: Limits
+) -> SearchState:
     """The best move of one layer."""
     num_gpus, num_slots = problem.per_share.shape[0], placed.expert_S.shape[0]
     per_gpu = num_slots // num_gpus
-    view = look(problem, placed)
+    view = featurize(problem, placed)
     homes = find_homes(problem, placed, view, rules) if rules.has_homes else None
     cost = _cost(view, homes, rules, limits)
     is_best = cost < placed.best_cost
@@ -144,7 +146,7 @@ def _step(problem: Problem, placed: Placed, rules: Rules, limits: Limits) -> Pla
     loses_E = expert_E == jnp.where(is_replacement, expert_i, expert_j)
     change_E = gains_E.astype(jnp.int32) - loses_E.astype(jnp.int32)
     count_E = placed.count_E + jnp.where(goes & ~is_swap, change_E, 0)
-    return Placed(
+    return SearchState(
         expert_S=expert_S,
         count_E=count_E,
         is_parted=placed.is_parted | is_stuck,
@@ -154,7 +156,9 @@ def _step(problem: Problem, placed: Placed, rules: Rules, limits: Limits) -> Pla
     )
 
 
-def _cost(view: View, homes: Homes | None, rules: Rules, limits: Limits) -> jax.Array:
+def _cost(
+    view: SearchFeatures, homes: Homes | None, rules: Rules, limits: Limits
+) -> jax.Array:
     """The objective with the true peak; what has to be mended counts above all."""
     cost = jnp.log(view.peak)
     if homes is not None:

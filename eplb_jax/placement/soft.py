@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from eplb_jax.placement.arrays import invert, take_rows
 from eplb_jax.placement.greedy import experts_by_node
-from eplb_jax.placement.moves import Limits, Problem, Rules
+from eplb_jax.placement.moves import Limits, PlacementProblem, Rules
 from eplb_jax.placement.packing import pack_in_order, replicate_experts
 from eplb_jax.placement.search import count_replicas, search
 
@@ -94,7 +94,7 @@ def soft_placement(
     # Packing knows no dead devices.
     packed_LS = jnp.where((per_share_G > 0).all(), packed_LS, dealt_LS)
     per_share_LG = jnp.broadcast_to(per_share_G, (num_layers, num_gpus))
-    problem = Problem(weight_LE, per_share_LG, home_LE, dealt_LS)
+    problem = PlacementProblem(weight_LE, per_share_LG, home_LE, dealt_LS)
     rules = Rules(num_nodes=num_nodes, has_homes=remote_price is not None)
     limits = Limits(
         max_steps=jnp.int32(num_replicas),

@@ -124,11 +124,11 @@ class ExpertTables:
             lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), self
         )
 
-    def add_replicas(self, slot_counts: jax.Array) -> jax.Array:
+    def add_replicas(self, tokens_per_physical_expert: jax.Array) -> jax.Array:
         """Counts of experts from counts of their slots; for the tables of one layer.
 
         Args:
-          slot_counts: [slots].
+          tokens_per_physical_expert: [slots].
 
         Returns:
           [experts], of the same dtype.
@@ -141,8 +141,8 @@ class ExpertTables:
         expert_S = self.physical_to_logical_map
         # One past the end for an empty slot: -1 would be the last expert.
         expert_S = jnp.where(expert_S >= 0, expert_S, self.num_experts)
-        total_E = jnp.zeros(self.num_experts, slot_counts.dtype)
-        return total_E.at[expert_S].add(slot_counts, mode="drop")
+        total_E = jnp.zeros(self.num_experts, tokens_per_physical_expert.dtype)
+        return total_E.at[expert_S].add(tokens_per_physical_expert, mode="drop")
 
     def is_valid(self) -> jax.Array:
         """Whether the maps agree and every expert has a slot; may be called in jit.

@@ -242,7 +242,7 @@ class ExpertBalancer:
         Args:
           state: before it.
           counts: [layers, experts] tokens that chose each expert, of all devices: see
-            `MoEStats.expert_counts`.
+            `MoEStats.tokens_per_expert`.
 
         Raises:
           ValueError: counts of another shape.

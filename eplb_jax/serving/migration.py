@@ -18,7 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from eplb_jax.layer import Transport, check_held, count_fetched, fetch_rows, plan_fetch
+from eplb_jax.layer import (
+    Transport,
+    check_held,
+    count_gathered_experts,
+    gather_weight_rows,
+    plan_weight_gather,
+)
 from eplb_jax.placement import ExpertTables, divisor_from
 
 PyTree = Any
@@ -79,10 +85,10 @@ def migrate(
 
     else:
         num_sent = old_tables.num_slots
-        fetch = plan_fetch(owner_S, source_S, num_devices, num_sent, axis_name)
+        fetch = plan_weight_gather(owner_S, source_S, num_devices, num_sent, axis_name)
 
         def bring(rows_IF: jax.Array) -> jax.Array:
-            return fetch_rows(rows_IF, fetch, axis_name, transport)
+            return gather_weight_rows(rows_IF, fetch, axis_name, transport)
 
     def change(leaf: jax.Array) -> jax.Array:
         flat_IF = leaf.reshape(len(leaf), -1)
@@ -122,7 +128,7 @@ def count_migrated(
       [[1, 0], [0, 0]]
     """
     owner_S, _ = _sources(old_tables, new_tables, num_devices)
-    return count_fetched(owner_S, num_devices)
+    return count_gathered_experts(owner_S, num_devices)
 
 
 def _sources(

@@ -24,7 +24,7 @@ PUBLISHED = Path(__file__).parents[1] / "data" / "deepseek_v3_train_trace.json.g
 RELOAD = '<meta http-equiv="refresh"'
 CONFIG = {
     "name": "tiny",
-    "model": {"architecture": {"num_layers": 5, "num_dense_layers": 2}},
+    "model": {"architecture": {"num_layers": 5, "first_k_dense_replace": 2}},
     "mesh": {"pp": 4, "ep": 2},
     "schedule": "dualpipe",
     "num_steps": 40,

@@ -3,7 +3,7 @@
 Imports: schedules, planning, executor, train, eplb_jax.placement, eplb_jax.layer.
 """
 
-from dualpipe_jax.deepseek.model.balancing import Buffers as Buffers, EplbConfig
+from dualpipe_jax.deepseek.model.balancing import EplbConfig, RouterState as RouterState
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
 from dualpipe_jax.deepseek.model.layers import Head as Head, Layer as Layer
 from dualpipe_jax.deepseek.model.losses import logits_of as logits_of

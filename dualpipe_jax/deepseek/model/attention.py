@@ -107,21 +107,23 @@ class LatentAttention(nnx.Module):
         linear = functools.partial(
             nnx.LinearGeneral,
             use_bias=False,
-            kernel_init=nnx.initializers.truncated_normal(stddev=c.init_std),
+            kernel_init=nnx.initializers.truncated_normal(stddev=c.initializer_range),
             rngs=rngs,
         )
-        norm = functools.partial(nnx.RMSNorm, epsilon=c.norm_epsilon, rngs=rngs)
+        norm = functools.partial(nnx.RMSNorm, epsilon=c.rms_norm_eps, rngs=rngs)
         heads = (c.num_heads, c.head_dim)
-        self.q_down = nnx.data(linear(c.dim, c.q_rank) if c.q_rank else None)
-        self.q_norm = nnx.data(norm(c.q_rank) if c.q_rank else None)
-        self.q_up = linear(c.q_rank or c.dim, heads)
-        self.kv_down = linear(c.dim, c.kv_rank + c.rope_dim)
-        self.kv_norm = norm(c.kv_rank)
-        self.kv_up = linear(c.kv_rank, (c.num_heads, c.nope_dim + c.value_dim))
-        self.out = linear((c.num_heads, c.value_dim), c.dim, axis=(-2, -1))
+        self.q_down = nnx.data(linear(c.dim, c.q_lora_rank) if c.q_lora_rank else None)
+        self.q_norm = nnx.data(norm(c.q_lora_rank) if c.q_lora_rank else None)
+        self.q_up = linear(c.q_lora_rank or c.dim, heads)
+        self.kv_down = linear(c.dim, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_norm = norm(c.kv_lora_rank)
+        self.kv_up = linear(
+            c.kv_lora_rank, (c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
+        )
+        self.out = linear((c.num_heads, c.v_head_dim), c.dim, axis=(-2, -1))
 
     def compress(self, x: jax.Array) -> jax.Array:
-        """What queries come from, [..., q_rank]; `x` itself without compression."""
+        """What queries come from, [..., q_lora_rank]; `x` itself without compression."""
         if self.q_down is None or self.q_norm is None:
             return x
         return self.q_norm(self.q_down(x))
@@ -129,17 +131,17 @@ class LatentAttention(nnx.Module):
     def queries(self, compressed_BTQ: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """[batch, sequence, heads, N + R]: the part without a position comes first."""
         c = self.config
-        nope, rope = jnp.split(self.q_up(compressed_BTQ), [c.nope_dim], axis=-1)
-        rope = rotate(rope, positions_BT, c.rope_base)
+        nope, rope = jnp.split(self.q_up(compressed_BTQ), [c.qk_nope_head_dim], axis=-1)
+        rope = rotate(rope, positions_BT, c.rope_theta)
         return jnp.concatenate([nope, rope], axis=-1)
 
     def latents(
         self, x_BTD: jax.Array, positions_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What a cache keeps: [batch, sequence, kv_rank] and [batch, sequence, R]."""
+        """What a cache keeps: [batch, sequence, kv_lora_rank] and [batch, sequence, R]."""
         c = self.config
-        latent, rope = jnp.split(self.kv_down(x_BTD), [c.kv_rank], axis=-1)
-        rope_BT1R = rotate(rope[:, :, None], positions_BT, c.rope_base)
+        latent, rope = jnp.split(self.kv_down(x_BTD), [c.kv_lora_rank], axis=-1)
+        rope_BT1R = rotate(rope[:, :, None], positions_BT, c.rope_theta)
         return self.kv_norm(latent), rope_BT1R[:, :, 0]
 
     def mix(
@@ -153,8 +155,10 @@ class LatentAttention(nnx.Module):
           rope_BTR: the same.
         """
         c = self.config
-        nope, v_BTHV = jnp.split(self.kv_up(latent_BTL), [c.nope_dim], axis=-1)
-        rope = jnp.broadcast_to(rope_BTR[:, :, None], (*nope.shape[:3], c.rope_dim))
+        nope, v_BTHV = jnp.split(self.kv_up(latent_BTL), [c.qk_nope_head_dim], axis=-1)
+        rope = jnp.broadcast_to(
+            rope_BTR[:, :, None], (*nope.shape[:3], c.qk_rope_head_dim)
+        )
         return attend(q_BTHK, jnp.concatenate([nope, rope], axis=-1), v_BTHV)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -176,7 +180,7 @@ class LatentAttention(nnx.Module):
         Args:
           x_BD: [batch, D].
           positions_B: [batch] int32, of these tokens.
-          cache_BSW: [batch, positions, kv_rank + R], see `latents`.
+          cache_BSW: [batch, positions, kv_lora_rank + R], see `latents`.
 
         Returns:
           outputs: [batch, D].
@@ -196,9 +200,9 @@ class LatentAttention(nnx.Module):
             wrap_negative_indices=False,
         )
         up_LHN, up_LHV = jnp.split(
-            self.kv_up.kernel[...].astype(x_BD.dtype), [c.nope_dim], axis=-1
+            self.kv_up.kernel[...].astype(x_BD.dtype), [c.qk_nope_head_dim], axis=-1
         )
-        nope_BHN, rope_BHR = jnp.split(q_BHK, [c.nope_dim], axis=-1)
+        nope_BHN, rope_BHR = jnp.split(q_BHK, [c.qk_nope_head_dim], axis=-1)
         q_BHL = jnp.einsum("bhn,lhn->bhl", nope_BHN, up_LHN)
         q_BHW = jnp.concatenate([q_BHL, rope_BHR], axis=-1)
         scores_BHS = jnp.einsum(
@@ -213,5 +217,5 @@ class LatentAttention(nnx.Module):
         # Of the whole cache: what is cut off is an eighth of the product, and cutting
         # it off before would copy the cache.
         mixed_BHW = jnp.einsum("bhs,bsw->bhw", weights_BHS, cache_BSW)
-        v_BHV = jnp.einsum("bhl,lhv->bhv", mixed_BHW[..., : c.kv_rank], up_LHV)
+        v_BHV = jnp.einsum("bhl,lhv->bhv", mixed_BHW[..., : c.kv_lora_rank], up_LHV)
         return self.out(v_BHV), cache_BSW

@@ -56,7 +56,7 @@ class EplbConfig:
             raise ValueError(f"{self.num_redundant=} must be at least 0.")
 
 
-class Buffers(NamedTuple):
+class RouterState(NamedTuple):
     """What steps change beside the parameters.
 
     Attributes:
@@ -117,10 +117,10 @@ class Balancer:
         # Loads are seen without EPLB too: what resumes with it knows them.
         return moving_average(self.eplb.decay if self.eplb else EplbConfig.decay)
 
-    def init(self) -> Buffers:
+    def init(self) -> RouterState:
         """No bias, no load seen, and a placement for even loads."""
         shape = (self.num_layers, self.num_experts)
-        return Buffers(
+        return RouterState(
             jnp.zeros(shape, jnp.float32),
             self._estimator.init(*shape),
             self.plan(jnp.ones(shape, jnp.float32)),
@@ -145,25 +145,25 @@ class Balancer:
         identity_S = jnp.arange(num_slots, dtype=jnp.int32) % self.num_experts
         return jnp.tile(identity_S[None], (self.num_layers, 1))
 
-    def estimate(self, buffers: Buffers) -> jax.Array:
+    def estimate(self, buffers: RouterState) -> jax.Array:
         """The load [layers, experts] that was seen."""
         return self._estimator.estimate(buffers.loads)
 
-    def replan(self, buffers: Buffers) -> Buffers:
+    def replan(self, buffers: RouterState) -> RouterState:
         """The same with a placement for the load that was seen, or for even loads."""
         loads_LE = self.estimate(buffers)
         placement = self.plan(jnp.where(buffers.loads.weight > 0, loads_LE, 1.0))
         return buffers._replace(placement=placement)
 
-    def tables(self, buffers: Buffers) -> ExpertTables | None:
+    def tables(self, buffers: RouterState) -> ExpertTables | None:
         """The tables of all layers; None where slot i is expert i."""
         if self.eplb is None:
             return None
         return ExpertTables.from_placement(buffers.placement, self.num_experts)
 
     def observe(
-        self, buffers: Buffers, counts_LE: jax.Array, step: jax.Array
-    ) -> tuple[Buffers, dict[str, jax.Array]]:
+        self, buffers: RouterState, counts_LE: jax.Array, step: jax.Array
+    ) -> tuple[RouterState, dict[str, jax.Array]]:
         """After a step: what the next one uses, and what to log.
 
         Args:
@@ -182,7 +182,7 @@ class Balancer:
             return buffers, {}
         loads = self._estimator.observe(buffers.loads, counts_LE)
         bias = update_bias(buffers.bias, counts_LE, self.bias_update_rate)
-        after = Buffers(bias, loads, buffers.placement)
+        after = RouterState(bias, loads, buffers.placement)
 
         def measure(loads_LE: jax.Array, placement_LS: jax.Array) -> jax.Array:
             return balancedness(loads_LE, placement_LS, self.num_devices)

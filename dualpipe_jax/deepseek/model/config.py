@@ -34,24 +34,24 @@ class DeepSeekConfig:
       vocab_size: tokens; 256 for bytes.
       dim: width of the residual stream.
       num_layers: transformer layers.
-      num_dense_layers: of these, the first ones have a dense feed-forward network.
-      dense_hidden: its width.
+      first_k_dense_replace: of these, the first ones have a dense feed-forward network.
+      intermediate_size: its width.
       num_heads: attention heads.
-      q_rank: rank of the queries' compression; None: queries are not compressed.
-      kv_rank: rank of the latent that keys and values come from.
-      nope_dim: width of a head's query and key without a position.
-      rope_dim: width of a head's query and key with one; even.
-      value_dim: width of a head's value.
+      q_lora_rank: rank of the queries' compression; None: queries are not compressed.
+      kv_lora_rank: rank of the latent that keys and values come from.
+      qk_nope_head_dim: width of a head's query and key without a position.
+      qk_rope_head_dim: width of a head's query and key with one; even.
+      v_head_dim: width of a head's value.
       num_experts: routed experts of a layer.
-      expert_hidden: width of an expert.
-      experts_per_token: routed experts a token, k.
-      num_shared_experts: experts that every token goes to.
+      moe_intermediate_size: width of an expert.
+      num_experts_per_tok: routed experts a token, k.
+      n_shared_experts: experts that every token goes to.
       num_groups: groups of experts that the router chooses among.
       topk_groups: groups that a token's experts may be in.
       route_scale: what the experts' weights, made to add up to 1, are multiplied with.
-      rope_base: of the rotary positions.
-      norm_epsilon: of the RMS norms.
-      init_std: standard deviation of the first values of all matrices.
+      rope_theta: of the rotary positions.
+      rms_norm_eps: of the RMS norms.
+      initializer_range: standard deviation of the first values of all matrices.
       tied: whether the output head is the embedding, transposed.
       mtp: whether there is a multi-token prediction module (section 2.2; depth 1).
 
@@ -60,9 +60,9 @@ class DeepSeekConfig:
 
     Examples:
       >>> DeepSeekConfig(
-      ...     vocab_size=256, dim=64, num_layers=4, num_dense_layers=1,
-      ...     dense_hidden=128, num_heads=4, kv_rank=32, nope_dim=16, rope_dim=8,
-      ...     value_dim=16, num_experts=8, expert_hidden=32, experts_per_token=2,
+      ...     vocab_size=256, dim=64, num_layers=4, first_k_dense_replace=1,
+      ...     intermediate_size=128, num_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
+      ...     v_head_dim=16, num_experts=8, moe_intermediate_size=32, num_experts_per_tok=2,
       ... ).num_moe_layers
       3
     """
@@ -70,44 +70,46 @@ class DeepSeekConfig:
     vocab_size: int
     dim: int
     num_layers: int
-    num_dense_layers: int
-    dense_hidden: int
+    first_k_dense_replace: int
+    intermediate_size: int
     num_heads: int
-    q_rank: int | None = None
-    kv_rank: int
-    nope_dim: int
-    rope_dim: int
-    value_dim: int
+    q_lora_rank: int | None = None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
     num_experts: int
-    expert_hidden: int
-    experts_per_token: int
-    num_shared_experts: int = 1
+    moe_intermediate_size: int
+    num_experts_per_tok: int
+    n_shared_experts: int = 1
     num_groups: int = 1
     topk_groups: int = 1
     route_scale: float = 1.0
-    rope_base: float = 10_000.0
-    norm_epsilon: float = 1e-6
-    init_std: float = 0.006
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
     tied: bool = False
     mtp: bool = False
 
     def __post_init__(self):
-        may_be_zero = {"num_dense_layers", "num_shared_experts"}
+        may_be_zero = {"first_k_dense_replace", "n_shared_experts"}
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), int(field.name not in may_be_zero)
             if field.type == "int" and value < least:
                 raise ValueError(f"{field.name}={value} must be at least {least}.")
-        if self.q_rank is not None and self.q_rank < 1:
-            raise ValueError(f"{self.q_rank=} must be at least 1, or None.")
-        if self.num_dense_layers > self.num_layers:
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"{self.q_lora_rank=} must be at least 1, or None.")
+        if self.first_k_dense_replace > self.num_layers:
             raise ValueError(
-                f"{self.num_dense_layers=} must be at most {self.num_layers=}."
+                f"{self.first_k_dense_replace=} must be at most {self.num_layers=}."
             )
-        if self.rope_dim % 2:
-            raise ValueError(f"{self.rope_dim=} must be even: positions turn pairs.")
-        if self.experts_per_token > self.num_experts:
+        if self.qk_rope_head_dim % 2:
             raise ValueError(
-                f"{self.experts_per_token=} must be at most {self.num_experts=}."
+                f"{self.qk_rope_head_dim=} must be even: positions turn pairs."
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"{self.num_experts_per_tok=} must be at most {self.num_experts=}."
             )
         if self.num_experts % self.num_groups:
             raise ValueError(f"{self.num_groups=} must divide {self.num_experts=}.")
@@ -117,16 +119,16 @@ class DeepSeekConfig:
     @property
     def num_moe_layers(self) -> int:
         """MoE layers, without the one in the multi-token prediction module."""
-        return self.num_layers - self.num_dense_layers
+        return self.num_layers - self.first_k_dense_replace
 
     @property
     def head_dim(self) -> int:
         """Width of a head's query and key."""
-        return self.nope_dim + self.rope_dim
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def is_dense(self, layer: int) -> bool:
         """Whether a layer's feed-forward network is dense."""
-        return layer < self.num_dense_layers
+        return layer < self.first_k_dense_replace
 
     def forward_flops(self, layer: int, sequence_length: int) -> float:
         """Estimated FLOPs of a layer's forward pass for one token.
@@ -143,7 +145,9 @@ class DeepSeekConfig:
         weights = counts.attention + (
             counts.dense if self.is_dense(layer) else counts.active_moe
         )
-        mixing = self.num_heads * (self.head_dim + self.value_dim) * sequence_length / 2
+        mixing = (
+            self.num_heads * (self.head_dim + self.v_head_dim) * sequence_length / 2
+        )
         return 2.0 * (weights + mixing)
 
     def head_flops(self, sequence_length: int) -> float:
@@ -157,7 +161,7 @@ class DeepSeekConfig:
     def count_parameters(self) -> ParameterCount:
         """Total and active parameters; see `ParameterCount`."""
         layer = layer_parameters(self)
-        dense, moe = self.num_dense_layers, self.num_moe_layers
+        dense, moe = self.first_k_dense_replace, self.num_moe_layers
         outer = self.vocab_size * self.dim * (1 if self.tied else 2) + self.dim
         each = self.num_layers * (layer.attention + layer.norms)
         rest = outer + each + dense * layer.dense
@@ -192,18 +196,18 @@ def layer_parameters(config: DeepSeekConfig) -> LayerParameters:
     """Counts the parameters of the parts of a layer."""
     c = config
     queries = c.num_heads * c.head_dim
-    if c.q_rank is None:
+    if c.q_lora_rank is None:
         query = c.dim * queries
     else:
-        query = c.dim * c.q_rank + c.q_rank + c.q_rank * queries
-    keys = c.dim * (c.kv_rank + c.rope_dim) + c.kv_rank
-    keys += c.kv_rank * c.num_heads * (c.nope_dim + c.value_dim)
-    expert = 3 * c.dim * c.expert_hidden
-    router, shared = c.dim * c.num_experts, c.num_shared_experts * expert
+        query = c.dim * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * queries
+    keys = c.dim * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
+    keys += c.kv_lora_rank * c.num_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    expert = 3 * c.dim * c.moe_intermediate_size
+    router, shared = c.dim * c.num_experts, c.n_shared_experts * expert
     return LayerParameters(
-        attention=query + keys + c.num_heads * c.value_dim * c.dim,
+        attention=query + keys + c.num_heads * c.v_head_dim * c.dim,
         norms=2 * c.dim,
-        dense=3 * c.dim * c.dense_hidden,
+        dense=3 * c.dim * c.intermediate_size,
         moe=router + shared + c.num_experts * expert,
-        active_moe=router + shared + c.experts_per_token * expert,
+        active_moe=router + shared + c.num_experts_per_tok * expert,
     )

@@ -17,7 +17,7 @@ from eplb_jax.layer import MoEStats
 
 
 def _norm(config: DeepSeekConfig, key: jax.Array) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.dim, epsilon=config.norm_epsilon, rngs=nnx.Rngs(key))
+    return nnx.RMSNorm(config.dim, epsilon=config.rms_norm_eps, rngs=nnx.Rngs(key))
 
 
 class FeedForward(nnx.Module):
@@ -25,12 +25,12 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
         def linear(into: int, out: int) -> nnx.Linear:
-            initial = nnx.initializers.truncated_normal(stddev=config.init_std)
+            initial = nnx.initializers.truncated_normal(stddev=config.initializer_range)
             return nnx.Linear(into, out, use_bias=False, kernel_init=initial, rngs=rngs)
 
-        self.gate = linear(config.dim, config.dense_hidden)
-        self.up = linear(config.dim, config.dense_hidden)
-        self.down = linear(config.dense_hidden, config.dim)
+        self.gate = linear(config.dim, config.intermediate_size)
+        self.up = linear(config.dim, config.intermediate_size)
+        self.down = linear(config.intermediate_size, config.dim)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -66,10 +66,10 @@ class Layer(nnx.Module):
         self.moe = nnx.data(
             MoE(
                 c.dim,
-                c.expert_hidden,
+                c.moe_intermediate_size,
                 num_experts=c.num_experts,
-                k=c.experts_per_token,
-                num_shared=c.num_shared_experts,
+                k=c.num_experts_per_tok,
+                num_shared=c.n_shared_experts,
                 num_groups=c.num_groups,
                 topk_groups=c.topk_groups,
                 scaling=c.route_scale,
@@ -116,13 +116,13 @@ class Head(nnx.Module):
         keys = jax.random.split(key)
         self.norm = _norm(config, keys[0])
         shape = (config.dim, config.vocab_size)
-        initial = nnx.initializers.truncated_normal(stddev=config.init_std)
+        initial = nnx.initializers.truncated_normal(stddev=config.initializer_range)
         self.kernel = nnx.data(
             None if config.tied else nnx.Param(initial(keys[1], shape))
         )
 
 
-class NextNext(nnx.Module):
+class MultiTokenPrediction(nnx.Module):
     """The multi-token prediction module, depth 1: predicts the token after the next.
 
     It joins what the model knows at a position with the embedding of the next token,
@@ -138,7 +138,7 @@ class NextNext(nnx.Module):
             _norm(config, key) for key in keys[:3]
         )
         shape = (2 * config.dim, config.dim)
-        initial = nnx.initializers.truncated_normal(stddev=config.init_std)
+        initial = nnx.initializers.truncated_normal(stddev=config.initializer_range)
         self.project = nnx.Param(initial(keys[3], shape))
         self.layer = Layer(config, parallel, has_dense=False, has_moe=True, key=keys[4])
 

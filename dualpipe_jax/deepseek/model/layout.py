@@ -29,23 +29,23 @@ class Layout:
 
     Attributes:
       layers: layers of each stage, in model order.
-      num_dense_layers: these come first in the model.
+      first_k_dense_replace: these come first in the model.
     """
 
     layers: tuple[tuple[int, ...], ...]
-    num_dense_layers: int
+    first_k_dense_replace: int
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Layout:
         """The inverse of `to_json`."""
         layers = tuple(tuple(int(layer) for layer in own) for own in value["layers"])
-        return cls(layers, int(value["num_dense_layers"]))
+        return cls(layers, int(value["first_k_dense_replace"]))
 
     def to_json(self) -> dict[str, Any]:
         """As values that JSON knows."""
         return {
             "layers": [list(own) for own in self.layers],
-            "num_dense_layers": self.num_dense_layers,
+            "first_k_dense_replace": self.first_k_dense_replace,
         }
 
     @property
@@ -62,7 +62,7 @@ class Layout:
     @functools.cached_property
     def kind_GS(self) -> np.ndarray:
         """[stages, slots] int32, `NONE`, `DENSE` or `MOE`."""
-        kind_GS = np.where(self.layer_GS < self.num_dense_layers, DENSE, MOE)
+        kind_GS = np.where(self.layer_GS < self.first_k_dense_replace, DENSE, MOE)
         return np.where(self.layer_GS < 0, NONE, kind_GS).astype(np.int32)
 
     @functools.cached_property
@@ -113,7 +113,7 @@ class Layout:
         return jnp.stack([jnp.asarray(slots[slot])[stage] for stage, slot in wanted])
 
 
-def relay(slots: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
+def relayout(slots: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
     """Lays the parameters of one layout out anew, layer by layer.
 
     Args:
@@ -131,8 +131,8 @@ def relay(slots: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
     if _kinds_of_layers(old) != _kinds_of_layers(new):
         raise ValueError(
             f"the layers differ: {len(_kinds_of_layers(old))} of which "
-            f"{old.num_dense_layers} are dense, against "
-            f"{len(_kinds_of_layers(new))} of which {new.num_dense_layers} are."
+            f"{old.first_k_dense_replace} are dense, against "
+            f"{len(_kinds_of_layers(new))} of which {new.first_k_dense_replace} are."
         )
 
     def part_of(slot: int, name: str, kinds: frozenset[int]) -> PyTree:
@@ -166,4 +166,6 @@ def relay(slots: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
 
 
 def _kinds_of_layers(layout: Layout) -> list[bool]:
-    return [layer < layout.num_dense_layers for own in layout.layers for layer in own]
+    return [
+        layer < layout.first_k_dense_replace for own in layout.layers for layer in own
+    ]

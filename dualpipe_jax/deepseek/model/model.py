@@ -89,7 +89,7 @@ class DeepSeek(DeepSeekOptions):
         devices, num_rows = mesh.shape["ep"], None
         if self.buffer_factor is not None:
             tokens = microbatch_size * sequence_length / (mesh.shape["dp"] * devices)
-            mean = tokens * self.architecture.experts_per_token
+            mean = tokens * self.architecture.num_experts_per_tok
             num_rows = math.ceil(self.buffer_factor * mean)
         parallel = ExpertParallel(
             axis_name="ep" if devices > 1 else None,
@@ -101,7 +101,7 @@ class DeepSeek(DeepSeekOptions):
         )
         return DeepSeekPipeline(
             model=self,
-            layout=Layout(partition.layers, self.architecture.num_dense_layers),
+            layout=Layout(partition.layers, self.architecture.first_k_dense_replace),
             num_microbatches=schedule.num_microbatches,
             mesh=mesh,
             parallel=parallel,

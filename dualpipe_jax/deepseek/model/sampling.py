@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax.deepseek.model.balancing import Buffers
+from dualpipe_jax.deepseek.model.balancing import RouterState
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import PipelineModel, on_host
 
@@ -23,7 +23,7 @@ def sample(
     single: Any,
     model: PipelineModel,
     params: PipelineParams,
-    buffers: Buffers,
+    buffers: RouterState,
     prompt: np.ndarray,
     num_tokens: int,
 ) -> np.ndarray:
@@ -42,18 +42,18 @@ def sample(
     """
     here = jax.local_devices()[0]
     params, bias = on_host((params, buffers.bias))
-    params, bias = jax.device_put((single.take_params(params, model), bias), here)
+    params, bias = jax.device_put((single.convert_params(params, model), bias), here)
     buffers = buffers._replace(bias=bias, loads=(), placement=())
 
     @jax.jit
     def write(params: PipelineParams, prompt: jax.Array, key: jax.Array) -> jax.Array:
-        bound = single.bind(params, buffers)
-        stage = jax.tree.map(lambda leaf: leaf[0], bound.stages)
+        prepared = single.prepare_params(params, buffers)
+        stage = jax.tree.map(lambda leaf: leaf[0], prepared.stages)
 
         def step(context: jax.Array, key: jax.Array):
-            x = single.embed(bound.embed, context[None])
+            x = single.embed(prepared.embed, context[None])
             x, _ = single.stage(stage, x)
-            logits = single.logits(bound.embed, bound.head, x)[0, -1]
+            logits = single.logits(prepared.embed, prepared.head, x)[0, -1]
             token = jax.random.categorical(key, logits / TEMPERATURE).astype(jnp.int32)
             return jnp.concatenate([context[1:], token[None]]), token
 

@@ -18,11 +18,10 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from dualpipe_jax.deepseek.model.balancing import Balancer, Buffers
-from dualpipe_jax.deepseek.model.binding import Balancing, Binding
+from dualpipe_jax.deepseek.model.balancing import Balancer, RouterState
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
-from dualpipe_jax.deepseek.model.layers import Head, Layer, NextNext
-from dualpipe_jax.deepseek.model.layout import DENSE, MOE, NONE, Layout, relay
+from dualpipe_jax.deepseek.model.layers import Head, Layer, MultiTokenPrediction
+from dualpipe_jax.deepseek.model.layout import DENSE, MOE, NONE, Layout, relayout
 from dualpipe_jax.deepseek.model.losses import (
     add_loss,
     cross_entropies,
@@ -30,6 +29,7 @@ from dualpipe_jax.deepseek.model.losses import (
     logits_of,
 )
 from dualpipe_jax.deepseek.model.options import DeepSeekOptions
+from dualpipe_jax.deepseek.model.preparation import Balancing, ParamPreparation
 from dualpipe_jax.deepseek.model.sampling import sample
 from dualpipe_jax.deepseek.model.trees import (
     bias_state,
@@ -66,7 +66,7 @@ class DeepSeekPipeline(PipelineModel):
       parallel: how the slots of a layer are divided over ep.
       description: of the layout.
       num_saved_slots: slots of a layer in the checkpoint that this model was written
-        to, see `written_by`; None: as many as `balancer` has.
+        to, see `from_checkpoint_info`; None: as many as `balancer` has.
     """
 
     model: DeepSeekOptions
@@ -79,7 +79,7 @@ class DeepSeekPipeline(PipelineModel):
 
     def __post_init__(self):
         arch, devices = self.arch, self.mesh.shape["ep"]
-        for name in ("dim", "dense_hidden"):
+        for name in ("dim", "intermediate_size"):
             if getattr(arch, name) % devices:
                 raise ValueError(
                     f"{name}={getattr(arch, name)} must be a multiple of the ep axis, "
@@ -121,7 +121,9 @@ class DeepSeekPipeline(PipelineModel):
         }
         makers["head"] = functools.partial(Head, self.arch)
         if self.arch.mtp:
-            makers["mtp"] = functools.partial(NextNext, self.arch, self.parallel)
+            makers["mtp"] = functools.partial(
+                MultiTokenPrediction, self.arch, self.parallel
+            )
         return {
             name: nnx.graphdef(nnx.eval_shape(lambda make=make: make(_key())))
             for name, make in makers.items()
@@ -159,9 +161,11 @@ class DeepSeekPipeline(PipelineModel):
             slots.append(tree | zero_where(kind_G == NONE, rest))
         head = parameters(Head(self.arch, head_key))
         if self.arch.mtp:
-            head["mtp"] = parameters(NextNext(self.arch, self.parallel, mtp_key))
+            head["mtp"] = parameters(
+                MultiTokenPrediction(self.arch, self.parallel, mtp_key)
+            )
         shape = (self.arch.vocab_size, self.arch.dim)
-        initial = nnx.initializers.truncated_normal(stddev=self.arch.init_std)
+        initial = nnx.initializers.truncated_normal(stddev=self.arch.initializer_range)
         return PipelineParams(slots, initial(embed_key, shape), head)
 
     @functools.cached_property
@@ -173,7 +177,7 @@ class DeepSeekPipeline(PipelineModel):
         return PipelineParams(slots, P(None, "ep"), head)
 
     @property
-    def bound_specs(self) -> PipelineParams:  # pyright: ignore
+    def prepared_specs(self) -> PipelineParams:  # pyright: ignore
         specs = self.param_specs
         stages = {"slots": specs.stages, "kind": P(), "balancing": P()}
         # The output matrix is whole for all microbatches of a step: gathering it for
@@ -185,15 +189,19 @@ class DeepSeekPipeline(PipelineModel):
         head = {"params": params, "balancing": P()}
         return PipelineParams(stages, specs.embed, head)
 
-    def bind(self, params: PipelineParams, buffers: Buffers) -> PipelineParams:
-        return self._binding.bind(params, buffers)
+    def prepare_params(
+        self, params: PipelineParams, buffers: RouterState
+    ) -> PipelineParams:
+        return self._preparation.prepare_params(params, buffers)
 
-    def unbind(self, grads: PipelineParams, buffers: Buffers) -> PipelineParams:
-        return self._binding.unbind(grads, buffers)
+    def unprepare_grads(
+        self, grads: PipelineParams, buffers: RouterState
+    ) -> PipelineParams:
+        return self._preparation.unprepare_grads(grads, buffers)
 
     @functools.cached_property
-    def _binding(self) -> Binding:
-        return Binding(
+    def _preparation(self) -> ParamPreparation:
+        return ParamPreparation(
             self.arch, self.layout, self.balancer, self.mesh, self.model.compute_dtype
         )
 
@@ -373,20 +381,20 @@ class DeepSeekPipeline(PipelineModel):
 
     # Around a step.
 
-    def init_buffers(self) -> Buffers:
+    def init_buffers(self) -> RouterState:
         buffers = self.balancer.init()
         if self.num_saved_slots is not None:
             shape = (self.balancer.num_layers, self.num_saved_slots)
             buffers = buffers._replace(placement=jnp.zeros(shape, jnp.int32))
         return buffers
 
-    def observe(self, buffers: Buffers, aux: Any, step: jax.Array):
+    def observe(self, buffers: RouterState, aux: Any, step: jax.Array):
         """See `Balancer.observe`; and the terms of the loss."""
         share = self.num_microbatches * self.mesh.shape["dp"] * self.mesh.shape["ep"]
         stages, loss = aux.stages, dict(aux.loss)
         metrics = {}
         slots = [stages.get(str(slot)) for slot in range(self.layout.num_slots)]
-        first, last = self.arch.num_dense_layers, self.arch.num_layers
+        first, last = self.arch.first_k_dense_replace, self.arch.num_layers
         mtp = loss.pop("mtp", None)
         stats = {}
         if last > first or mtp is not None:
@@ -412,7 +420,7 @@ class DeepSeekPipeline(PipelineModel):
             "num_slots": self.balancer.num_slots,
         }
 
-    def written_by(self, info: dict[str, Any]) -> DeepSeekPipeline:
+    def from_checkpoint_info(self, info: dict[str, Any]) -> DeepSeekPipeline:
         mine = dataclasses.asdict(self.arch)
         theirs = info.get("architecture", {})
         for name in sorted(mine.keys() | theirs.keys()):
@@ -428,18 +436,18 @@ class DeepSeekPipeline(PipelineModel):
             num_saved_slots=info["num_slots"],
         )
 
-    def take_params(self, params: PipelineParams, old: Any) -> PipelineParams:
-        slots = relay(params.stages, old.layout, self.layout)
+    def convert_params(self, params: PipelineParams, old: Any) -> PipelineParams:
+        slots = relayout(params.stages, old.layout, self.layout)
         return dataclasses.replace(params, stages=slots)
 
-    def take_buffers(self, buffers: Buffers, old: Any) -> Buffers:
+    def convert_buffers(self, buffers: RouterState, old: Any) -> RouterState:
         """A placement of another number of slots is made anew, for the load seen."""
         if old.num_saved_slots == self.balancer.num_slots:
             return buffers
         return self.balancer.replan(buffers)
 
     def sample(
-        self, params: PipelineParams, buffers: Buffers, prompt: Any, num_tokens: int
+        self, params: PipelineParams, buffers: RouterState, prompt: Any, num_tokens: int
     ) -> np.ndarray:
         """See `dualpipe_jax.deepseek.model.sampling`."""
         single = unpipelined(self.model)
@@ -453,7 +461,7 @@ def unpipelined(
     layers = (tuple(range(options.architecture.num_layers)),)
     return DeepSeekPipeline(
         model=dataclasses.replace(options, eplb=None),
-        layout=Layout(layers, options.architecture.num_dense_layers),
+        layout=Layout(layers, options.architecture.first_k_dense_replace),
         num_microbatches=num_microbatches,
         mesh=AbstractMesh((1, 1, 1), ("pp", "dp", "ep")),
         parallel=ExpertParallel(),
@@ -467,7 +475,7 @@ def _key() -> jax.Array:
 
 def _log(stats: MoEStats) -> dict[str, jax.Array]:
     return {
-        "counts": stats.expert_counts,
+        "counts": stats.tokens_per_expert,
         "overflow": stats.overflow,
         "balance_loss": stats.balance_loss,
     }

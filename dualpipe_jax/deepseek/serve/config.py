@@ -183,7 +183,7 @@ class ServeConfig:
     @property
     def latent_width(self) -> int:
         """Numbers that the cache keeps of a token in a layer."""
-        return self.architecture.kv_rank + self.architecture.rope_dim
+        return self.architecture.kv_lora_rank + self.architecture.qk_rope_head_dim
 
     @property
     def balancer(self) -> ExpertBalancer:
@@ -205,7 +205,7 @@ class ServeConfig:
         """How experts are divided, for microbatches of so many tokens a device."""
         num_rows = None
         if self.buffer_factor is not None:
-            mean = num_tokens * self.architecture.experts_per_token
+            mean = num_tokens * self.architecture.num_experts_per_tok
             num_rows = math.ceil(self.buffer_factor * mean)
         return ExpertParallel(
             axis_name=self.axis_name,

@@ -192,7 +192,7 @@ class Forward:
             q_RCHK = attention.queries(
                 layout.spread(attention.compress(x_1TD)[0]), layout.position_RC
             )
-            latent_RCL, rope_RCR = jnp.split(kept_RCW, [c.kv_rank], axis=-1)
+            latent_RCL, rope_RCR = jnp.split(kept_RCW, [c.kv_lora_rank], axis=-1)
             v_RCHV = attention.mix(q_RCHK, latent_RCL, rope_RCR)
             return attention.out(layout.gather(v_RCHV))
 
@@ -264,7 +264,7 @@ class Forward:
                     is_padding=is_padding,
                 )
                 x, moe = x + y, moe + 1
-                counts.append(stats.expert_counts)
+                counts.append(stats.tokens_per_expert)
                 overflow += stats.overflow
         return x, Loads(jnp.stack(counts), overflow)
 

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax.deepseek.model import (
-    Buffers,
     DeepSeek,
     DeepSeekPipeline,
     Head,
     Layer,
+    RouterState,
     map_with_names,
     parameters,
 )
@@ -54,7 +54,10 @@ def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
         layers.append(parameters(module))
         if not is_dense:
             layers[-1]["moe"]["bias"] = jnp.zeros(arch.num_experts, jnp.float32)
-    embed = jax.random.normal(embed_key, (arch.vocab_size, arch.dim)) * arch.init_std
+    embed = (
+        jax.random.normal(embed_key, (arch.vocab_size, arch.dim))
+        * arch.initializer_range
+    )
     return _in_slots(config, embed, parameters(Head(arch, head_key)), layers)
 
 
@@ -76,7 +79,7 @@ def trained_params(
         other = "moe" if arch.is_dense(layer) else "dense"
         tree = {name: part for name, part in tree.items() if name != other}
         if not arch.is_dense(layer):
-            own = bias[layer - arch.num_dense_layers]
+            own = bias[layer - arch.first_k_dense_replace]
             tree["moe"] = tree["moe"] | {"bias": own}
         layers.append(tree)
     head = {name: part for name, part in params.head.items() if name != "mtp"}
@@ -115,7 +118,7 @@ def load_checkpoint(
     found = []
 
     def plan(info: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
-        model = single.written_by(info)
+        model = single.from_checkpoint_info(info)
         found.append(model)
         shapes = jax.eval_shape(
             lambda: {
@@ -130,7 +133,7 @@ def load_checkpoint(
         raise ValueError(f"no checkpoint in {folder}; train a model there first.")
     with Checkpoints(checkpoints, say) as opened:
         _, state, _ = opened.restore(plan, partial=True)
-    model, buffers = found[-1], Buffers(**state["buffers"])
+    model, buffers = found[-1], RouterState(**state["buffers"])
     make = functools.partial(trained_params, config, model)
     shardings = ServeParams(*(NamedSharding(mesh, spec) for spec in PARAM_SPECS))
     params = jax.jit(make, out_shardings=shardings)(state["params"], buffers.bias)

@@ -17,20 +17,20 @@ ARCHITECTURE = DeepSeekConfig(
     vocab_size=32,
     dim=16,
     num_layers=3,
-    num_dense_layers=1,
-    dense_hidden=32,
+    first_k_dense_replace=1,
+    intermediate_size=32,
     num_heads=2,
-    q_rank=8,
-    kv_rank=8,
-    nope_dim=8,
-    rope_dim=4,
-    value_dim=8,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
     num_experts=4,
-    expert_hidden=16,
-    experts_per_token=2,
+    moe_intermediate_size=16,
+    num_experts_per_tok=2,
     num_groups=2,
     topk_groups=1,
-    init_std=0.1,
+    initializer_range=0.1,
 )
 
 
@@ -70,7 +70,7 @@ def initial_state(config, model, programs):
 
     def make(params):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
-        params = model.take_params(params, single)
+        params = model.convert_params(params, single)
         return zeros._replace(params=params, buffers=model.init_buffers())
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -103,12 +103,12 @@ def _unpipelined_steps(model_config, count, num_steps):
     optimizer = make_optimizer(of_run.optimizer, of_run.num_steps)
 
     def loss_of_all(params, buffers, inputs, targets):
-        bound = model.bind(params, buffers)
-        stage = jax.tree.map(lambda leaf: leaf[0], bound.stages)
-        outer = (bound.embed, bound.head) if model.tied else bound.head
+        prepared = model.prepare_params(params, buffers)
+        stage = jax.tree.map(lambda leaf: leaf[0], prepared.stages)
+        outer = (prepared.embed, prepared.head) if model.tied else prepared.head
 
         def loss_of_one(batch):
-            x, aux = model.stage(stage, model.embed(bound.embed, batch[0]))
+            x, aux = model.stage(stage, model.embed(prepared.embed, batch[0]))
             loss, loss_aux = model.loss(outer, x, batch[1])
             return loss, PipelineAux(aux, loss_aux)
 

@@ -52,22 +52,22 @@ def latent_attention(c, weights, h):
     hold W^DKV with W^KR, W^UQ with W^QR and W^UK with W^UV as one matrix, and so do
     ours: for each head the part without a position comes first.
     """
-    W_DKV, W_KR = np.split(weights["kv_down"]["kernel"], [c.kv_rank], axis=1)
-    W_UK, W_UV = np.split(weights["kv_up"]["kernel"], [c.nope_dim], axis=2)
-    W_UQ, W_QR = np.split(weights["q_up"]["kernel"], [c.nope_dim], axis=2)
+    W_DKV, W_KR = np.split(weights["kv_down"]["kernel"], [c.kv_lora_rank], axis=1)
+    W_UK, W_UV = np.split(weights["kv_up"]["kernel"], [c.qk_nope_head_dim], axis=2)
+    W_UQ, W_QR = np.split(weights["q_up"]["kernel"], [c.qk_nope_head_dim], axis=2)
     W_O = weights["out"]["kernel"]
     u = np.zeros(h.shape)
     for b, sequence in enumerate(h.astype(np.float64)):
         q, k, v = [], [], []
         for t, h_t in enumerate(sequence):
-            c_KV = rms_norm(h_t @ W_DKV, weights["kv_norm"]["scale"], c.norm_epsilon)
-            k_R = turned(h_t @ W_KR, t, c.rope_base)
+            c_KV = rms_norm(h_t @ W_DKV, weights["kv_norm"]["scale"], c.rms_norm_eps)
+            k_R = turned(h_t @ W_KR, t, c.rope_theta)
             c_Q = h_t
-            if c.q_rank is not None:
+            if c.q_lora_rank is not None:
                 c_Q = h_t @ weights["q_down"]["kernel"]
-                c_Q = rms_norm(c_Q, weights["q_norm"]["scale"], c.norm_epsilon)
+                c_Q = rms_norm(c_Q, weights["q_norm"]["scale"], c.rms_norm_eps)
             for i in range(c.num_heads):
-                q_R = turned(c_Q @ W_QR[:, i], t, c.rope_base)
+                q_R = turned(c_Q @ W_QR[:, i], t, c.rope_theta)
                 q.append(np.concatenate([c_Q @ W_UQ[:, i], q_R]))
                 k.append(np.concatenate([c_KV @ W_UK[:, i], k_R]))
                 v.append(c_KV @ W_UV[:, i])
@@ -141,11 +141,11 @@ def test_attentions_gradient_is_that_of_finite_differences():
             np.testing.assert_allclose(grad[index], difference, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("q_rank", [None, 10])
-def test_latent_attention_is_the_reports(q_rank):
-    config = small(q_rank=q_rank, rope_base=BASE)
+@pytest.mark.parametrize("q_lora_rank", [None, 10])
+def test_latent_attention_is_the_reports(q_lora_rank):
+    config = small(q_lora_rank=q_lora_rank, rope_theta=BASE)
     call, weights = make(config)
-    assert ("q_down" in weights) == (q_rank is not None)
+    assert ("q_down" in weights) == (q_lora_rank is not None)
     h = normal(3, 2, 5, config.dim)
     want = latent_attention(config, weights, h)
     # The test is one of the attention only if that is no plain mean of the past.
@@ -166,14 +166,14 @@ def test_latent_attention_sees_no_later_token():
 
 
 def test_scores_see_distances_and_not_positions():
-    config = small(rope_base=BASE)
+    config = small(rope_theta=BASE)
     call, _ = make(config)
     h = normal(0, 1, 5, config.dim)
 
     def scores(q_shift, k_shift):
         position = np.arange(5, dtype=np.int32)[None]
         q = call("queries", call("compress", h), position + q_shift)[
-            ..., config.nope_dim :
+            ..., config.qk_nope_head_dim :
         ]
         _, k = call("latents", h, position + k_shift)
         return np.einsum("bthr,bsr->bhts", q, k)
@@ -193,7 +193,7 @@ def test_only_the_rotary_parts_know_a_position():
     (latent, rope), (latent2, rope2) = (
         call("latents", h, here + shift) for shift in (0, 3)
     )
-    nope = (..., slice(config.nope_dim))
+    nope = (..., slice(config.qk_nope_head_dim))
     np.testing.assert_array_equal(q[nope], q2[nope])
     np.testing.assert_array_equal(latent, latent2)
     assert np.abs(q - q2).max() > 0.1 and np.abs(rope - rope2).max() > 0.1

@@ -13,7 +13,7 @@ from configs import deepseek_v3
 from dualpipe_jax.backward.flop_count import flops
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig
 from dualpipe_jax.deepseek.model.config import layer_parameters
-from dualpipe_jax.deepseek.model.layers import Layer, NextNext
+from dualpipe_jax.deepseek.model.layers import Layer, MultiTokenPrediction
 from eplb_jax import ExpertParallel, MoE
 from tests.deepseek.model.sizes import SMALL, small
 
@@ -23,15 +23,28 @@ DEEPSEEK_V3 = deepseek_v3.architecture()
 def drawn(seed):
     """Sizes with no regard for what is sensible."""
     rng = np.random.default_rng(seed)
-    names = ["vocab_size", "dim", "num_layers", "dense_hidden", "num_heads", "kv_rank"]
-    names += ["nope_dim", "value_dim", "num_experts", "expert_hidden", "q_rank"]
+    names = [
+        "vocab_size",
+        "dim",
+        "num_layers",
+        "intermediate_size",
+        "num_heads",
+        "kv_lora_rank",
+    ]
+    names += [
+        "qk_nope_head_dim",
+        "v_head_dim",
+        "num_experts",
+        "moe_intermediate_size",
+        "q_lora_rank",
+    ]
     sizes = {name: int(rng.integers(1, 9)) for name in names}
     return DeepSeekConfig(
-        **sizes | {"q_rank": None} if seed % 3 == 0 else sizes,
-        rope_dim=2 * int(rng.integers(1, 4)),
-        num_dense_layers=int(rng.integers(sizes["num_layers"] + 1)),
-        num_shared_experts=int(rng.integers(3)),
-        experts_per_token=int(rng.integers(sizes["num_experts"])) + 1,
+        **sizes | {"q_lora_rank": None} if seed % 3 == 0 else sizes,
+        qk_rope_head_dim=2 * int(rng.integers(1, 4)),
+        first_k_dense_replace=int(rng.integers(sizes["num_layers"] + 1)),
+        n_shared_experts=int(rng.integers(3)),
+        num_experts_per_tok=int(rng.integers(sizes["num_experts"])) + 1,
         tied=bool(seed & 1),
         mtp=bool(seed & 2),
     )
@@ -51,7 +64,7 @@ def test_parameters_are_counted_as_they_are_made(seed):
     assert size(shapes.head.get("mtp")) == counts.mtp
     assert (counts.mtp > 0) == config.mtp
     experts = [size(slot["moe"]["experts"]) for slot in shapes.stages if "moe" in slot]
-    idle = config.num_experts - config.experts_per_token
+    idle = config.num_experts - config.num_experts_per_tok
     left_out = sum(experts) * idle // config.num_experts
     assert counts.total - counts.active == left_out
 
@@ -61,9 +74,9 @@ def test_random_sizes_cover_the_choices():
     assert {(c.tied, c.mtp) for c in configs} == {
         (a, b) for a in (0, 1) for b in (0, 1)
     }
-    assert {c.q_rank is None for c in configs} == {True, False}
-    assert {c.num_shared_experts for c in configs} >= {0, 1}
-    assert any(0 < c.num_dense_layers < c.num_layers for c in configs)
+    assert {c.q_lora_rank is None for c in configs} == {True, False}
+    assert {c.n_shared_experts for c in configs} >= {0, 1}
+    assert any(0 < c.first_k_dense_replace < c.num_layers for c in configs)
 
 
 def test_deepseek_v3s_parameters():
@@ -107,18 +120,18 @@ def products(config, call, make):
 
 def inner_norms(config):
     """Their parameters are in no product, but count as such in the estimate."""
-    return (config.q_rank or 0) + config.kv_rank
+    return (config.q_lora_rank or 0) + config.kv_lora_rank
 
 
 def upper_triangle(config):
     """The products of queries with later keys: computed here, and then masked."""
-    return config.num_heads * (config.head_dim + config.value_dim) * LENGTH / 2
+    return config.num_heads * (config.head_dim + config.v_head_dim) * LENGTH / 2
 
 
 @pytest.mark.parametrize("is_dense", [True, False])
-@pytest.mark.parametrize("q_rank", [None, 10])
-def test_a_layers_flops_are_those_of_its_products(is_dense, q_rank):
-    config = small(q_rank=q_rank, num_shared_experts=2)
+@pytest.mark.parametrize("q_lora_rank", [None, 10])
+def test_a_layers_flops_are_those_of_its_products(is_dense, q_lora_rank):
+    config = small(q_lora_rank=q_lora_rank, n_shared_experts=2)
     key = jax.random.key(0)
 
     def make():
@@ -130,7 +143,7 @@ def test_a_layers_flops_are_those_of_its_products(is_dense, q_rank):
         return layer.feed_forward(x) if is_dense else layer.mix(x, None)
 
     got = products(config, call, make)
-    layer = 0 if is_dense else config.num_dense_layers
+    layer = 0 if is_dense else config.first_k_dense_replace
     estimate = config.forward_flops(layer, LENGTH)
     # Exact, but for what the estimate says that it simplifies.
     assert got == estimate + 2 * (upper_triangle(config) - inner_norms(config))
@@ -146,7 +159,7 @@ def test_head_flops_are_those_of_its_products():
     got = products(
         config,
         lambda module, x: module(x, x, None),
-        lambda: NextNext(config, ExpertParallel(), jax.random.key(0)),
+        lambda: MultiTokenPrediction(config, ExpertParallel(), jax.random.key(0)),
     )
     estimate = config.head_flops(LENGTH) - 2 * head
     assert got == estimate + 2 * (upper_triangle(config) - inner_norms(config))
@@ -156,12 +169,18 @@ def test_head_flops_are_those_of_its_products():
     "changes, message",
     [
         ({"dim": 0}, "dim=0 must be at least 1"),
-        ({"num_dense_layers": -1}, "num_dense_layers=-1 must be at least 0"),
-        ({"num_shared_experts": -1}, "num_shared_experts=-1 must be at least 0"),
-        ({"q_rank": 0}, "q_rank=0 must be at least 1, or None"),
-        ({"num_dense_layers": 4}, "num_dense_layers=4 must be at most .*num_layers=3"),
-        ({"rope_dim": 3}, "rope_dim=3 must be even"),
-        ({"experts_per_token": 5}, "experts_per_token=5 must be at most .*experts=4"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1 must be at least 0"),
+        ({"n_shared_experts": -1}, "n_shared_experts=-1 must be at least 0"),
+        ({"q_lora_rank": 0}, "q_lora_rank=0 must be at least 1, or None"),
+        (
+            {"first_k_dense_replace": 4},
+            "first_k_dense_replace=4 must be at most .*num_layers=3",
+        ),
+        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim=3 must be even"),
+        (
+            {"num_experts_per_tok": 5},
+            "num_experts_per_tok=5 must be at most .*experts=4",
+        ),
         ({"num_groups": 3}, "num_groups=3 must divide .*num_experts=4"),
         (
             {"num_groups": 2, "topk_groups": 3},
@@ -174,7 +193,7 @@ def test_sizes_that_do_not_fit(changes, message):
         small(**changes)
 
 
-@pytest.mark.parametrize("name", ["num_dense_layers", "num_shared_experts"])
+@pytest.mark.parametrize("name", ["first_k_dense_replace", "n_shared_experts"])
 def test_zero_is_a_size_where_it_makes_sense(name):
     assert getattr(small(**{name: 0}), name) == 0
 
@@ -182,7 +201,7 @@ def test_zero_is_a_size_where_it_makes_sense(name):
 def test_no_other_size_may_be_zero():
     fields = [f.name for f in dataclasses.fields(SMALL) if f.type == "int"]
     assert len(fields) == 16
-    for name in set(fields) - {"num_dense_layers", "num_shared_experts"}:
+    for name in set(fields) - {"first_k_dense_replace", "n_shared_experts"}:
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             small(**{name: 0})
 

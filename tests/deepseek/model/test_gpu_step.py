@@ -24,7 +24,7 @@ def programs():
     config = load_config("tiny")
     model = config.model
     sizes = dataclasses.replace(
-        model.architecture, num_layers=4, num_dense_layers=0, mtp=False
+        model.architecture, num_layers=4, first_k_dense_replace=0, mtp=False
     )
     model = dataclasses.replace(model, architecture=sizes)
     config = dataclasses.replace(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dualpipe_jax.deepseek.model.layout import DENSE, MOE, NONE, Layout, relay
+from dualpipe_jax.deepseek.model.layout import DENSE, MOE, NONE, Layout, relayout
 
 
 def layout_of(sizes, num_dense):
@@ -48,7 +48,7 @@ def layer_parts(layer, num_dense):
 
 
 def lay(layout):
-    """What `relay` takes, written from its docstring: room for all kinds of a slot."""
+    """What `relayout` takes, written from its docstring: room for all kinds of a slot."""
     rooms = {"norm": (3,), "attention": {"q": (2, 2)}}
     kinds = {DENSE: {"dense": {"w": (2, 3)}}, MOE: {"moe": {"w": (4,)}}}
     slots = []
@@ -64,7 +64,7 @@ def lay(layout):
                 is_leaf=lambda node: isinstance(node, tuple),
             )
             if slot < len(own):
-                room |= layer_parts(own[slot], layout.num_dense_layers)
+                room |= layer_parts(own[slot], layout.first_k_dense_replace)
             stages.append(room)
         slots.append(jax.tree.map(lambda *leaves: np.stack(leaves), *stages))
     return slots
@@ -84,7 +84,7 @@ def test_slots_and_kinds():
                     assert (layer, kind) == (-1, NONE)
                     continue
                 assert layer == own[slot]
-                assert kind == (DENSE if layer < layout.num_dense_layers else MOE)
+                assert kind == (DENSE if layer < layout.first_k_dense_replace else MOE)
                 assert kind in layout.kinds(slot) and slot in layout.slots_of(kind)
         count = sum(map(len, layout.layers))
         assert sorted(layout.layer_GS.ravel())[-count:] == list(range(count))
@@ -109,9 +109,9 @@ def test_relaying_moves_every_layer_and_only_layers(num_layers):
                 padding = layouts[old].kind_GS[:, slot] == NONE
                 for leaf in jax.tree.leaves(tree):
                     leaf[padding] = np.nan
-            got = relay(slots, layouts[old], layouts[new])
+            got = relayout(slots, layouts[old], layouts[new])
             assert_equal_trees(got, laid[new])
-            assert_equal_trees(relay(got, layouts[new], layouts[old]), laid[old])
+            assert_equal_trees(relayout(got, layouts[new], layouts[old]), laid[old])
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_relaying_moves_every_layer_and_only_layers(num_layers):
 def test_layouts_of_other_models_are_refused(sizes, num_dense, message):
     old = layout_of((3, 1), 1)
     with pytest.raises(ValueError, match=message):
-        relay(lay(old), old, layout_of(sizes, num_dense))
+        relayout(lay(old), old, layout_of(sizes, num_dense))
 
 
 def test_values_of_layers_to_slots_and_back():
     for layout in CASES:
-        first, last = layout.num_dense_layers, sum(map(len, layout.layers))
+        first, last = layout.first_k_dense_replace, sum(map(len, layout.layers))
         if first == last:
             continue
         values = np.random.default_rng(0).integers(100, size=(last - first, 2))

@@ -127,8 +127,8 @@ def loss_of(tied):
     model = DeepSeek(architecture=arch, **WEIGHTS).build_unpipelined()
 
     def loss(params, x, targets):
-        bound = model.bind(params, model.init_buffers())
-        return model.loss((bound.embed, bound.head), x, targets)
+        prepared = model.prepare_params(params, model.init_buffers())
+        return model.loss((prepared.embed, prepared.head), x, targets)
 
     return jax.jit(loss), jax.eval_shape(lambda: model.init(jax.random.key(0)))
 

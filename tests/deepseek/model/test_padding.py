@@ -25,18 +25,18 @@ MICROBATCHES = 4
 # So large that the balance loss has a say in the gradient.
 ALPHA = 400.0
 # Slot 0 is dense or has experts; slot 1 has experts or no layer.
-UNEVEN = Layout(((0,), (1, 2)), num_dense_layers=1)
+UNEVEN = Layout(((0,), (1, 2)), first_k_dense_replace=1)
 # Slot 1 is dense or has no layer.
-DENSE_UNEVEN = Layout(((0, 1), (2,)), num_dense_layers=2)
+DENSE_UNEVEN = Layout(((0, 1), (2,)), first_k_dense_replace=2)
 # Slot 1 is dense, has experts, or has no layer.
-ALL_KINDS = Layout(((0, 1), (2, 3), (4,)), num_dense_layers=2)
+ALL_KINDS = Layout(((0, 1), (2, 3), (4,)), first_k_dense_replace=2)
 ONE_DENSE, ONE_MOE = Layout(((0,),), 1), Layout(((0,),), 0)
 
 
 def make(layout, balance_loss=0.0):
     arch = small(
         num_layers=sum(map(len, layout.layers)),
-        num_dense_layers=layout.num_dense_layers,
+        first_k_dense_replace=layout.first_k_dense_replace,
     )
     return DeepSeekPipeline(
         model=DeepSeek(architecture=arch, balance_loss=balance_loss),
@@ -83,9 +83,11 @@ def random(pipeline):
 
 def pick(pipeline, stage, slots):
     """What the pipeline gives a stage; its number is traced there too."""
-    bound = pipeline.bind(PipelineParams(slots), pipeline.init_buffers()).stages
+    prepared = pipeline.prepare_params(
+        PipelineParams(slots), pipeline.init_buffers()
+    ).stages
     return jax.tree.map(
-        lambda leaf: lax.dynamic_index_in_dim(leaf, stage, keepdims=False), bound
+        lambda leaf: lax.dynamic_index_in_dim(leaf, stage, keepdims=False), prepared
     )
 
 
@@ -114,7 +116,7 @@ def layer_alone(layout, stage, slots, x):
     """The stage's layers, each as a module that has no padding."""
     for slot, layer in enumerate(layout.layers[stage]):
         kind, other = "dense", "moe"
-        if layer >= layout.num_dense_layers:
+        if layer >= layout.first_k_dense_replace:
             kind, other = other, kind
         has = {"has_dense": kind == "dense", "has_moe": kind == "moe"}
         module = nnx.eval_shape(
@@ -143,7 +145,7 @@ def test_what_padding_holds_reaches_nothing(stage):
     assert aux.keys() == {"0", "1"}
     for slot, stats in aux.items():
         has_experts = layout.kind_GS[stage, int(slot)] == MOE
-        choices = x[..., 0].size * SMALL.experts_per_token
+        choices = x[..., 0].size * SMALL.num_experts_per_tok
         assert stats["counts"].sum() == has_experts * choices
         assert (stats["balance_loss"] > 0) == has_experts
     alone = functools.partial(layer_alone, layout, stage, slots)
@@ -227,7 +229,7 @@ def test_the_backward_pass_of_a_slot_with_padding_is_cut_in_two(layout):
     assert costs["I"] + costs["W"] == costs["B"]
     # W has one product for each product of F with a weight: all but the attention's.
     batch, length, _ = activations()[0].shape
-    widths = SMALL.num_heads * (SMALL.head_dim + SMALL.value_dim)
+    widths = SMALL.num_heads * (SMALL.head_dim + SMALL.v_head_dim)
     assert costs["W"] == costs["F"] - 2 * batch * length**2 * widths
 
 

@@ -11,7 +11,7 @@ from dualpipe_jax.deepseek import DeepSeek
 from tests.deepseek.model.sizes import small
 
 BATCH, LENGTH, LAYERS = 2, 8, 2
-ARCHITECTURE = dataclasses.replace(small(), num_layers=LAYERS, num_dense_layers=0)
+ARCHITECTURE = dataclasses.replace(small(), num_layers=LAYERS, first_k_dense_replace=0)
 
 
 def trace(remat):
@@ -19,8 +19,8 @@ def trace(remat):
     model = DeepSeek(architecture=ARCHITECTURE, remat=remat).build_unpipelined()
 
     def stage_of(key):
-        bound = model.bind(model.init(key), model.init_buffers())
-        return jax.tree.map(lambda leaf: leaf[0], bound.stages)
+        prepared = model.prepare_params(model.init(key), model.init_buffers())
+        return jax.tree.map(lambda leaf: leaf[0], prepared.stages)
 
     params = jax.eval_shape(stage_of, jax.random.key(0))
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, ARCHITECTURE.dim), jnp.float32)
@@ -41,6 +41,6 @@ def test_what_is_kept():
     assert kept[both] < min(kept["attention",], kept["experts",]) < kept[()]
     # Of a layer, its input and the rows that came to the experts: not what lies
     # between attention and experts, nor what is inside the shared one.
-    dim, rows = ARCHITECTURE.dim, BATCH * LENGTH * ARCHITECTURE.experts_per_token
+    dim, rows = ARCHITECTURE.dim, BATCH * LENGTH * ARCHITECTURE.num_experts_per_tok
     wide = [leaf.shape for leaf in plans[both].residuals if leaf.size >= rows * 4]
     assert sorted(wide) == LAYERS * [(BATCH, LENGTH, dim)] + LAYERS * [(rows, dim)]

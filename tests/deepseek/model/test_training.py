@@ -81,7 +81,7 @@ def test_one_rank_tied_and_computed_again():
     config = small.config(
         schedule="1f1b",
         mesh={"pp": 1, "ep": 2},
-        architecture={"num_layers": 2, "mtp": True, "tied": True, "q_rank": None},
+        architecture={"num_layers": 2, "mtp": True, "tied": True, "q_lora_rank": None},
         model={"eplb": None, "remat": ("attention", "experts")},
     )
     pipelined, _ = pipelined_steps(config, 3)

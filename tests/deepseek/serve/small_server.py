@@ -19,7 +19,7 @@ SIZES = dataclasses.replace(
     num_groups=1,
     topk_groups=1,
     num_layers=3,
-    init_std=0.3,
+    initializer_range=0.3,
 )
 OFTEN = RebalanceConfig(every=2, below=1, min_gain=0, max_moves=3, layers_per_plan=1)
 
@@ -67,10 +67,10 @@ def reference(config, bias):
 
     @jax.jit
     def next_token(weights, tokens, length):
-        bound = model.bind(weights, buffers)
-        x = model.embed(bound.embed, tokens[None])
-        x, _ = model.stage(jax.tree.map(lambda leaf: leaf[0], bound.stages), x)
-        logits = model.logits(bound.embed, bound.head, x)[0]
+        prepared = model.prepare_params(weights, buffers)
+        x = model.embed(prepared.embed, tokens[None])
+        x, _ = model.stage(jax.tree.map(lambda leaf: leaf[0], prepared.stages), x)
+        logits = model.logits(prepared.embed, prepared.head, x)[0]
         return jnp.argmax(logits[length - 1]).astype(jnp.int32)
 
     def complete(prompt, num_tokens):

@@ -22,13 +22,13 @@ SIZES = dataclasses.replace(
     vocab_size=2048,
     dim=2048,
     num_layers=2,
-    num_dense_layers=0,
+    first_k_dense_replace=0,
     num_heads=32,
-    q_rank=512,
-    kv_rank=256,
+    q_lora_rank=512,
+    kv_lora_rank=256,
     num_experts=16,
-    expert_hidden=2048,
-    experts_per_token=2,
+    moe_intermediate_size=2048,
+    num_experts_per_tok=2,
     num_groups=1,
     topk_groups=1,
 )
@@ -65,7 +65,7 @@ def test_decode():
     assert entry.hidden_fraction >= 0.9
     # Caches change in place.
     memory = compiled.memory_analysis()
-    caches = 2 * 2 * 128 * 2048 * (256 + SIZES.rope_dim) * 2
+    caches = 2 * 2 * 128 * 2048 * (256 + SIZES.qk_rope_head_dim) * 2
     assert memory.alias_size_in_bytes >= caches
     assert memory.temp_size_in_bytes < caches
 

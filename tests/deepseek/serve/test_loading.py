@@ -219,7 +219,7 @@ def test_server_settings_that_do_not_fit():
         (
             {
                 "architecture": dataclasses.replace(
-                    good.architecture, num_dense_layers=6
+                    good.architecture, first_k_dense_replace=6
                 )
             },
             "no MoE layer",

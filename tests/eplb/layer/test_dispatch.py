@@ -7,7 +7,13 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 from dualpipe_jax.gpu.topology import gpu_mesh
-from eplb_jax.layer.dispatch import combine, fetch, plan_dispatch, send, send_choices
+from eplb_jax.layer.dispatch import (
+    combine,
+    dispatch_choices,
+    fetch,
+    plan_dispatch,
+    send,
+)
 from eplb_jax.layer.exchange import Segments, exchange
 
 DEVICES, TOKENS, K, SLOTS, DIM = 8, 6, 2, 24, 4
@@ -77,7 +83,7 @@ def test_against_a_loop(num_rows):
             back,
             added,
             plan.group_sizes,
-            plan.slot_counts,
+            plan.tokens_per_physical_expert,
             plan.overflow[None],
         )
 
@@ -117,7 +123,7 @@ def test_there_and_back_are_each_others_transpose(a_choice):
         plan = plan_dispatch(slots, SLOTS, num_devices=DEVICES, axis_name="ep")
 
         def there(x):
-            return (send_choices if a_choice else send)(x, plan, axis_name="ep")
+            return (dispatch_choices if a_choice else send)(x, plan, axis_name="ep")
 
         def back(y):
             if a_choice:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
-from eplb_jax.layer.replicas import balanced_shares, choose_slots
+from eplb_jax.layer.replicas import balanced_shares, choose_physical_experts
 from eplb_jax.placement.placement import rebalance_experts
 from eplb_jax.placement.tables import ExpertTables
 
@@ -36,7 +36,7 @@ def picks(num_tokens, seed=0):
 
 def slots_on_mesh(experts, maps, choice):
     def choose(experts, maps):
-        return choose_slots(
+        return choose_physical_experts(
             experts,
             maps,
             choice=choice,
@@ -66,7 +66,7 @@ def test_a_slot_of_the_expert_and_the_same_again(choice):
 
 def test_spread_is_even_to_one():
     experts, maps = picks(997), tables()
-    slots = np.asarray(jax.jit(choose_slots)(experts, maps))
+    slots = np.asarray(jax.jit(choose_physical_experts)(experts, maps))
     for expert in range(EXPERTS):
         count = int(maps.expert_count[expert])
         used = np.asarray(maps.logical_to_physical_map[expert])[:count]
@@ -78,7 +78,7 @@ def test_the_picks_of_a_token_are_spread_independently():
     # Every token wants the same two experts, each on devices 0 and 1.
     maps = ExpertTables.from_placement(jnp.array([0, 1, 0, 1]), 2)
     experts = np.tile(np.array([[0, 1]], np.int32), (400, 1))
-    device = np.asarray(jax.jit(choose_slots)(experts, maps)) // 2
+    device = np.asarray(jax.jit(choose_physical_experts)(experts, maps)) // 2
     both = np.bincount(device[:, 0] * 2 + device[:, 1], minlength=4)
     # Four equally likely outcomes: 100 each, five standard deviations of 8.7.
     assert (abs(both - 100) < 44).all()
@@ -111,7 +111,9 @@ def test_balanced_is_even_where_spread_is_not():
     experts = np.array([[0]] * 60 + [[1]] * 40, np.int32)
 
     def loads(choice):
-        choose = functools.partial(choose_slots, choice=choice, num_devices=2)
+        choose = functools.partial(
+            choose_physical_experts, choice=choice, num_devices=2
+        )
         slots = jax.jit(choose)(experts, maps)
         return np.bincount(np.ravel(slots) // 2, minlength=2).tolist()
 
@@ -167,4 +169,4 @@ def test_bad_arguments():
         ({"tables": layered}, "tables are of 3 layers; pass one layer's"),
     ]:
         with pytest.raises(ValueError, match=message):
-            choose_slots(experts, options.pop("tables", maps), **options)
+            choose_physical_experts(experts, options.pop("tables", maps), **options)

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dualpipe_jax.deepseek.model.balancing import (
     Balancer,
-    Buffers,
+    RouterState,
     from_slots,
     to_slots,
 )
@@ -41,7 +41,7 @@ class Balancing(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Binding:
+class ParamPreparation:
     """Casts parameters, gathers the slots' experts, and adds what is no parameter.
 
     What the pipeline gets: `stages` is a dict of `slots`, as the parameters' `stages`;
@@ -63,7 +63,9 @@ class Binding:
     mesh: Mesh | AbstractMesh
     compute_dtype: str
 
-    def bind(self, params: PipelineParams, buffers: Buffers) -> PipelineParams:
+    def prepare_params(
+        self, params: PipelineParams, buffers: RouterState
+    ) -> PipelineParams:
         """See the class."""
         params = map_with_names(self._cast, params)
         tables = self.balancer.tables(buffers)
@@ -83,8 +85,10 @@ class Binding:
         head = {"params": params.head, "balancing": last}
         return PipelineParams(stages, params.embed, head)
 
-    def unbind(self, grads: PipelineParams, buffers: Buffers) -> PipelineParams:
-        """Gradients of what `bind` took; those of an expert's replicas are added."""
+    def unprepare_grads(
+        self, grads: PipelineParams, buffers: RouterState
+    ) -> PipelineParams:
+        """Gradients of what `prepare_params` took; those of an expert's replicas are added."""
         grads = PipelineParams(grads.stages["slots"], grads.embed, grads.head["params"])
         return self._for_experts(from_slots, grads, self.balancer.tables(buffers))
 
@@ -93,7 +97,7 @@ class Binding:
 
     def _of_slot(self, tree: PyTree, slot: int) -> PyTree:
         """Values of MoE layers, for the layers that the stages have in a slot."""
-        first = self.arch.num_dense_layers
+        first = self.arch.first_k_dense_replace
         return jax.tree.map(lambda leaf: self.layout.to_slot(leaf, slot, first), tree)
 
     def _for_experts(
