@@ -29,7 +29,7 @@ from dualpipe_jax.lowering.ticks import (
 from dualpipe_jax.schedules import (
     Costs,
     Schedule,
-    Span,
+    StepSpan,
     Task,
     Timeline,
     measure,
@@ -344,7 +344,7 @@ def _(program: Program, costs: Costs = Costs()) -> Timeline:  # noqa: B008
     """Runs the program's order of steps and permutes on a clock for each rank."""
     schedule = program.schedule
     now = [0.0] * schedule.num_ranks
-    spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
+    spans: list[list[StepSpan]] = [[] for _ in range(schedule.num_ranks)]
     for tick in range(program.num_ticks):
         for rank in range(schedule.num_ranks):
             position = int(program.ticks[tick, rank])

@@ -36,15 +36,15 @@ from dualpipe_jax.pictures.show import (
     text,
 )
 from dualpipe_jax.pictures.tables import (
-    Row as Row,
+    TableRow as TableRow,
     aligned as aligned,
     html_table as html_table,
 )
 from dualpipe_jax.pictures.trace_writer import ChromeTrace as ChromeTrace
-from dualpipe_jax.pictures.tracks import Span, timeline
+from dualpipe_jax.pictures.tracks import TrackSpan, timeline
 
 __all__ = [
-    "Span",
+    "TrackSpan",
     "bubble_ratio",
     "bubble_ratios",
     "bubble_table",

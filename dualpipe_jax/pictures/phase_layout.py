@@ -33,7 +33,7 @@ _PAIR = {
 }
 
 
-class Placed(NamedTuple):
+class PlacedPhase(NamedTuple):
     """A phase inside a step; begin and end are parts of the step's duration."""
 
     name: str
@@ -42,7 +42,7 @@ class Placed(NamedTuple):
     end: float
 
 
-def layout(ops: tuple[str, ...]) -> list[Placed]:
+def layout(ops: tuple[str, ...]) -> list[PlacedPhase]:
     """The phases of a step that is `("F",)`, ..., or the pair `("F", "B")`.
 
     Examples:
@@ -55,12 +55,12 @@ def layout(ops: tuple[str, ...]) -> list[Placed]:
     return [placed for names in _PAIR.values() for placed in _in_turn(names, longest)]
 
 
-def _in_turn(names: tuple[str, ...], whole: float) -> list[Placed]:
+def _in_turn(names: tuple[str, ...], whole: float) -> list[PlacedPhase]:
     placed, at = [], 0.0
     for name in names:
         end = at + PUBLISHED_MS[name] / whole
         communicates = name.startswith(("dispatch", "combine"))
         stream = COMMUNICATION if communicates else COMPUTE
-        placed.append(Placed(name, stream, at, end))
+        placed.append(PlacedPhase(name, stream, at, end))
         at = end
     return placed

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dualpipe_jax.schedules import OPS, Span, Task, Timeline
+from dualpipe_jax.schedules import OPS, StepSpan, Task, Timeline
 from eplb_jax.style import EMPTY, FAINT, INK, OPS as COLOURS, PAPER
 
 NAMES = {
@@ -151,7 +151,7 @@ def _scale(timeline: Timeline) -> float:
 
 
 def _step_boxes(
-    timeline: Timeline, rank: int, span: Span, y: float, scale: float
+    timeline: Timeline, rank: int, span: StepSpan, y: float, scale: float
 ) -> Iterator[tuple[Box, Text | None]]:
     step, start, end = span
     x, width = _LEFT + start * scale, (end - start) * scale

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-Row = tuple[str, ...]
+TableRow = tuple[str, ...]
 
 
-def aligned(rows: Sequence[Row]) -> list[str]:
+def aligned(rows: Sequence[TableRow]) -> list[str]:
     """Columns of one width each: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -20,7 +20,7 @@ def aligned(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def html_table(rows: Sequence[Row]) -> str:
+def html_table(rows: Sequence[TableRow]) -> str:
     """A table whose first row is its head."""
     head, *body = rows
     lines = ["<tr>" + "".join(f"<th>{escape(c)}</th>" for c in head) + "</tr>"]

@@ -19,7 +19,7 @@ _GAP = 0.002  # of the time that is drawn; no more is seen as one
 _MANY = 3000  # spans; as shapes they would make an SVG of megabytes
 
 
-class Span(NamedTuple):
+class TrackSpan(NamedTuple):
     """Something that ran on a track of a timeline.
 
     Attributes:
@@ -50,7 +50,7 @@ def timeline(
     """Draws what ran when: compute by phase, and communication hidden or exposed.
 
     Args:
-      shown: an `OverlapReport` (its steady state), a `TraceReport`, or `Span`s.
+      shown: an `OverlapReport` (its steady state), a `TraceReport`, or `TrackSpan`s.
       between: microseconds from the first span's begin: draw these only.
       device: of a trace with several; None: the first.
       title: above the picture; None: the report's.
@@ -65,8 +65,8 @@ def timeline(
 
     Examples:
       >>> figure = timeline([
-      ...     Span("Compute", "gemm", 0, 6, False, "mlp(F)"),
-      ...     Span("NVLink", "all-to-all", 4, 8, True, "combine(F)")])
+      ...     TrackSpan("Compute", "gemm", 0, 6, False, "mlp(F)"),
+      ...     TrackSpan("NVLink", "all-to-all", 4, 8, True, "combine(F)")])
       >>> figure.axes[0].get_title(loc="left")
       '8.0 µs; 4.0 µs of communication, 50.0 % under compute'
     """
@@ -90,10 +90,10 @@ def timeline(
     return _draw(cut, title, note, low, high)
 
 
-def _spans_of(shown: Any, device: Any) -> list[Span]:
+def _spans_of(shown: Any, device: Any) -> list[TrackSpan]:
     """Spans as they are given, or of a report."""
     found = list(getattr(shown, "spans", shown))
-    if not found or isinstance(found[0], Span):
+    if not found or isinstance(found[0], TrackSpan):
         return found
     devices = list(dict.fromkeys(each.device for each in found))
     if device is None:
@@ -102,7 +102,7 @@ def _spans_of(shown: Any, device: Any) -> list[Span]:
         known = ", ".join(map(str, devices))
         raise ValueError(f"{device=} is not in the trace; it has {known}.")
     return [
-        Span(
+        TrackSpan(
             track=_stream_name(each.stream),
             name=each.name,
             begin=each.begin_us,
@@ -160,9 +160,9 @@ def colour_of(phase: str) -> str:
 
 
 def _draw(
-    spans: list[Span], title: str, note: str | None, low: float, high: float
+    spans: list[TrackSpan], title: str, note: str | None, low: float, high: float
 ) -> Figure:
-    tracks: dict[str, list[Span]] = {}
+    tracks: dict[str, list[TrackSpan]] = {}
     for span in sorted(spans, key=lambda span: span.begin):
         tracks.setdefault(span.track, []).append(span)
     tracks = dict(sorted(tracks.items(), key=lambda item: _rank(item[1])))
@@ -216,7 +216,7 @@ def _draw(
     return figure
 
 
-def _rank(spans: Sequence[Span]) -> tuple[bool, float]:
+def _rank(spans: Sequence[TrackSpan]) -> tuple[bool, float]:
     """Puts tracks that compute above those that communicate, the busiest first."""
     comm = length((s.begin, s.end) for s in spans if s.is_comm)
     busy = length((s.begin, s.end) for s in spans)
@@ -230,7 +230,7 @@ def _legend_order(entry: tuple[str, str]) -> tuple[int, str]:
 
 
 def _label(
-    axes: Any, spans: Sequence[Span], row: int, whole: float, per_unit: float
+    axes: Any, spans: Sequence[TrackSpan], row: int, whole: float, per_unit: float
 ) -> None:
     """Writes each phase where it goes on for long enough."""
     runs: list[tuple[str, float, float, bool]] = []

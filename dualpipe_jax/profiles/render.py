@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from dualpipe_jax.pictures import Row, aligned, html_table, named_phase
+from dualpipe_jax.pictures import TableRow, aligned, html_table, named_phase
 
 if TYPE_CHECKING:
     from dualpipe_jax.profiles.report import Phase, TraceReport
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _KERNELS = 10
 _NAME = 64
 
-Rows = list[Row]
+Rows = list[TableRow]
 
 
 def text(report: TraceReport, chunks: int | None = None) -> str:

@@ -6,7 +6,7 @@ Imports: nothing. Without jax.
 from dualpipe_jax.schedules.schedule import Schedule, predecessors as predecessors
 from dualpipe_jax.schedules.simulator import (
     Costs,
-    Span as Span,
+    StepSpan as StepSpan,
     Timeline,
     measure as measure,
     simulate,

@@ -24,7 +24,7 @@ from dualpipe_jax.schedules.schedule import (
 )
 from eplb_jax import lookup
 
-Span = tuple[Step, float, float]
+StepSpan = tuple[Step, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Timeline:
     """
 
     schedule: Schedule
-    spans: tuple[tuple[Span, ...], ...]
+    spans: tuple[tuple[StepSpan, ...], ...]
     costs: Costs
 
     @functools.cached_property
@@ -138,7 +138,7 @@ class Timeline:
 
 
 def measure(
-    schedule: Schedule, spans: Iterable[Iterable[Span]], costs: Costs
+    schedule: Schedule, spans: Iterable[Iterable[StepSpan]], costs: Costs
 ) -> Timeline:
     """The timeline of what a simulation found, for each rank (step, start, end)."""
     return Timeline(schedule, tuple(map(tuple, spans)), costs)
@@ -197,7 +197,7 @@ def simulate(schedule_or_program: Any, costs: Costs = Costs()) -> Timeline:
 def _(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
     free = [0.0] * schedule.num_ranks
     ends: dict[Task, tuple[float, int]] = {}
-    spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
+    spans: list[list[StepSpan]] = [[] for _ in range(schedule.num_ranks)]
     # Ranks are in-order and nothing is shared but results, so that any order in
     # which each step follows what it waits for gives the event-driven times.
     for rank, position in schedule.dependency_order:

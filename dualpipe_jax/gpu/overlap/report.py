@@ -20,7 +20,7 @@ from dualpipe_jax.gpu.overlap.spans import spans_of
 from dualpipe_jax.gpu.overlap.timeline import Compute, Done, Timeline
 from dualpipe_jax.gpu.overlap.work import Roofline
 from dualpipe_jax.gpu.topology import GPUS, Gpu
-from dualpipe_jax.pictures import Span, timeline
+from dualpipe_jax.pictures import TrackSpan, timeline
 from eplb_jax import lookup
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class OverlapReport:
         return trace.as_json()
 
     @property
-    def spans(self) -> tuple[Span, ...]:
+    def spans(self) -> tuple[TrackSpan, ...]:
         """What `figures.timeline` draws: one run of the steady state."""
         return spans_of(self._program, self.steady_state.name)
 

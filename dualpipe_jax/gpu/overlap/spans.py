@@ -5,12 +5,12 @@ from __future__ import annotations
 from dualpipe_jax.gpu.overlap.phases import last_part, phase, phase_of
 from dualpipe_jax.gpu.overlap.program import Program
 from dualpipe_jax.gpu.overlap.timeline import Compute
-from dualpipe_jax.pictures import Span
+from dualpipe_jax.pictures import TrackSpan
 
 TRACKS = {"": "Compute", "nvlink": "NVLink", "network": "Network", "local": "Copies"}
 
 
-def spans_of(program: Program, computation: str) -> tuple[Span, ...]:
+def spans_of(program: Program, computation: str) -> tuple[TrackSpan, ...]:
     """What the estimated timeline has of compute and of each link."""
     op_names = {
         event.name: event.op_name
@@ -28,5 +28,5 @@ def spans_of(program: Program, computation: str) -> tuple[Span, ...]:
             label = phase(op_name) or ""
         begin, end = span.begin * 1e6, span.end * 1e6
         track = TRACKS[span.queue]
-        spans.append(Span(track, name, begin, end, bool(span.queue), label))
+        spans.append(TrackSpan(track, name, begin, end, bool(span.queue), label))
     return tuple(spans)
