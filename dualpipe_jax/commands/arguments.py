@@ -1,4 +1,4 @@
-"""What several commands read from their command line."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dualpipe_jax.schedules.generators import SCHEDULES
 
 
 def parse_costs(text: str) -> Costs:
-    """Reads `F=97,I=104,...`; what is not named has the default of `Costs`.
+    """Reads `F=97,I=104,...`; costs that are not named have their default.
 
     Raises:
       ValueError: a part is not NAME=NUMBER, or a name is unknown or given twice.
@@ -36,7 +36,7 @@ def parse_costs(text: str) -> Costs:
 def read_fields(
     option: str, text: str, names: Sequence[str]
 ) -> Iterator[tuple[str, str, str]]:
-    """Takes `NAME=VALUE,...` apart: yields (name, the part as it stands, value).
+    """Splits `NAME=VALUE,...`; yields (name, the part as written, value).
 
     Raises:
       ValueError: a name is not among `names`, or is given twice.
@@ -59,7 +59,7 @@ def add_lowered(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lowered",
         action="store_true",
-        help="simulate the lowered program, with the waits that its permutes cause",
+        help="simulate the lowered program, including the waits its permutes cause",
     )
 
 
@@ -67,12 +67,14 @@ def read_integers(option: str, text: str) -> list[int]:
     """Reads `16,32`.
 
     Raises:
-      ValueError: a part is no integer.
+      ValueError: a part is not an integer.
     """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} {text!r} must be such as 16 or 16,32.") from None
+        raise ValueError(
+            f"{option} {text!r} must be integers; write 16 or 16,32."
+        ) from None
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,10 +97,10 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_schedule(args: argparse.Namespace) -> Schedule:
-    """The schedule that `KIND --ranks P --microbatches M` name.
+    """Returns the schedule that `KIND --ranks P --microbatches M` name.
 
     Raises:
-      ValueError: it does not exist, or the file is no schedule.
+      ValueError: it does not exist, or the file does not hold a schedule.
     """
     sizes = {"--ranks": args.ranks, "--microbatches": args.microbatches}
     if args.kind.endswith(".csv"):

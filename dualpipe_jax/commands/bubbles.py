@@ -1,17 +1,21 @@
-"""The command `bubbles`: how the schedules' bubbles shrink with more microbatches."""
+"""The command `bubbles`: how schedules' bubbles shrink with more microbatches."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from dualpipe_jax.commands.arguments import parse_costs, read_integers
+from dualpipe_jax.commands.arguments import (
+    add_lowered,
+    parse_costs,
+    read_integers,
+)
 from dualpipe_jax.pictures import bubble_ratio, bubble_ratios, bubble_table
 from dualpipe_jax.schedules.generators import SCHEDULES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`bubbles --ranks P [--microbatches M,...] [--costs ...] [--out FILE]`."""
+    """Adds `--ranks P [--microbatches M,...] [--costs ...] [--out FILE]`."""
     add = parser.add_argument
     add("--ranks", metavar="P", type=int, required=True, help="size of the pipeline")
     add("--microbatches", metavar="M,...", help="default: P to 8P in steps of P/2")
@@ -22,16 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of F, I, W, B (default I+W), FB (default F+B) and p2p; default 1, p2p 0",
     )
     add("--schedules", metavar="NAME,...", help=f"of {', '.join(SCHEDULES)}")
-    add(
-        "--lowered",
-        action="store_true",
-        help="of the lowered programs, with the waits that their permutes cause",
-    )
-    add("--out", metavar="FILE", type=Path, help="draw it: .png, .svg or .pdf")
+    add_lowered(parser)
+    add("--out", metavar="FILE", type=Path, help="draw a figure: .png, .svg or .pdf")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table, or draws it."""
+    """Prints a table, or draws a figure."""
     given = (
         args.ranks,
         read_integers("--microbatches", args.microbatches)

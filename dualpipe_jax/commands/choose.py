@@ -11,13 +11,19 @@ from dualpipe_jax.pictures import parse_bytes
 from dualpipe_jax.planning import Remat, StageMemory, rank_schedules
 from dualpipe_jax.schedules.generators import SCHEDULES
 
-_ACTIVATIONS = ("residuals", "crossing", "message", "workspace", "pair_workspace")
+_ACTIVATIONS = (
+    "residuals",
+    "wgrad_residuals",
+    "message",
+    "workspace",
+    "pair_workspace",
+)
 _HELD = ("limit", "parameters", "gradients", "at_rest", "optimizer", "other")
 _COSTS = ("cost", "overlapped_cost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`choose --ranks P --microbatches M,... --costs ... --memory ... [--json]`."""
+    """Adds `--ranks P --microbatches M,... --costs ... --memory ... [--json]`."""
     add = parser.add_argument
     add("--ranks", metavar="P", type=int, required=True, help="size of the pipeline")
     add(
@@ -38,44 +44,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="residuals=1.5GiB,...",
         required=True,
         help="bytes of one of P stages on one microbatch, on one device: residuals, "
-        "crossing (from I to W); message, workspace (default 0), pair_workspace "
-        "(default workspace)",
+        "wgrad_residuals (kept from I to W); message, workspace (default 0), "
+        "pair_workspace (default workspace)",
     )
     add(
         "--memory",
         metavar="limit=80GiB,...",
         required=True,
-        help="what a device may keep, and bytes of one of P stages on one device: "
-        "parameters, gradients; at_rest (if not parameters), optimizer, other (default "
-        "0)",
+        help="limit: bytes that a device may hold; and bytes of one of P stages on one "
+        "device: parameters, gradients; at_rest (if not parameters), optimizer, other "
+        "(default 0)",
     )
     add(
         "--remat",
         metavar="NAME:residuals=0.2GiB,...",
         action="append",
         default=[],
-        help="a way to recompute, any number of times: bytes residuals, crossing; "
+        help="a way to recompute; repeatable: bytes residuals, wgrad_residuals, "
         "workspace; cost (default F), overlapped_cost (of a pair, default cost)",
     )
     add("--schedules", metavar="NAME,...", help=f"of {', '.join(SCHEDULES)}")
     add("--measured-at", metavar="M", type=int, help="if not at the first M")
     for name, what in (
         ("task-overhead", "part of each task's cost that never shrinks"),
-        ("update-time", "of gradient reduction and optimizer, once a training step"),
-        ("exchange-time", "to bring one stage's parameters, and gradients home"),
+        ("update-time", "of gradient reduction and optimizer, once per training step"),
+        (
+            "exchange-time",
+            "to bring one stage's parameters to another rank and gradients back",
+        ),
     ):
         add(f"--{name}", metavar="T", type=float, default=0.0, help=what)
     add("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the ranking; 1 if nothing fits."""
+    """Prints the ranking; returns 1 if nothing fits."""
     held = _fields("--memory", args.memory, _HELD, required=_HELD[:3])
     activations = _fields(
         "--activations", args.activations, _ACTIVATIONS, required=_ACTIVATIONS[:2]
     )
-    # Three of them have a default in `simulate`; here a wrong guess is a wrong answer.
+    # In `simulate` these have defaults; here a wrong guess would give a wrong answer.
     given = {part.partition("=")[0].strip() for part in args.costs.split(",")}
     if missing := [name for name in "FIW" if name not in given]:
         raise ValueError(f"--costs lacks {', '.join(missing)}; give F, I and W.")
@@ -99,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _remat(text: str) -> Remat:
     name, _, rest = text.partition(":")
-    fields = ("residuals", "crossing", "workspace", *_COSTS)
+    fields = ("residuals", "wgrad_residuals", "workspace", *_COSTS)
     return Remat(name, **_fields("--remat", rest, fields, required=fields[:2]))
 
 

@@ -17,13 +17,13 @@ from dualpipe_jax.schedules import simulate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`schedule KIND --ranks P --microbatches M [--format ...] [--out FILE]`."""
+    """Adds `KIND --ranks P --microbatches M [--format ...] [--out FILE]`."""
     add_schedule_arguments(parser)
     add_lowered(parser)
     parser.add_argument(
         "--format",
         choices=list(pictures.FORMATS),
-        help="default: what FILE's suffix says, or text",
+        help="default: by FILE's suffix, else text",
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: stdout")
 

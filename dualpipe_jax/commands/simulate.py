@@ -18,14 +18,14 @@ from dualpipe_jax.schedules import Costs, Timeline, simulate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`simulate KIND --ranks P --microbatches M [--costs ...] [--lowered] [--json]`."""
+    """Adds `KIND --ranks P --microbatches M [--costs ...] [--lowered] [--json]`."""
     add_schedule_arguments(parser)
     add_lowered(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what the simulator says of the schedule."""
+    """Simulates the schedule and prints the result."""
     schedule, costs = read_schedule(args), parse_costs(args.costs)
     timeline = simulate(schedule, costs)
     program = {}

@@ -1,7 +1,7 @@
 """Schedules, timelines and tables as text, SVG, HTML, PNG and Chrome traces.
 
-`pictures.svg(dualpipe(4, 8))`, and likewise `text`, `png`, `html`, `chrome_trace` and
-`save`; `timeline` draws overlap, `bubble_ratios` compares schedules.
+`pictures.svg(dualpipe(4, 8))` draws a schedule, as do `text`, `png`, `html`,
+`chrome_trace` and `save`; `timeline` draws overlap; `bubble_ratios` compares schedules.
 
 Imports: schedules, schedules.generators, lowering. Without jax.
 """

@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Numbers of bytes with units, read and written."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _UNITS |= {f"{name}I": 2 ** (10 * i) for i, name in enumerate("KMGT", start=1)}
 
 
 def parse_bytes(text: str) -> float:
-    """Reads a number of bytes, with a unit such as GiB or GB if it is not 1.
+    """Reads a number of bytes, with or without a unit such as GiB or GB.
 
     Raises:
-      ValueError: the text is not a number and a known unit.
+      ValueError: the text is not a number followed by a known unit.
 
     Examples:
       >>> parse_bytes("1.5GiB"), parse_bytes("80 GB"), parse_bytes("64")
@@ -22,12 +22,14 @@ def parse_bytes(text: str) -> float:
     match = re.fullmatch(number + r"\s*([KMGT]?i?)B?\s*", text, re.I | re.A)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise ValueError(f"{text!r} is no number of bytes; write 1.5GiB or 800MB, say.")
+        raise ValueError(
+            f"{text!r} is not a number of bytes; write 1.5GiB or 800MB, for example."
+        )
     return float(match[1]) * unit
 
 
 def format_bytes(number: float) -> str:
-    """Bytes as people write them.
+    """Writes a number of bytes with a binary unit.
 
     Examples:
       >>> format_bytes(1.5 * 2**30), format_bytes(2**20), format_bytes(12)

@@ -9,7 +9,7 @@ from dualpipe_jax.schedules import Schedule, Task, Timeline, predecessors, resul
 
 
 def trace(timeline: Timeline, microseconds_per_unit: float) -> ChromeTrace:
-    """What `show.chrome_trace` writes."""
+    """Makes the trace that `show.chrome_trace` writes."""
     p2p = timeline.costs.p2p
     senders = _senders(timeline.schedule) if p2p else set()
     made = ChromeTrace()
@@ -55,7 +55,7 @@ def trace(timeline: Timeline, microseconds_per_unit: float) -> ChromeTrace:
 
 
 def _senders(schedule: Schedule) -> set[Task]:
-    """The results that another rank needs."""
+    """Returns the results that another rank needs."""
     home = {
         result_of(task): rank
         for rank, steps in enumerate(schedule.steps)

@@ -1,8 +1,8 @@
-"""Figures that compare: bubbles over the number of microbatches, and overlap timelines.
+"""Figures that compare schedules: bubbles over the number of microbatches.
 
 A figure is a matplotlib `Figure` (`pip install dualpipe-jax[viz]`), which a notebook
-shows and `figure.savefig(path)` writes as PNG, SVG or PDF. Pictures of one schedule are
-in `show`.
+displays and `figure.savefig(path)` writes as PNG, SVG or PDF. Pictures of one schedule
+are in `show`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from dualpipe_jax.lowering import lower
 from dualpipe_jax.pictures.picture import KINDS
-from dualpipe_jax.pictures.tracks import Span, timeline
 from dualpipe_jax.schedules import Costs, simulate
 from dualpipe_jax.schedules.generators import SCHEDULES
 from eplb_jax import style
@@ -20,9 +19,7 @@ from eplb_jax import style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Span", "bubble_ratio", "bubble_ratios", "bubble_table", "timeline"]
-
-# By the schedules' own names, so that 1F1B is there once.
+# By the generators' names, so that 1F1B appears once.
 ALL_KINDS = tuple({make.__name__: None for make in SCHEDULES.values()})
 
 
@@ -34,19 +31,20 @@ def bubble_ratios(
     *,
     lowered: bool = False,
 ) -> dict[str, dict[int, float]]:
-    """The bubble ratio of each schedule at each number of microbatches.
+    """Returns the bubble ratio of each schedule at each number of microbatches.
 
     Args:
       num_ranks: size of the pipeline.
-      microbatches: of one training step; None: from P to 8P, in steps of P/2.
-      costs: of one stage on one microbatch. DualPipeV, which has twice the stages, has
-        half of each, but for `p2p`.
-      kinds: names of schedules; None: all.
-      lowered: simulate the lowered programs, with the waits that their permutes cause.
+      microbatches: per training step; by default from P to 8P, in steps of P/2.
+      costs: of one stage on one microbatch. DualPipeV, which has twice the stages, is
+        charged half of each, except `p2p`.
+      kinds: names of schedules; all by default.
+      lowered: simulate the lowered programs, including the waits that their permutes
+        cause.
 
     Returns:
-      For each schedule {M: mean bubble of a rank over the makespan}, without the M
-      that the schedule does not exist for. DualPipe has none where P is odd.
+      For each schedule {M: mean bubble of a rank over the makespan}, without those M
+      for which the schedule does not exist. DualPipe has none if P is odd.
 
     Raises:
       ValueError: a name is unknown, or no schedule exists for any of these sizes.
@@ -62,7 +60,7 @@ def bubble_ratios(
     names = ALL_KINDS if kinds is None else tuple(kinds)
     if unknown := [name for name in names if name not in SCHEDULES]:
         raise ValueError(
-            f"kinds: {unknown[0]!r} is unknown; use of {', '.join(SCHEDULES)}."
+            f"kinds: {unknown[0]!r} is unknown; use some of {', '.join(SCHEDULES)}."
         )
     sizes = sorted(set(microbatches))
     ratios: dict[str, dict[int, float]] = {}
@@ -82,19 +80,19 @@ def bubble_ratios(
     if not any(ratios.values()):
         raise ValueError(
             f"no schedule of {', '.join(ratios)} exists for {num_ranks=} and "
-            f"microbatches={sizes}; the last one says: {refused}"
+            f"microbatches={sizes}; the last error was: {refused}"
         )
     return ratios
 
 
 def _part(costs: Costs, parts: int) -> Costs:
-    """The costs of a stage that is a part of one."""
+    """Returns the costs of one of several equal parts of a stage."""
     names = ("F", "I", "W", "B", "FB")
     return Costs(**{n: getattr(costs, n) / parts for n in names}, p2p=costs.p2p)
 
 
 def bubble_table(ratios: dict[str, dict[int, float]]) -> str:
-    """`bubble_ratios` as text, in percent; `-` where a schedule does not exist.
+    """Formats `bubble_ratios` as text, in percent; `-` if a schedule does not exist.
 
     Examples:
       >>> print(bubble_table(bubble_ratios(4, [7, 8], kinds=["dualpipe", "zb1p"])))
@@ -126,13 +124,13 @@ def bubble_ratio(
 
     Args:
       num_ranks: size of the pipeline.
-      microbatches: see `bubble_ratios`, as of all others.
+      microbatches: as in `bubble_ratios`, like the other arguments.
       costs: of one stage on one microbatch.
-      kinds: names of schedules; None: all.
+      kinds: names of schedules; all by default.
       lowered: simulate the lowered programs.
 
     Returns:
-      A matplotlib `Figure`: a line a schedule, where it exists.
+      A matplotlib `Figure` with one line per schedule, where it exists.
 
     Raises:
       ValueError: see `bubble_ratios`.
@@ -157,7 +155,7 @@ def bubble_ratio(
             linewidth=1.6,
             marker="o",
             markersize=4,
-            # 1F1B's line lies under GPipe's, which has the same bubbles.
+            # GPipe has the same bubbles as 1F1B; dashes let 1F1B's line show.
             linestyle=(0, (4, 2)) if kind == "gpipe" else "-",
         )
     axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Sets of moments, as sorted lists of intervals that do not touch."""
+"""Sets of points in time, as sorted lists of disjoint intervals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Interval = tuple[float, float]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """When at least one of them runs.
+    """Returns when at least one of the intervals runs, as disjoint intervals.
 
     Examples:
       >>> union([(5, 6), (0, 2), (1, 3)])
@@ -25,7 +25,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def intersection(a: list[Interval], b: list[Interval]) -> list[Interval]:
-    """When both run; each as `union` returns it.
+    """Returns when both run; each is as `union` returns it.
 
     Examples:
       >>> intersection([(0, 3), (5, 9)], [(2, 6), (8, 12)])
@@ -44,5 +44,5 @@ def intersection(a: list[Interval], b: list[Interval]) -> list[Interval]:
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """How long they last, one after another."""
+    """Returns the sum of their lengths."""
     return math.fsum(end - begin for begin, end in intervals)

@@ -1,4 +1,4 @@
-"""Where the phases lie inside a step of a schedule, in the published proportions."""
+"""The layout of phases inside a step of a schedule, in the published proportions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PAIR = {
 
 
 class PlacedPhase(NamedTuple):
-    """A phase inside a step; begin and end are parts of the step's duration."""
+    """A phase inside a step; begin and end are fractions of the step's duration."""
 
     name: str
     stream: str
@@ -43,7 +43,7 @@ class PlacedPhase(NamedTuple):
 
 
 def layout(ops: tuple[str, ...]) -> list[PlacedPhase]:
-    """The phases of a step that is `("F",)`, ..., or the pair `("F", "B")`.
+    """Returns the phases of a step that is `("F",)`, ..., or the pair `("F", "B")`.
 
     Examples:
       >>> [placed.name for placed in layout(("W",))]

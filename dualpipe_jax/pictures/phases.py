@@ -1,9 +1,9 @@
 """The phases of a training step, in the names of DeepSeek's published profile.
 
 A phase is a part of a layer (attn, dispatch, mlp, combine) in a pass over it: `(F)`
-forward, `(B)` backward for the inputs, `(W)` backward for the weights. (A B here is
-what a schedule calls I: in the published profile, `B` names what is left when the
-weight gradients have a phase of their own.)
+forward, `(B)` backward for the inputs, `(W)` backward for the weights. (B here is what
+a schedule calls I: in the published profile, `B` is the backward without the weight
+gradients, which have their own phase.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCOPES = {
     "experts": "mlp",
     "combine": "combine",
 }
-# What the published profile calls an overlapped pair of a forward and a backward.
+# Names of an overlapped pair of a forward and a backward, as in published profiles.
 PAIR_NAMES = ("1F1B", "F&B")
 WEIGHTS = "W"
 _WEIGHTS = (WEIGHTS, "wgrad")
@@ -31,10 +31,10 @@ _NAME = re.compile(rf"({'|'.join(SCOPES)})\(([{''.join(PASSES)}])\)", re.IGNOREC
 
 
 def phase(op_name: str) -> str | None:
-    """DeepSeek's name of the phase that an operation belongs to; None if untold.
+    """Returns DeepSeek's name of the phase of an operation; None if unknown.
 
     It is read from the path of `jax.named_scope`s and transformations: the innermost
-    scope called `attn`, `dispatch`, `mlp` or `combine` (or a synonym) says which part;
+    scope called `attn`, `dispatch`, `mlp` or `combine` (or a synonym) is the part;
     `transpose(...)` makes it B; a scope called `W` makes it W.
 
     Examples:
@@ -53,7 +53,7 @@ def phase(op_name: str) -> str | None:
 
 
 def named_phase(annotation: str) -> str | None:
-    """The phase that an annotation names outright; None if it names none.
+    """Returns the phase that an annotation spells out; None if there is none.
 
     Examples:
       >>> named_phase("dispatch(F)"), named_phase("moe(B)"), named_phase("step")
@@ -66,7 +66,7 @@ def named_phase(annotation: str) -> str | None:
 
 
 def pass_of(name: str) -> str | None:
-    """The pass of a phase: `"F"`, `"B"` or `"W"`; None if it has none.
+    """Returns the pass of a phase: `"F"`, `"B"` or `"W"`; None if it has none.
 
     Examples:
       >>> pass_of("mlp(W)")

@@ -1,8 +1,8 @@
-"""Lays a timeline out once, as boxes and texts in pixels, for SVG and PNG alike.
+"""Lays out a timeline once, as boxes and texts in pixels, for both SVG and PNG.
 
-In the manner of the schedule figure in the README of deepseek-ai/DualPipe: a rank a
-row, time to the right, microbatch numbers inside, and a black border round two
-chunks that are executed together.
+It follows the schedule figure in the README of deepseek-ai/DualPipe: one row per rank,
+time to the right, microbatch numbers inside, and a black border around two chunks that
+are executed together.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MAX_WIDTH = 16000.0
 
 
 class Box(NamedTuple):
-    """A rectangle; `tip` is what a browser says under the pointer."""
+    """A rectangle; a browser shows `tip` under the pointer."""
 
     x: float
     y: float
@@ -48,7 +48,7 @@ class Box(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A line of text; `anchor` says which point of it lies at x: start, middle, end."""
+    """A line of text; its point `anchor` (start, middle or end) lies at x."""
 
     x: float
     y: float
@@ -60,7 +60,7 @@ class Text(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """All that there is to draw, from back to front, in pixels from the top left."""
+    """Everything to draw, from back to front, in pixels from the top left."""
 
     width: float
     height: float
@@ -70,7 +70,7 @@ class Picture(NamedTuple):
 
 
 def title_of(timeline: Timeline) -> str:
-    """Kind and sizes, such as `DualPipe, 8 ranks, 20 microbatches`."""
+    """Returns kind and sizes, such as `DualPipe, 8 ranks, 20 microbatches`."""
     schedule = timeline.schedule
     kind = schedule.kind.removesuffix("_forward")
     name = KINDS.get(kind, kind) + " (forward only)" * (kind != schedule.kind)
@@ -85,7 +85,7 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
 
 
 def summary_of(timeline: Timeline) -> str:
-    """What the timeline amounts to, in one line."""
+    """Returns makespan, bubble and activations of a timeline in one line."""
     low, high = min(timeline.bubble), max(timeline.bubble)
     bubble = f"{low:.4g}" if math.isclose(low, high) else f"{low:.4g} to {high:.4g}"
     peak = max(timeline.peak_activations)
@@ -132,7 +132,7 @@ def draw(timeline: Timeline) -> Picture:
 
 
 def _scale(timeline: Timeline) -> float:
-    """Pixels per unit of time: the shortest box holds its number, if that can be."""
+    """Returns pixels per unit of time, so that boxes fit their numbers if possible."""
     lengths = [
         (end - start) / (3 if len(step) == 2 else 1)
         for spans in timeline.spans
@@ -155,7 +155,7 @@ def _step_boxes(
 ) -> Iterator[tuple[Box, Text | None]]:
     step, start, end = span
     x, width = _LEFT + start * scale, (end - start) * scale
-    # A pair runs at the same time; its two tones only say which two, at F : B = 1 : 2.
+    # A pair runs at the same time; its two colours only name the two, as F : B = 1 : 2.
     shares = (1.0,) if len(step) == 1 else (1 / 3, 2 / 3)
     for task, share in zip(step, shares, strict=True):
         part = width * share
@@ -180,13 +180,13 @@ def _step_boxes(
 
 
 def colour_of(timeline: Timeline, task: Task) -> str:
-    """The fill of a task: by op, and lighter in direction 0."""
+    """Returns the fill of a task: by op, and lighter in direction 0."""
     direction = timeline.schedule.direction_of(task.stage, task.microbatch)
     return COLOURS[task.op][direction]
 
 
 def describe(timeline: Timeline, task: Task) -> str:
-    """A task in words."""
+    """Describes a task in words."""
     direction = timeline.schedule.direction_of(task.stage, task.microbatch)
     return (
         f"{NAMES[task.op]}, stage {task.stage}, microbatch {task.microbatch}, "
@@ -205,7 +205,7 @@ def _axis(makespan: float, span: float) -> Iterator[float]:
 
 
 def _legend(timeline: Timeline, y: float, boxes: list[Box], texts: list[Text]) -> float:
-    """Appends the legend; returns where it ends on the right."""
+    """Appends the legend; returns its right edge."""
     steps = [step for spans in timeline.spans for step, _, _ in spans]
     directions = sorted(
         {

@@ -10,7 +10,7 @@ from eplb_jax import style
 
 
 def to_svg(picture: Picture) -> str:
-    """The picture as a self-contained SVG element."""
+    """Renders the picture as a self-contained SVG element."""
     width, height = math.ceil(picture.width), math.ceil(picture.height)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -30,7 +30,7 @@ def to_svg(picture: Picture) -> str:
             f'<rect x="{box.x:.2f}" y="{box.y:.2f}" width="{box.width:.2f}" '
             f'height="{box.height:.2f}" fill="{box.fill}"{edge}'
         )
-        # An empty box is a border: the pointer should find what lies under it.
+        # An empty box is a border: the pointer should reach the box under it.
         shape += ' pointer-events="none"' if box.fill == "none" else ""
         tip = f"><title>{escape(box.tip)}</title></rect>" if box.tip else "/>"
         parts.append(shape + tip)
@@ -45,12 +45,12 @@ def to_svg(picture: Picture) -> str:
 
 
 def to_png(picture: Picture, dpi: int = 200) -> bytes:
-    """The picture as PNG, drawn with matplotlib.
+    """Renders the picture as PNG, with matplotlib.
 
     Raises:
       ImportError: matplotlib is not installed.
     """
-    # At 100 pixels an inch a pixel is 0.72 points.
+    # At 100 pixels per inch, a pixel is 0.72 points.
     figure = style.figure(picture.width / 100, picture.height / 100, layout="none")
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle

@@ -1,7 +1,7 @@
 """Pictures of a schedule: text, SVG, HTML, PNG, and a Chrome trace for Perfetto.
 
 Every function takes a `Timeline`, or a `Schedule`, which is simulated at unit costs
-(F=I=W=1, B=2, F&B=3), as the published figures are.
+(F=I=W=1, B=2, F&B=3) like the published figures.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from eplb_jax import style
 
 
 def text(shown: Schedule | Timeline) -> str:
-    """A grid of characters, to scale: one row a rank.
+    """Draws a grid of characters, to scale: one row per rank.
 
-    Each box begins with op and microbatch and goes on with dashes; dots are bubbles.
+    Each box starts with op and microbatch and continues with dashes; dots are bubbles.
     Small letters are direction 1.
 
     Examples:
@@ -49,7 +49,7 @@ def text(shown: Schedule | Timeline) -> str:
     longest = max(map(len, timeline.spans))
     scale = min(
         max((len(label(s)) / (end - start) for s, start, end in spans), default=1.0),
-        # Some step is far shorter than its label: let that one go without a number.
+        # A step far shorter than its label is drawn without its number.
         12 * longest / (timeline.makespan or 1.0),
     )
     digits = len(str(schedule.num_ranks - 1))
@@ -71,12 +71,12 @@ def text(shown: Schedule | Timeline) -> str:
 
 
 def svg(shown: Schedule | Timeline) -> str:
-    """A self-contained SVG, in the manner of the published schedule figure."""
+    """Draws a self-contained SVG in the style of the published schedule figure."""
     return _render.to_svg(_picture.draw(_timeline(shown)))
 
 
 def png(shown: Schedule | Timeline, dpi: int = 200) -> bytes:
-    """The same picture as PNG; needs matplotlib.
+    """Draws the same picture as PNG; needs matplotlib.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -85,12 +85,12 @@ def png(shown: Schedule | Timeline, dpi: int = 200) -> bytes:
 
 
 def html_fragment(shown: Schedule | Timeline) -> str:
-    """The SVG in a box that scrolls sideways: what a notebook shows."""
+    """Returns the SVG in a box that scrolls sideways, as displayed in a notebook."""
     return f'<div style="overflow-x: auto">{svg(shown)}</div>'
 
 
 def html(shown: Schedule | Timeline) -> str:
-    """A self-contained page: the picture, and a table of the ranks."""
+    """Returns a self-contained page: the picture, and a table of the ranks."""
     timeline = _timeline(shown)
     rows = "\n".join(
         f"<tr><td>{rank}</td><td>{busy:.6g}</td><td>{bubble:.6g}</td><td>{peak}</td></tr>"
@@ -126,16 +126,16 @@ th {{ border-bottom: 1px solid {style.FAINT} }}
 
 
 def chrome_trace(shown: Schedule | Timeline, microseconds_per_unit: float = 1e3) -> str:
-    """A Chrome trace for Perfetto or chrome://tracing: each rank's steps and streams.
+    """Writes a Chrome trace for Perfetto or chrome://tracing: steps and streams.
 
-    A rank has three tracks: its steps, such as `F 3 & B 1`; and, in DeepSeek's names,
-    the phases inside them on a compute and a communication stream. The simulator knows
-    no phases: they share a step's duration as in DeepSeek's published profile. What
-    goes to another rank is on the communication stream as `PP`.
+    A rank has three tracks: its steps, such as `F 3 & B 1`, and the phases inside them,
+    in DeepSeek's names, on a compute and a communication stream. The simulator has no
+    phases: they divide a step's duration as in DeepSeek's published profile. Messages
+    to other ranks are on the communication stream as `PP`.
 
     Args:
       shown: what to export.
-      microseconds_per_unit: how long one unit of cost is; a millisecond by default.
+      microseconds_per_unit: length of one unit of cost; a millisecond by default.
     """
     return _chrome.trace(_timeline(shown), microseconds_per_unit).dumps()
 
@@ -164,9 +164,9 @@ def save(
 
     Args:
       shown: what to draw.
-      path: where to.
-      format: one of `FORMATS`; by default what the path's suffix says (`.json` is a
-        Chrome trace).
+      path: the file to write.
+      format: one of `FORMATS`; by default from the path's suffix (`.json` is a Chrome
+        trace).
 
     Raises:
       ValueError: the format is unknown.

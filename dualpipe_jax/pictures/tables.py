@@ -9,7 +9,7 @@ TableRow = tuple[str, ...]
 
 
 def aligned(rows: Sequence[TableRow]) -> list[str]:
-    """Columns of one width each: the first to the left, the others to the right."""
+    """Returns lines of aligned columns: the first to the left, others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -21,7 +21,7 @@ def aligned(rows: Sequence[TableRow]) -> list[str]:
 
 
 def html_table(rows: Sequence[TableRow]) -> str:
-    """A table whose first row is its head."""
+    """Returns an HTML table; the first row is its head."""
     head, *body = rows
     lines = ["<tr>" + "".join(f"<th>{escape(c)}</th>" for c in head) + "</tr>"]
     lines += [

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ChromeTrace:
-    """Collects tracks and what runs on them: a process a device, a track a stream.
+    """Collects a trace's events: a process per device, a track per stream.
 
     Examples:
       >>> trace = ChromeTrace()
@@ -51,9 +51,9 @@ class ChromeTrace:
         *,
         ran: bool = True,
     ) -> None:
-        """Adds what ran: a kernel; or, with `ran=False`, a name for a while.
+        """Adds a kernel that ran or, with `ran=False`, an annotation.
 
-        Of a kernel's `args`, `phase`, and `kind` of a collective, are read back.
+        `read_trace` reads `phase` from a kernel's `args`, and `kind` for a collective.
         """
         if ran:
             where = self._devices[device], self._names[device, stream]
@@ -72,11 +72,11 @@ class ChromeTrace:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The trace as plain data."""
+        """Returns the trace as plain data."""
         return {"traceEvents": list(self._events), "displayTimeUnit": "ms"}
 
     def dumps(self) -> str:
-        """The trace as text."""
+        """Returns the trace as text."""
         return json.dumps(self.as_json()) + "\n"
 
     def _describe(self, name: str, pid: int, tid: int, args: dict) -> None:

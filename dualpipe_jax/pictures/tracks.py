@@ -1,4 +1,4 @@
-"""The overlap timeline: a track for compute, one for each link or stream beside it."""
+"""The overlap timeline: a track for compute, and one for each link or stream."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from eplb_jax import style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What of a figure's width a letter takes.
+# Width of a letter and of a figure, in inches.
 _LETTER, _WIDTH = 0.075, 12.0
-_GAP = 0.002  # of the time that is drawn; no more is seen as one
+_GAP = 0.002  # of the time that is drawn; spans closer than this share a label
 _MANY = 3000  # spans; as shapes they would make an SVG of megabytes
 
 
 class TrackSpan(NamedTuple):
-    """Something that ran on a track of a timeline.
+    """A kernel or message on a track of a timeline.
 
     Attributes:
-      track: such as `Compute` or `NVLink`; those that mostly compute are drawn above.
+      track: such as `Compute` or `NVLink`; tracks that mostly compute come first.
       name: what ran.
       begin: in microseconds.
       end: in microseconds.
-      is_comm: communication, which is hidden while any track computes.
-      phase: such as `attn(F)` or `dispatch(B)`; empty if nobody knows.
+      is_comm: whether it communicates, which is hidden while any track computes.
+      phase: such as `attn(F)` or `dispatch(B)`; empty if unknown.
     """
 
     track: str
@@ -51,10 +51,10 @@ def timeline(
 
     Args:
       shown: an `OverlapReport` (its steady state), a `TraceReport`, or `TrackSpan`s.
-      between: microseconds from the first span's begin: draw these only.
-      device: of a trace with several; None: the first.
-      title: above the picture; None: the report's.
-      note: below the title; None: what is drawn comes to.
+      between: draw only this range, in microseconds after the first span's begin.
+      device: one of a trace's devices; by default the first.
+      title: above the picture; by default the report's.
+      note: below the title; by default the duration and the share that is hidden.
 
     Returns:
       A matplotlib `Figure`. Communication is exposed while nothing is computed.
@@ -73,7 +73,7 @@ def timeline(
     spans = _spans_of(shown, device)
     if not spans:
         raise ValueError(
-            "shown has no span, so there is nothing to draw; give a report of a "
+            "shown has no span, so there is nothing to draw; pass a report of a "
             "program or trace with kernels."
         )
     zero = min(span.begin for span in spans)
@@ -91,7 +91,7 @@ def timeline(
 
 
 def _spans_of(shown: Any, device: Any) -> list[TrackSpan]:
-    """Spans as they are given, or of a report."""
+    """Returns the spans of a report, or spans as they are."""
     found = list(getattr(shown, "spans", shown))
     if not found or isinstance(found[0], TrackSpan):
         return found
@@ -122,7 +122,7 @@ def _stream_name(stream: Any) -> str:
 def split(
     interval: Interval, covers: Sequence[Interval]
 ) -> list[tuple[Interval, bool]]:
-    """Parts of an interval, and whether `covers` (apart, in order) covers each.
+    """Splits an interval into parts that `covers` (disjoint, sorted) covers or not.
 
     Examples:
       >>> split((0, 10), [(2, 4), (8, 12)])
@@ -146,7 +146,7 @@ def split(
 
 
 def colour_of(phase: str) -> str:
-    """Of a compute phase such as `mlp(B)`: its hue by the pass, attention the lighter.
+    """Returns the colour of a compute phase: hue by pass, attention the lighter one.
 
     Examples:
       >>> colour_of("attn(F)") == style.OPS["F"][0], colour_of("rope") == style.OTHER
@@ -217,7 +217,7 @@ def _draw(
 
 
 def _rank(spans: Sequence[TrackSpan]) -> tuple[bool, float]:
-    """Puts tracks that compute above those that communicate, the busiest first."""
+    """Sorts tracks that compute above those that communicate, the busiest first."""
     comm = length((s.begin, s.end) for s in spans if s.is_comm)
     busy = length((s.begin, s.end) for s in spans)
     return comm > busy / 2, -busy
@@ -232,7 +232,7 @@ def _legend_order(entry: tuple[str, str]) -> tuple[int, str]:
 def _label(
     axes: Any, spans: Sequence[TrackSpan], row: int, whole: float, per_unit: float
 ) -> None:
-    """Writes each phase where it goes on for long enough."""
+    """Labels each phase that lasts long enough."""
     runs: list[tuple[str, float, float, bool]] = []
     for span in spans:
         label = span.phase or span.name

@@ -2,43 +2,49 @@
 
 Layers differ in cost: the first few may be dense and the others mixtures of experts,
 with an embedding in front and a head behind. A pipeline needs contiguous slices of
-them, and it is as fast as its slowest *rank*. Ranks often keep several stages, so that
-a dear stage may be offset by a cheap one: DualPipe's ranks r and P-1-r run the stages
-r and P-1-r, each for half of the microbatches; DualPipeV's rank r runs r and 2P-1-r.
+them, and it is as fast as its slowest *rank*. Ranks often hold several stages, so a
+cheap stage can offset an expensive one: DualPipe's ranks r and P-1-r run the stages r
+and P-1-r, each for half of the microbatches; DualPipeV's rank r runs r and 2P-1-r.
 
 Megatron-LM (`--pipeline-model-parallel-layout`) takes such an uneven layout from its
-user, and torchtitan counts embedding and head as so many layers each, in whole layers.
-Here any costs are balanced, by the dynamic programming that is usual for cutting a
-chain into contiguous parts, from both ends at once.
+user, and torchtitan counts embedding and head as a whole number of layers each. Here
+any costs are balanced, by the usual dynamic programming for cutting a chain into
+contiguous parts, run from both ends at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from dualpipe_jax.planning import balance as _balance
+from dualpipe_jax.planning import balance
+from dualpipe_jax.planning.workload import Workload
 from dualpipe_jax.schedules import Schedule, check_size
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Partition:
-    """Contiguous slices of a model's layers, one a stage. `print` shows it as a table.
+    """Contiguous slices of a model's layers, one per stage; `print` shows a table.
+
+    `partition_layers` finds the best partition. That is exact whenever each rank holds
+    one stage or a stage and its mirror image, s and S-1-s, as in every schedule that is
+    generated here: tables over the layers taken from the front and from the back. Other
+    assignments, such as interleaved stages of a CSV, are compared one by one up to
+    100,000 partitions, which is exact too. Beyond that, a local search from two starts
+    moves single layers between any two stages, and `is_optimal` is false.
 
     Attributes:
       layers: layers of each stage, in model order.
       stage_costs: [num_stages] cost of each stage on one microbatch, in the unit of
-        the layers' costs; the embedding's is in the first, the head's in the last.
+        the layers' costs; the first includes the embedding, the last the head.
       rank_costs: [num_ranks] time that each rank needs for one step: the sum of the
         stage's cost over its (stage, microbatch) forward tasks, divided by its speed.
       stage_ranks: the ranks that run each stage.
-      is_optimal: whether no other partition is better; `False` where that was too
-        much to prove.
+      is_optimal: whether it is known that no other partition is better.
 
     Raises:
       ValueError: the layers are not 0, 1, 2, ... in order, or a stage has none.
@@ -79,17 +85,17 @@ class Partition:
 
     @property
     def max_layers(self) -> int:
-        """Layers of the longest stage: what every stage has room for in SPMD."""
+        """Layers of the longest stage; in SPMD, every stage has room for as many."""
         return max(map(len, self.layers))
 
     @property
     def num_padding_layers(self) -> int:
-        """Empty slots if every stage has room for `max_layers`."""
+        """Padding in all stages if every stage has room for `max_layers`."""
         return self.num_stages * self.max_layers - self.num_layers
 
     @property
     def balancedness(self) -> float:
-        """Mean over max of `rank_costs`: 1 if all ranks need equally long."""
+        """Mean over max of `rank_costs`: 1 if all ranks take equally long."""
         return math.fsum(self.rank_costs) / len(self.rank_costs) / max(self.rank_costs)
 
     def __repr__(self) -> str:
@@ -140,13 +146,13 @@ def partition_layers(
 ) -> Partition:
     """Returns the best contiguous partition of a model's layers over a schedule.
 
-    A rank's cost is the work that it has: the sum over its forward tasks of the
-    stage's cost, over its speed. So a DualPipe rank counts the head for the half of the
-    microbatches for which it runs the last stage. Backward passes are taken to cost
-    each layer the same multiple of its forward; where they do not, give costs of both
+    A rank's cost is the sum over its forward tasks of the stage's cost, divided by its
+    speed. A DualPipe rank, for example, counts the head only for the half of the
+    microbatches for which it runs the last stage. Backward passes are assumed to cost
+    each layer the same multiple of its forward; if they do not, give the costs of both
     together. Bubbles are not counted; simulate the schedule for those.
 
-    The best partition is that with
+    The best partition has
 
     1. the least cost of the slowest rank; of those,
     2. the fewest layers in the longest stage, because in an SPMD program all stages
@@ -155,15 +161,8 @@ def partition_layers(
     4. the fewest layers in stage 0, then in the last, in stage 1, in the one before
        the last, and so on inwards.
 
-    Costs and sums of squares within 1e-9 of the least count as equal, so that rounding
+    Costs and sums of squares within 1e-9 of the least count as equal, so rounding
     decides nothing.
-
-    That is exact whenever a rank's stages are one and its mirror image s, S-1-s, as
-    in every schedule that is generated here: tables over the layers taken from the
-    front and from the back. Other assignments, such as interleaved stages of a CSV,
-    are compared one by one up to 100,000 partitions, which is exact too; beyond that,
-    a local search from two starts moves single layers between any two stages, and
-    `is_optimal` is false.
 
     Args:
       costs: [num_layers] of each layer on one microbatch, forward: estimated FLOPs,
@@ -172,7 +171,7 @@ def partition_layers(
       embed_cost: of what stage 0 does before its first layer, in the same unit.
       head_cost: of what the last stage does after its last layer.
       speeds: [num_ranks] work that each rank does per unit of time; equal by default.
-      max_layers: no stage gets more layers; no limit by default.
+      max_layers: the most layers a stage may get; no limit by default.
 
     Returns:
       The layers of each stage, and what stages and ranks cost.
@@ -180,15 +179,15 @@ def partition_layers(
     Raises:
       ValueError: there are fewer layers than stages, or more than `max_layers` allows;
         a cost or speed is not a positive finite number (`embed_cost` and `head_cost`
-        may be 0); or there is not one speed a rank.
+        may be 0); or `speeds` does not have one entry per rank.
 
     References:
-      DeepSeek-V3 Technical Report (arXiv:2412.19437), section 3.2.1, for who holds
-      which stage. Megatron Core, "Custom Pipeline Model Parallel Layout".
+      DeepSeek-V3 Technical Report (arXiv:2412.19437), section 3.2.1, for which rank
+      holds which stage. Megatron Core, "Custom Pipeline Model Parallel Layout".
 
     Examples:
-      Two cheap layers in front, and a head as costly as a layer and a half. The ranks
-      0 and 3 share the stages 0 and 3, the ranks 1 and 2 the other two:
+      Two cheap layers in front, and a head as expensive as a layer and a half. The
+      ranks 0 and 3 share the stages 0 and 3, the ranks 1 and 2 the other two:
 
       >>> from dualpipe_jax.schedules.generators.dualpipe import dualpipe
       >>> print(partition_layers([0.5] * 2 + [1.0] * 9, dualpipe(4, 8), head_cost=1.5))
@@ -200,107 +199,31 @@ def partition_layers(
       the slowest rank (1) needs 24, 4.3 % more than the mean;
       1 padding layers in 4 stages x 3
     """
-    layer_costs = _numbers("costs", costs)
-    ends = (_end_cost("embed_cost", embed_cost), _end_cost("head_cost", head_cost))
-    num_layers, num_stages = len(layer_costs), schedule.num_stages
-    if num_layers < num_stages:
-        raise ValueError(
-            f"costs has {num_layers} layers, fewer than the {num_stages} stages of "
-            f"{schedule}; use fewer ranks, so that every stage has a layer."
-        )
+    work = Workload.read(costs, schedule, embed_cost, head_cost, speeds)
+    cap = _read_cap(max_layers, len(work.layers), schedule.num_stages)
+    sizes, is_optimal = balance.solve(work.problem(cap))
+    stops = itertools.accumulate(sizes)
+    layers = tuple(
+        tuple(range(stop - size, stop)) for size, stop in zip(sizes, stops, strict=True)
+    )
+    stage_costs = tuple(map(work.stage_cost, layers))
+    return Partition(
+        layers=layers,
+        stage_costs=stage_costs,
+        rank_costs=work.rank_costs(stage_costs),
+        stage_ranks=tuple(
+            tuple(np.flatnonzero(column).tolist()) for column in work.counts.T
+        ),
+        is_optimal=is_optimal,
+    )
+
+
+def _read_cap(max_layers: int | None, num_layers: int, num_stages: int) -> int:
+    """Returns the most layers a stage may have."""
     cap = num_layers if max_layers is None else check_size("max_layers", max_layers)
     if cap * num_stages < num_layers:
         raise ValueError(
             f"{max_layers=} leaves room for {cap * num_stages} of {num_layers} layers "
             f"in {num_stages} stages; use {-(-num_layers // num_stages)} or more."
         )
-    rates = (
-        np.ones(schedule.num_ranks) if speeds is None else _numbers("speeds", speeds)
-    )
-    if len(rates) != schedule.num_ranks:
-        raise ValueError(
-            f"speeds has {len(rates)} entries, but {schedule} has "
-            f"{schedule.num_ranks} ranks; give one a rank."
-        )
-    counts = _forward_counts(schedule)
-    with_ends = layer_costs.copy()
-    with_ends[0] += ends[0]
-    with_ends[-1] += ends[1]
-    sizes, is_optimal = _balance.solve(
-        _balance.Problem(with_ends, counts / rates[:, None], cap)
-    )
-    stops = np.cumsum(sizes).tolist()
-    layers = tuple(
-        tuple(range(stop - size, stop)) for size, stop in zip(sizes, stops, strict=True)
-    )
-    stage_costs = tuple(
-        math.fsum(
-            [
-                *layer_costs[list(stage)].tolist(),
-                ends[0] * (stage[0] == 0),
-                ends[1] * (stage[-1] == num_layers - 1),
-            ]
-        )
-        for stage in layers
-    )
-    return Partition(
-        layers=layers,
-        stage_costs=stage_costs,
-        rank_costs=tuple(
-            math.fsum(np.multiply(row, stage_costs).tolist()) / rate
-            for row, rate in zip(counts, rates.tolist(), strict=True)
-        ),
-        stage_ranks=tuple(
-            tuple(np.flatnonzero(column).tolist()) for column in counts.T
-        ),
-        is_optimal=is_optimal,
-    )
-
-
-def _forward_counts(schedule: Schedule) -> np.ndarray:
-    """[num_ranks, num_stages]: on how many microbatches a rank runs a stage."""
-    tasks = Counter(
-        (rank, task.stage)
-        for rank, _, step in schedule
-        for task in step
-        if task.op == "F"
-    )
-    counts = np.zeros((schedule.num_ranks, schedule.num_stages))
-    for where, count in tasks.items():
-        counts[where] = count
-    return counts
-
-
-def _numbers(name: str, values: Any) -> np.ndarray:
-    """[n] float64, all positive and finite."""
-    try:
-        numbers = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{name}={values!r} must be a sequence of positive numbers."
-        ) from None
-    if numbers.ndim != 1:
-        raise ValueError(
-            f"{name} has shape {numbers.shape}, but must have one axis; give one "
-            f"number a {'layer' if name == 'costs' else 'rank'}."
-        )
-    bad = np.flatnonzero(~(np.isfinite(numbers) & (numbers > 0)))
-    if len(bad):
-        raise ValueError(
-            f"{name}[{bad[0]}]={numbers[bad[0]]} must be positive and finite; give "
-            f"{'an estimate' if name == 'costs' else 'a relative speed, such as 1.0'}."
-        )
-    return numbers
-
-
-def _end_cost(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(
-            f"{name}={value!r} must be a finite number >= 0; give it in the unit of "
-            "costs."
-        )
-    return number
+    return cap

@@ -1,4 +1,4 @@
-"""What a ranking of schedules holds. `print` and notebooks show it as a table."""
+"""The result of ranking schedules, which prints and displays as a table."""
 
 from __future__ import annotations
 
@@ -16,18 +16,32 @@ from eplb_jax import lookup
 class RankedSchedule:
     """One combination of schedule, number of microbatches and recomputation.
 
+    Its costs and bytes follow from those that `rank_schedules` is given, which are of
+    one microbatch on one of P stages:
+
+    - A schedule with 2P stages (DualPipeV) has stages half as large: half the costs,
+      the residuals and the parameters; messages stay as they are.
+    - A training step has the same tokens whatever M is: with twice as many microbatches
+      each is half as large, and so are its costs, residuals and messages. The part
+      `task_overhead` of every cost does not shrink, and neither does the workspace.
+    - A schedule with overlapped pairs pays `costs.FB` for them, another one F and B.
+    - Recomputation adds its cost to every B, I and pair.
+    - Parameters at rest are held once. Accumulators are held for every stage that a
+      rank runs, and so are copies of its parameters, unless it runs only its own stage:
+      DualPipe runs two stages, DualPipeV two halves from other ranks.
+
     Attributes:
       schedule: its name, as in `SCHEDULES`.
       num_microbatches: of one training step.
-      remat: name of what is recomputed, `"none"` for nothing.
+      remat: name of the recomputation, or `"none"`.
       time: of one training step, in the unit of the costs.
-      bubble_ratio: the mean over the ranks of waiting over the pipeline's makespan.
-      bubble: the mean over the ranks of the time that they wait.
-      memory: what a device keeps at the peak.
-      limit: bytes that it may keep.
+      bubble_ratio: the mean waiting time of a rank over the pipeline's makespan.
+      bubble: the mean waiting time of a rank.
+      memory: what a device holds at the peak.
+      limit: bytes that it may hold.
       costs: of this schedule's stages on microbatches of this size.
-      program: what runs, with its slots.
-      reason: in words, why it is where it is in the ranking.
+      program: the lowered schedule, with its slots.
+      reason: a sentence on why it has its place in the ranking.
     """
 
     schedule: str
@@ -48,11 +62,11 @@ class RankedSchedule:
 
     @property
     def spare(self) -> float:
-        """Bytes left under the limit; negative where it does not fit."""
+        """Bytes left under the limit; negative if it does not fit."""
         return self.limit - self.memory.total
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON, with the numbers of slots in place of the program."""
+        """Returns plain data for JSON, with counts of slots in place of the program."""
         plain = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -72,14 +86,15 @@ class RankedSchedule:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Ranking:
-    """Schedules from the best to the worst. `print` shows a table, and why.
+    """Schedules from best to worst; `print` shows them as a table, with reasons.
 
     Attributes:
-      candidates: those that fit, fastest first; then those that do not, the one that
-        lacks least first.
-      left_out: (schedule, number of microbatches, why) of what is no legal schedule.
-      limit: bytes that a device may keep.
-      notes: what the ranking takes for granted, where it matters.
+      candidates: those that fit, fastest first; then those that do not, closest to
+        fitting first.
+      left_out: (schedule, number of microbatches, reason) of combinations for which no
+        legal schedule exists.
+      limit: bytes that a device may hold.
+      notes: assumptions that may decide the ranking.
     """
 
     candidates: tuple[RankedSchedule, ...]
@@ -93,17 +108,17 @@ class Ranking:
 
     @property
     def best(self) -> RankedSchedule | None:
-        """The fastest that fits; None if nothing does, and then `reason` says so."""
+        """The fastest that fits; None if none does, which `reason` then explains."""
         return self.fitting[0] if self.fitting else None
 
     @functools.cached_property
     def reason(self) -> str:
-        """Why the best is the best and every other schedule is not; lines of text."""
+        """Why the best is the best, and every other schedule is not; lines of text."""
         reasons = lookup.find("dualpipe_jax.planning.ranking_text:reasons")
         return "\n".join(reasons(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
+        """Returns plain data for JSON."""
         best = self.best
         names = ("schedule", "num_microbatches", "remat")
         return {

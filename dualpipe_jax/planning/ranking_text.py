@@ -1,4 +1,4 @@
-"""A ranking in words, as a table of text and as one of HTML."""
+"""Puts a ranking into words, and into tables of text and of HTML."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from dualpipe_jax.planning.ranking import RankedSchedule, Ranking
 
 _HEAD = ("", "schedule", "M", "remat", "time", "speed", "bubble")
-_BYTES = ("params", "grads", "optim", "resid", "I to W", "msgs", "work", "other")
+_BYTES = ("params", "grads", "optim", "resid", "W resid", "msgs", "work", "other")
 
 
 def title(candidate: RankedSchedule) -> str:
-    """Such as `DualPipe, M=32, remat full`."""
+    """Names a candidate, for example `DualPipe, M=32, remat full`."""
     words = [_kind(candidate), f"M={candidate.num_microbatches}"]
     if candidate.remat != "none":
         words.append(f"remat {candidate.remat}")
@@ -27,7 +27,7 @@ def title(candidate: RankedSchedule) -> str:
 
 
 def with_reasons(ranked: Sequence[RankedSchedule]) -> tuple[RankedSchedule, ...]:
-    """The same, each with the reason why it is not the first (or why it is)."""
+    """Returns the candidates, each with the reason why it is or is not the first."""
     if not ranked:
         return ()
     best = ranked[0] if ranked[0].fits else None
@@ -52,7 +52,7 @@ def _reason(each: RankedSchedule, best: RankedSchedule | None) -> str:
 
 def _why_best(best: RankedSchedule) -> str:
     text = (
-        f"the fastest that fits: {best.time:,.6g} a step, "
+        f"the fastest that fits: {best.time:,.6g} per step, "
         f"{_percent(best.bubble_ratio)} bubbles; needs "
         f"{format_bytes(best.memory.total)} of {format_bytes(best.limit)}"
     )
@@ -103,7 +103,7 @@ def _why_too_large(each: RankedSchedule, best: RankedSchedule | None) -> str:
 
 
 def _largest(each: RankedSchedule, best: RankedSchedule | None) -> str:
-    """The two largest parts of its memory, or of what it needs more than the best."""
+    """Names the two largest parts of its memory, or of its excess over the best."""
     program = each.program
     stages = len(program.chunks[0])
     half = "half " if program.schedule.num_stages > program.schedule.num_ranks else ""
@@ -112,7 +112,7 @@ def _largest(each: RankedSchedule, best: RankedSchedule | None) -> str:
         "gradients": f"accumulators of {stages} {half}stage{'s' * (stages > 1)}",
         "optimizer": "optimizer state",
         "residuals": f"{program.num_slots} activation slots",
-        "crossing": f"{program.num_weight_slots} slots between I and W",
+        "wgrad_residuals": f"{program.num_weight_slots} slots of wgrad residuals",
         "messages": "messages",
         "workspace": "workspace",
         "other": "the rest",
@@ -129,15 +129,15 @@ def _largest(each: RankedSchedule, best: RankedSchedule | None) -> str:
 
 
 def reasons(ranking: Ranking) -> Iterable[str]:
-    """Why the best is the best; then a line for every other schedule; what is left."""
+    """Yields why the best is best, then lines on other schedules, and the notes."""
     best = ranking.best
     if best is not None:
         yield f"{title(best)}: {best.reason}"
     elif ranking.candidates:
         least = ranking.candidates[0]
         yield (
-            f"Nothing fits into {format_bytes(ranking.limit)}. The least is "
-            f"{title(least)}: {least.reason} Recompute more, shard more, use more "
+            f"Nothing fits in {format_bytes(ranking.limit)}. The smallest is "
+            f"{title(least)}: {least.reason} Recompute more, shard more, or use more "
             "ranks or smaller microbatches."
         )
     else:
@@ -147,14 +147,14 @@ def reasons(ranking: Ranking) -> Iterable[str]:
         own = [each for each in ranking.candidates if each.schedule == schedule]
         fitting = [each for each in own if each.fits]
         too_large = [each for each in own if not each.fits]
-        # Of those that would be faster, the one that lacks least.
+        # Of those that would be faster, the one closest to fitting.
         told = [each for each in too_large if best and each.time < best.time][:1]
         told += [each for each in fitting[:1] if each is not best]
         if not told and not fitting and own[0] is not ranking.candidates[0]:
             told = own[:1]
         for each in told:
-            nothing = best and not fitting and len(own) > 1
-            end = f" Nothing of {_kind(each)} fits." if nothing else ""
+            none_fits = best and not fitting and len(own) > 1
+            end = f" No {_kind(each)} fits." if none_fits else ""
             yield f"{title(each)}: {each.reason}{end}"
     for schedule, size, why in ranking.left_out:
         yield f"{schedule} with M={size} is left out: {why}"
@@ -163,7 +163,7 @@ def reasons(ranking: Ranking) -> Iterable[str]:
 
 
 def table(ranking: Ranking) -> list[tuple[str, ...]]:
-    """Rows of text, the heading first, without the kinds of memory that none needs."""
+    """Returns rows of text, heading first, without kinds of memory that none needs."""
     unit = _unit(ranking)
     size = parse_bytes(f"1{unit}")
     rows: list[tuple[str, ...]] = [(*_HEAD, *_BYTES, "total", "spare")]
@@ -191,7 +191,7 @@ def table(ranking: Ranking) -> list[tuple[str, ...]]:
 
 
 def text(ranking: Ranking) -> str:
-    """The table, and the reasons."""
+    """Returns the table and the reasons."""
     rows = table(ranking)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = (1, 3)
@@ -209,7 +209,7 @@ def text(ranking: Ranking) -> str:
 
 
 def html(ranking: Ranking) -> str:
-    """The table for notebooks; what does not fit is grey."""
+    """Returns the table for notebooks, in which candidates that do not fit are grey."""
     head, *rows = table(ranking)
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = [f"<table><tr>{cells}</tr>"]
@@ -224,7 +224,7 @@ def html(ranking: Ranking) -> str:
 
 def _caption(ranking: Ranking) -> str:
     return (
-        f"time in the unit of the costs; memory a device in {_unit(ranking)}, limit "
+        f"time in the unit of the costs; memory per device in {_unit(ranking)}, limit "
         f"{format_bytes(ranking.limit)}; - does not fit"
     )
 
@@ -250,7 +250,7 @@ def _pair(candidate: RankedSchedule) -> float:
 
 
 def _work(candidate: RankedSchedule) -> float:
-    """Mean time of a rank in steps of the schedule."""
+    """Returns the mean time of a rank outside of bubbles."""
     return candidate.time - candidate.bubble
 
 

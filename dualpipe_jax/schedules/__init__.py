@@ -1,4 +1,4 @@
-"""Schedules as data: tables of tasks, what makes them valid, and what they cost.
+"""Schedules as data: tables of tasks, how they are validated, and what they cost.
 
 Imports: nothing. Without jax.
 """

@@ -1,9 +1,8 @@
 """A pipeline schedule as data: which rank runs which task, in which order.
 
-A `Schedule` is a frozen table that validates itself. Generators (one algorithm
-a file) only build such tables; one simulator, one lowering and one executor
-serve all of them. Nothing here imports jax, so a schedule can be studied
-anywhere.
+A `Schedule` is a frozen table that validates itself. Generators (one algorithm per
+file) only build such tables; one simulator, one lowering and one executor serve all of
+them. Nothing here imports jax, so a schedule can be studied anywhere.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ __all__ = [
 class Schedule:
     """What every rank does, in order.
 
-    In a notebook a schedule shows itself as a picture, simulated at unit costs.
+    A notebook displays a schedule as a picture, simulated at unit costs.
 
     Attributes:
-      kind: name of the algorithm, such as `"dualpipe"`.
+      kind: name of the algorithm, for example `"dualpipe"`.
       num_ranks: size of the pipeline mesh axis.
       num_stages: number of logical stages.
       num_microbatches: microbatches of one training step, both directions.
@@ -54,10 +53,9 @@ class Schedule:
         each hides the other's communication.
 
     Raises:
-      ValueError: a rank has no step, a task is missing, done twice or unknown, an
-        F stands after its B, an I after its W, one (stage, microbatch) is spread
-        over several ranks, a schedule is part forward-only, or ranks wait for
-        each other for ever.
+      ValueError: a rank has no step; a task is missing, unknown or done twice; an F
+        comes after its B, or an I after its W; one (stage, microbatch) is spread over
+        several ranks; only part of a schedule is forward-only; or ranks deadlock.
 
     Examples:
       >>> schedule = Schedule.from_csv("0F0,0B0", kind="mine")
@@ -92,14 +90,14 @@ class Schedule:
 
     @property
     def is_forward_only(self) -> bool:
-        """Whether the schedule holds nothing but F tasks."""
+        """Whether the schedule consists of F tasks only."""
         return all(task.op == "F" for _, _, step in self for task in step)
 
     def with_whole_backwards(self) -> Schedule:
-        """The same order with every I followed at once by its W, as one B.
+        """Returns the same order with every I followed at once by its W, as one B.
 
-        Nothing then waits for its W: the memory for that is saved (with DualPipe, of
-        PP / 2 microbatches), and the bubbles that W would fill are back.
+        Nothing is then kept from I to W: that memory is saved (for DualPipe, of P / 2
+        microbatches), and the bubbles that W would fill are back.
 
         Examples:
           >>> schedule = Schedule.from_csv("0F0,0I0,0W0", kind="mine")
@@ -119,16 +117,16 @@ class Schedule:
         return dataclasses.replace(self, steps=tuple(steps))
 
     def rank_of(self, stage: int, microbatch: int) -> int:
-        """The rank that holds `stage` for `microbatch`."""
+        """Returns the rank that holds `stage` for `microbatch`."""
         return self._owners[stage, microbatch]
 
     def direction_of(self, stage: int, microbatch: int) -> int:
-        """Which of the two streams through the ranks the task belongs to.
+        """Returns the direction, 0 or 1, in which a microbatch passes a stage.
 
-        A microbatch visits the ranks in runs, upwards or downwards; a new run
-        begins where the stages turn (DualPipeV) or wrap round (interleaved
-        schedules). Runs alternate between direction 0 and 1, and the first is 0
-        when it goes upwards: DualPipe's two directions, DualPipeV's two phases.
+        A microbatch visits the ranks in runs, upwards or downwards; a new run begins
+        where the stages turn (DualPipeV) or wrap around (interleaved schedules). Runs
+        alternate between directions 0 and 1, and the first is 0 if it goes upwards:
+        DualPipe's two directions, DualPipeV's two phases.
 
         Examples:
           >>> v = Schedule.from_csv("0F0,1F0,1B0,0B0", kind="v")
@@ -156,11 +154,11 @@ class Schedule:
 
     @functools.cached_property
     def dependency_order(self) -> tuple[tuple[int, int], ...]:
-        """(rank, position) of every step, each after all that it waits for."""
+        """(rank, position) of every step, each after the steps that it depends on."""
         return _validate.dependency_order(self)
 
     def forward_only(self) -> Schedule:
-        """The same order with nothing but its F tasks, for inference."""
+        """Returns the same order with its F tasks only, for inference."""
         steps = tuple(
             tuple((task,) for step in rank for task in step if task.op == "F")
             for rank in self.steps
@@ -168,7 +166,7 @@ class Schedule:
         return dataclasses.replace(self, kind=f"{self.kind}_forward", steps=steps)
 
     def to_csv(self) -> str:
-        """The compute-only CSV of torch.distributed.pipelining, one row a rank.
+        """Returns the compute-only CSV of torch.distributed.pipelining, a row per rank.
 
         An overlapped pair is written `(0F3;7B1)OVERLAP_F_B`.
         """
@@ -181,9 +179,9 @@ class Schedule:
         r"""Reads `to_csv`'s format; empty cells (idle in torch's tables) are skipped.
 
         Args:
-          text: one row a rank, cells such as `0F3`, `2I0`, `2W0`, `1B2` or
+          text: one row per rank, with cells such as `0F3`, `2I0`, `2W0`, `1B2` or
             `(0F3;7B1)OVERLAP_F_B`.
-          kind: the name that the schedule gets.
+          kind: the schedule's name.
 
         Raises:
           ValueError: a cell cannot be read, or the table is not a valid schedule.
@@ -200,7 +198,7 @@ class Schedule:
         tasks = [task for rank in steps for step in rank for task in step]
         if not tasks:
             raise ValueError(
-                f"{text=} holds no task; write one row a rank with cells such as 0F0."
+                f"{text=} holds no task; write one row per rank with cells such as 0F0."
             )
         return cls(
             kind=kind,
@@ -214,9 +212,9 @@ class Schedule:
 
 
 def _directions_along(route: Sequence[int]) -> tuple[int, ...]:
-    """Direction of each stage, given the rank that holds it."""
+    """Returns the direction of each stage, given the rank that holds it."""
     directions: list[int] = []
-    heading = 0  # 1 up, -1 down, 0 as long as the run has a single rank
+    heading = 0  # 1 up, -1 down, 0 while the run has a single rank
     for stage, rank in enumerate(route):
         move = (rank > route[stage - 1]) - (rank < route[stage - 1]) if stage else 0
         if stage == 0:

@@ -1,9 +1,8 @@
 """Event-driven simulation: when each step would run, and where ranks would wait.
 
-A step starts as soon as its rank is free and all of its inputs have arrived;
-nothing else delays it. What a real program adds to that is modelled elsewhere:
-`simulate` dispatches on its first argument, and the lowering registers the case of
-a lowered program, with the waits that its permutes cause.
+A step starts as soon as its rank is free and all of its inputs have arrived; nothing
+else delays it. The waits that the permutes of a lowered program cause are modelled by
+the lowering, which registers that case with `simulate`.
 """
 
 from __future__ import annotations
@@ -76,12 +75,12 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Timeline:
-    """When every step ran. In a notebook a timeline shows itself as a picture.
+    """When every step ran; a notebook displays a timeline as a picture.
 
     Attributes:
       schedule: what was simulated.
       spans: for each rank a tuple of (step, start, end), in the rank's order.
-      costs: what it was simulated at.
+      costs: the costs of the simulation.
 
     Examples:
       >>> from dualpipe_jax.schedules.generators.dualpipe import dualpipe
@@ -98,31 +97,31 @@ class Timeline:
 
     @functools.cached_property
     def makespan(self) -> float:
-        """From 0 until all ranks are done."""
+        """Time until all ranks are done."""
         return max(end for rank in self.spans for _, _, end in rank)
 
     @functools.cached_property
     def busy(self) -> tuple[float, ...]:
-        """For each rank, the time that it spends in steps."""
+        """For each rank, the time it spends in steps."""
         return tuple(
             math.fsum(end - start for _, start, end in rank) for rank in self.spans
         )
 
     @property
     def bubble(self) -> tuple[float, ...]:
-        """For each rank, the time that it waits: makespan minus busy."""
+        """For each rank, the time it waits: makespan minus busy."""
         return tuple(self.makespan - busy for busy in self.busy)
 
     @property
     def bubble_ratio(self) -> float:
-        """Mean bubble of a rank over the makespan; 0 if nothing takes any time."""
+        """Mean bubble of a rank over the makespan; 0 if the makespan is 0."""
         if not self.makespan:
             return 0.0
         return math.fsum(self.bubble) / (len(self.spans) * self.makespan)
 
     @property
     def peak_activations(self) -> tuple[int, ...]:
-        """For each rank, how many activations are alive at most."""
+        """For each rank, the most activations that are alive at once."""
         return tuple(
             peak_activations(step for step, _, _ in rank) for rank in self.spans
         )
@@ -140,15 +139,15 @@ class Timeline:
 def measure(
     schedule: Schedule, spans: Iterable[Iterable[StepSpan]], costs: Costs
 ) -> Timeline:
-    """The timeline of what a simulation found, for each rank (step, start, end)."""
+    """Makes a timeline of a simulation's spans, for each rank (step, start, end)."""
     return Timeline(schedule, tuple(map(tuple, spans)), costs)
 
 
 def peak_activations(steps: Iterable[Step]) -> int:
-    """How many activations one rank holds at most, running `steps` in order.
+    """Returns the most activations a rank holds at once, running `steps` in order.
 
-    An activation lives from its F until its B or W; within an overlapped pair both
-    the new F's and the B's own count. A rank that never runs backward keeps none.
+    An activation lives from its F until its B or W; within an overlapped pair, those of
+    the F and of the B both count. A rank that never runs a backward keeps none.
 
     Examples:
       >>> from dualpipe_jax.schedules.generators.gpipe import gpipe
@@ -171,13 +170,13 @@ def simulate(schedule_or_program: Any, costs: Costs = Costs()) -> Timeline:
     """Simulates one training step.
 
     Args:
-      schedule_or_program: a `Schedule`, which runs as an event-driven dispatcher
-        would run it; or a lowered `Program`, which runs with the waits that its
-        permutes cause. Pass it by position.
+      schedule_or_program: a `Schedule`, which runs as under an event-driven
+        dispatcher; or a lowered `Program`, which runs with the waits that its permutes
+        cause. Pass it by position.
       costs: what the steps cost; unit costs by default.
 
     Returns:
-      When every step ran, and with it makespan, bubbles and peak activations.
+      When every step ran, with makespan, bubbles and peak activations.
 
     Raises:
       TypeError: `schedule_or_program` is neither.
@@ -198,8 +197,8 @@ def _(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
     free = [0.0] * schedule.num_ranks
     ends: dict[Task, tuple[float, int]] = {}
     spans: list[list[StepSpan]] = [[] for _ in range(schedule.num_ranks)]
-    # Ranks are in-order and nothing is shared but results, so that any order in
-    # which each step follows what it waits for gives the event-driven times.
+    # Ranks run in order and share nothing but results, so any order in which steps
+    # follow those that they depend on gives the event-driven times.
     for rank, position in schedule.dependency_order:
         step = schedule.steps[rank][position]
         start = free[rank]

@@ -1,4 +1,4 @@
-"""The words of a schedule: tasks, steps, and what a task needs.
+"""Tasks and steps, the elements of a schedule, and what a task depends on.
 
 One cell of torch.distributed.pipelining's CSV is one step.
 """
@@ -16,13 +16,13 @@ _PAIR = re.compile(r"\((\d+[FBIW]\d+);(\d+[FBIW]\d+)\)OVERLAP_F_B")
 
 
 class Task(NamedTuple):
-    """One unit of work: what is done, by which stage, on which microbatch.
+    """One unit of work: an operation of one stage on one microbatch.
 
     Attributes:
       op: `"F"` forward, `"B"` full backward, `"I"` backward for input only,
         `"W"` backward for weights only; a B is an I and a W together.
-      stage: logical stage, 0 is the first slice of the model.
-      microbatch: numbered once over both directions.
+      stage: logical stage; 0 is the first slice of the model.
+      microbatch: its number, counted over both directions.
 
     Examples:
       >>> str(Task("F", 0, 3))
@@ -41,7 +41,7 @@ Step = tuple[Task, ...]
 
 
 class StepTable(Protocol):
-    """What a `Schedule` holds, before it is known to be valid."""
+    """What a `Schedule` holds before it is validated."""
 
     @property
     def num_ranks(self) -> int: ...
@@ -64,10 +64,10 @@ class StepTable(Protocol):
 
 
 def predecessors(task: Task, schedule: StepTable) -> list[Task]:
-    r"""The tasks whose results `task` needs, as op F or I.
+    r"""Returns the tasks whose results `task` needs, as op F or I.
 
-    What consumes an input cotangent may have been fed by an I or by a full B. Both
-    are called I here, as `result_of` does; look results up by that name.
+    An input cotangent may come from an I or from a full B. Both are called I here, as
+    in `result_of`; look results up by that name.
 
     Examples:
       >>> from dualpipe_jax.schedules.schedule import Schedule
@@ -87,19 +87,19 @@ def predecessors(task: Task, schedule: StepTable) -> list[Task]:
 
 
 def result_of(task: Task) -> Task:
-    """What `predecessors` calls a task's result: a full B gives what an I gives."""
+    """Returns the name of a task's result in `predecessors`: I for a full B."""
     return task._replace(op="I") if task.op == "B" else task
 
 
 def step_to_text(step: Step) -> str:
-    """One cell of the CSV: `0F3`, or `(0F3;7B1)OVERLAP_F_B`."""
+    """Writes a cell of the CSV: `0F3`, or `(0F3;7B1)OVERLAP_F_B`."""
     if len(step) == 1:
         return str(step[0])
     return f"({step[0]};{step[1]})OVERLAP_F_B"
 
 
 def step_from_text(cell: str, rank: int) -> Step:
-    """Reads one cell; `rank` is where it stands, for the error.
+    """Reads a cell of the CSV; `rank` is its row, named in the error.
 
     Raises:
       ValueError: the cell is neither a task nor an overlapped pair.

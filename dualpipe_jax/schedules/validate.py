@@ -1,4 +1,4 @@
-"""What makes a table of steps a schedule that can run."""
+"""Checks that a table of steps is a schedule that can run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dualpipe_jax.schedules.tasks import (
 
 
 def check_size(name: str, value: int, minimum: int = 1) -> int:
-    """Returns `value` as a plain int, or says what is wrong with it."""
+    """Returns `value` as a plain int; raises a ValueError if it is not a valid size."""
     try:
         value = operator.index(value)
     except TypeError:
@@ -27,13 +27,13 @@ def check_size(name: str, value: int, minimum: int = 1) -> int:
 
 
 def check_shape(schedule: StepTable) -> None:
-    """Checks the sizes, and that every rank has something to do."""
+    """Checks the sizes, and that every rank has a step."""
     for name in ("num_ranks", "num_stages", "num_microbatches"):
         check_size(name, getattr(schedule, name))
     if len(schedule.steps) != schedule.num_ranks:
         raise ValueError(
             f"steps has {len(schedule.steps)} rows, but "
-            f"num_ranks={schedule.num_ranks}; give one row a rank."
+            f"num_ranks={schedule.num_ranks}; give one row per rank."
         )
     for rank, steps in enumerate(schedule.steps):
         if not steps:
@@ -68,7 +68,7 @@ def check_steps(schedule: StepTable) -> dict[Task, tuple[int, int]]:
                     f"{schedule.num_microbatches}."
                 )
             if task in where:
-                raise ValueError(f"{task} stands twice; run each task exactly once.")
+                raise ValueError(f"{task} appears twice; run each task exactly once.")
             owner = owners.setdefault((task.stage, task.microbatch), rank)
             if owner != rank:
                 raise ValueError(
@@ -81,7 +81,7 @@ def check_steps(schedule: StepTable) -> dict[Task, tuple[int, int]]:
 
 
 def check_complete(schedule: StepTable, where: dict[Task, tuple[int, int]]) -> None:
-    """Checks that each stage does its part for each microbatch, in a possible order."""
+    """Checks that every stage runs all tasks of every microbatch, in a legal order."""
     forward_only = schedule.is_forward_only
     for stage in range(schedule.num_stages):
         for microbatch in range(schedule.num_microbatches):
@@ -107,10 +107,10 @@ def check_complete(schedule: StepTable, where: dict[Task, tuple[int, int]]) -> N
 
 
 def dependency_order(schedule: StepTable) -> tuple[tuple[int, int], ...]:
-    """(rank, position) of every step, each after all that it waits for.
+    """Returns (rank, position) of every step, each after those that it depends on.
 
-    Linear: a rank that must wait is looked at again only when what it waits for is
-    done. What is left when no rank is awake is a deadlock.
+    Takes linear time: a rank that must wait is visited again only when its input is
+    done. If ranks still wait when none can go on, they deadlock.
     """
     order: list[tuple[int, int]] = []
     done: set[Task] = set()

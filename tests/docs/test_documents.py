@@ -113,7 +113,7 @@ def test_arguments_of_commands_that_are_not_run_are_parsed(text):
     values = {"$RESUME": "--resume", "$JOB_COMPLETION_INDEX": "3", "$PROCESS": "3"}
     words = [values.get(word, word) for word in text.rstrip("&").split()][3:]
     parser = cli._Parser()
-    cli._add_arguments(parser, cli.COMMANDS[words[0]].target)
+    cli.add_arguments(parser, words[0])
     args = parser.parse_args(words[1:])
     if args.config != "config.py":  # the reader's own
         assert load_as(StepConfig, args.config).mesh_shape

@@ -1,7 +1,7 @@
 """The published schedules: one algorithm per file, each a short table of phases.
 
-They live in a package of their own so that `dualpipe_jax.dualpipe` is the function,
-whatever was imported before: importing a submodule binds its name in its package.
+They have their own package so that `dualpipe_jax.dualpipe` is always the function:
+importing a submodule binds its name in its package.
 
 Imports: schedules. Without jax.
 """

@@ -1,4 +1,4 @@
-"""DualPipe: microbatches enter at both ends, and meet as overlapped F&B pairs.
+"""DualPipe: microbatches enter at both ends and meet in overlapped F&B pairs.
 
 DeepSeek-V3 Technical Report (arXiv:2412.19437), section 3.2.1 and figure 5; the
 order of steps is that of `deepseek-ai/DualPipe@3da1bbe dualpipe.py`, step by step.
@@ -11,19 +11,19 @@ from dualpipe_jax.schedules.schedule import Schedule, check_size
 
 
 def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
-    """DualPipe's schedule, in upstream's order.
+    """Returns DualPipe's schedule, in upstream's order.
 
     Rank `r` holds stage `r` for microbatches `0 .. M/2-1`, which travel upwards
     (direction 0), and stage `P-1-r` for `M/2 .. M-1`, which travel downwards
-    (direction 1). The bubble is (P/2-1)(F&B + B - 3W), and P+1 activations are
-    alive at most.
+    (direction 1). The bubble is (P/2-1)(F&B + B - 3W), and at most P+1 activations are
+    alive.
 
     Args:
       num_ranks: P, even.
       num_microbatches: M over both directions, even and at least 2P.
 
     Raises:
-      ValueError: a size is not legal.
+      ValueError: a size is illegal.
 
     Examples:
       >>> schedule = dualpipe(4, 8)
@@ -61,21 +61,21 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def folded_phases(depth: int, distance: int, num_microbatches: int) -> list[Phase]:
-    """The eight phases of a rank at `distance` from the outer end of a fold.
+    """Returns the eight phases of a rank at `distance` from the outer end of a fold.
 
     `depth` ranks lie between the outer end, where direction 0 enters and direction
     1 leaves, and the fold, where one turns into the other: ranks 0 .. P/2-1 of
     DualPipe, and all ranks of DualPipeV. `num_microbatches` counts one direction.
 
-    The phase names are upstream's; its zero-bubble B is our I, and there the
-    matching W follows as a step of its own.
+    The phase names are upstream's; its zero-bubble B is I here, followed by the
+    matching W as a separate step.
     """
     inner = depth - 1 - distance  # ranks between this one and the fold
     outer = distance + 1
     main = num_microbatches - 2 * depth + outer
     # Next to the fold the first pair would make the F's consumer wait for the B.
     opening = "F0&B1 F1&B0" if inner else "F0 B1 F1&B0"
-    # Step 6 is B1 B0 B1 B0 ...; its second half leaves the W for steps 7 and 8.
+    # Step 6 is B1 B0 B1 B0 ...; its second half leaves W to steps 7 and 8.
     draining = [f"{'B' if k < outer else 'I'}{1 - k % 2}" for k in range(2 * outer)]
     return [
         (2 * inner, "F0"),  # step 1

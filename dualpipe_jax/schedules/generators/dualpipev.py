@@ -1,4 +1,4 @@
-"""DualPipeV: one half of DualPipe's mirror image, so that nothing is held twice.
+"""DualPipeV: one half of DualPipe's mirror image, so no stage is held twice.
 
 The "cut-in-half" of DualPipe (Sea AI Lab, 2025); the order of steps is that of
 `deepseek-ai/DualPipe@3da1bbe dualpipev.py`, step by step.
@@ -12,18 +12,18 @@ from dualpipe_jax.schedules.schedule import Schedule, check_size
 
 
 def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
-    """DualPipeV's schedule, in upstream's order.
+    """Returns DualPipeV's schedule, in upstream's order.
 
     Rank `r` holds stages `r` and `2P-1-r`: every microbatch travels upwards through
     stages `0 .. P-1`, turns on the last rank, and travels back down. Each rank does
     what the corresponding rank of DualPipe on 2P ranks does.
 
     Args:
-      num_ranks: P, odd or even, 1 included.
+      num_ranks: P, odd or even, at least 1.
       num_microbatches: M, at least 2P.
 
     Raises:
-      ValueError: a size is not legal.
+      ValueError: a size is illegal.
 
     Examples:
       >>> print(dualpipev(1, 2).to_csv(), end="")

@@ -1,4 +1,4 @@
-"""GPipe: all forwards, then all backwards. The simplest schedule, the baseline.
+"""GPipe: all forwards, then all backwards; the simplest schedule, the baseline.
 
 GPipe (arXiv:1811.06965, section 2.2 and figure 2c), without its recomputation.
 """
@@ -10,11 +10,11 @@ from dualpipe_jax.schedules.schedule import Schedule, check_size
 
 
 def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
-    """GPipe's schedule: bubble (P-1)(F+B), all M activations alive.
+    """Returns GPipe's schedule: bubble (P-1)(F+B), all M activations alive.
 
-    Backwards run in the order of the forwards, as in torch.distributed.pipelining;
-    the paper's figure reverses them. Nothing changes but the order in which
-    gradients are added, which then is that of 1F1B.
+    Backwards run in the order of the forwards, as in torch.distributed.pipelining; the
+    paper's figure reverses them. This only changes the order in which gradients are
+    summed, which is then that of 1F1B.
 
     Args:
       num_ranks: P; rank `r` holds stage `r`.

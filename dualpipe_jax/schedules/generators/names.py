@@ -1,4 +1,4 @@
-"""The published schedules by their names, as configs and the command line give them."""
+"""The published schedules by name, as in configs and on the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax.schedules.generators.zb1p import zb1p
 from dualpipe_jax.schedules.schedule import Schedule
 
-# Name -> (num_ranks, num_microbatches) -> Schedule; 1F1B under both of its names.
+# Name -> (num_ranks, num_microbatches) -> Schedule; 1F1B has two names.
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,

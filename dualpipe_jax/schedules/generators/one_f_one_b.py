@@ -1,4 +1,4 @@
-"""1F1B: one forward, one backward, so that at most P activations are alive.
+"""1F1B: one forward, one backward, so at most P activations are alive.
 
 PipeDream (arXiv:1806.03377, section 3.2), in the flushing form of PipeDream-Flush and
 Megatron-LM (arXiv:2104.04473, section 2.2.1), without interleaving.
@@ -11,11 +11,11 @@ from dualpipe_jax.schedules.schedule import Schedule, check_size
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
-    """The 1F1B schedule: bubble (P-1)(F+B), at most min(P, M) activations alive.
+    """Returns 1F1B: bubble (P-1)(F+B), at most min(P, M) activations alive.
 
     Args:
       num_ranks: P; rank `r` holds stage `r`.
-      num_microbatches: M; fewer than P work too, since the warm-up is cut to M
+      num_microbatches: M; fewer than P work too, since the warm-up is limited to M
         (torchtitan#774 hung there).
 
     Raises:

@@ -1,8 +1,8 @@
-"""The notation in which the algorithms are written: phases of repeated steps.
+"""The notation of the algorithms: phases of repeated steps.
 
 A published schedule is a short table per rank: "n times F0 F1, then m times
-I1 W F1, ...". `unroll` turns such a table into steps, so that each algorithm's
-file is its table and little else.
+I1 W F1, ...". `unroll` turns such a table into steps, so each algorithm's file is
+little more than its table.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ def unroll(
     stages: Sequence[int],
     first_microbatches: Sequence[int] = (0, 0),
 ) -> tuple[Step, ...]:
-    """Writes out one rank's phases as steps.
+    """Expands one rank's phases into steps.
 
-    Each word takes the next microbatch of its direction; a W takes the oldest I
-    that still lacks it, of either direction.
+    Each word takes the next microbatch of its direction; a W belongs to the oldest I
+    without one, of either direction.
 
     Args:
       phases: pairs (times, words). A word is `F0`, `B1` or `I0`: op and
         direction; `W`; or an overlapped pair such as `F0&B1`.
       stages: the logical stage that this rank holds, by direction.
-      first_microbatches: where each direction starts to count its microbatches.
+      first_microbatches: number of each direction's first microbatch.
 
     Examples:
       >>> steps = unroll([(2, "F0"), (1, "I0 W")], stages=[3])

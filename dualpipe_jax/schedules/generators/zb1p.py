@@ -1,7 +1,7 @@
-"""ZB1P: 1F1B with the backward split, and W put where 1F1B would wait.
+"""ZB1P: 1F1B with a split backward, and W placed where 1F1B would wait.
 
 ZB-H1 of "Zero Bubble Pipeline Parallelism" (arXiv:2401.10241, section 2.1 and
-figure 3, top); DeepSeek calls it ZB1P. That paper writes B for what is I here.
+figure 3, top); DeepSeek calls it ZB1P. The paper calls B what is I here.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dualpipe_jax.schedules.schedule import Schedule, check_size
 
 
 def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
-    """The ZB-H1 schedule: bubble (P-1)(F+B-2W) at F=I=W, and no more memory than 1F1B.
+    """Returns ZB-H1: bubble (P-1)(F+B-2W) at F=I=W, with no more memory than 1F1B.
 
-    Rank `r` runs each W `r` microbatches after its I. As its warm-up holds P-r
-    activations, every rank then holds P, which is what 1F1B's first rank holds.
+    Rank `r` runs each W `r` microbatches after its I. Since its warm-up holds P-r
+    activations, every rank then holds P, as 1F1B's first rank does.
 
     Args:
       num_ranks: P; rank `r` holds stage `r`.
