@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from matplotlib.colors import to_hex
 
-from dualpipe_jax import Costs, lower, simulate
+from dualpipe_jax import Costs, lower, pictures, simulate
 from dualpipe_jax.commands import main as cli
-from dualpipe_jax.pictures import figures
-from dualpipe_jax.pictures.figures import Span
+from dualpipe_jax.pictures import TrackSpan
 from dualpipe_jax.pictures.intervals import union
 from dualpipe_jax.pictures.tracks import split
 from dualpipe_jax.schedules.generators.names import SCHEDULES
@@ -33,7 +32,7 @@ TITLES = {
 @pytest.mark.parametrize("lowered", [False, True])
 def test_lines_are_what_the_simulator_says(lowered):
     sizes = [4, 7, 8, 9, 16]
-    figure = figures.bubble_ratio(4, sizes, DEEPSEEK, lowered=lowered)
+    figure = pictures.bubble_ratio(4, sizes, DEEPSEEK, lowered=lowered)
     (axes,) = figure.axes
     assert [line.get_label() for line in axes.lines] == list(TITLES)
     drawn = {}
@@ -54,25 +53,28 @@ def test_lines_are_what_the_simulator_says(lowered):
 
 
 def test_default_sizes_and_odd_ranks():
-    ratios = figures.bubble_ratios(3)
+    ratios = pictures.bubble_ratios(3)
     assert ratios["dualpipe"] == {} and list(ratios["zb1p"]) == list(range(3, 25))
-    assert list(figures.bubble_ratios(1)["gpipe"]) == list(range(1, 9))
-    labels = [line.get_label() for line in figures.bubble_ratio(3).axes[0].lines]
+    assert list(pictures.bubble_ratios(1)["gpipe"]) == list(range(1, 9))
+    labels = [line.get_label() for line in pictures.bubble_ratio(3).axes[0].lines]
     assert labels == ["DualPipeV", "1F1B", "ZB1P", "GPipe"]
-    assert "-" in figures.bubble_table(ratios).splitlines()[1].split()[1]
+    assert "-" in pictures.bubble_table(ratios).splitlines()[1].split()[1]
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ((0,), "num_ranks=0 must be at least 1"),
-        ((4, [8], Costs(), ["dualpype"]), "'dualpype' is unknown; use of dualpipe,"),
+        (
+            (4, [8], Costs(), ["dualpype"]),
+            "'dualpype' is unknown; use some of dualpipe,",
+        ),
         ((4, [7], Costs(), ["dualpipe"]), "no schedule of dualpipe exists for num_ra"),
     ],
 )
 def test_bad_sizes(args, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        figures.bubble_ratios(*args)
+        pictures.bubble_ratios(*args)
 
 
 def test_bubbles_command_prints_what_the_document_says(capsys):
@@ -115,12 +117,12 @@ def test_parts_of_an_interval_are_covered_as_each_moment_is(covers, begin, lengt
 
 
 SPANS = [
-    Span("Compute", "gemm", 100, 103, False, "attn(F)"),
-    Span("Compute", "gemm", 103, 106, False, "mlp(F)"),
-    Span("Compute", "gemm", 110, 114, False, "mlp(B)"),
-    Span("Compute", "add", 114, 115, False),
-    Span("NVLink", "all-to-all", 104, 111, True, "combine(F)"),
-    Span("Network", "permute", 101, 102, True),
+    TrackSpan("Compute", "gemm", 100, 103, False, "attn(F)"),
+    TrackSpan("Compute", "gemm", 103, 106, False, "mlp(F)"),
+    TrackSpan("Compute", "gemm", 110, 114, False, "mlp(B)"),
+    TrackSpan("Compute", "add", 114, 115, False),
+    TrackSpan("NVLink", "all-to-all", 104, 111, True, "combine(F)"),
+    TrackSpan("Network", "permute", 101, 102, True),
 ]
 
 
@@ -140,7 +142,7 @@ def boxes_of(figure):
 
 
 def test_a_timeline_shows_what_is_hidden_and_what_is_exposed():
-    figure = figures.timeline(SPANS, title="<t> $x")
+    figure = pictures.timeline(SPANS, title="<t> $x")
     assert boxes_of(figure) == {
         "Compute": [
             (0, 3, style.OPS["F"][0]),
@@ -170,16 +172,16 @@ def test_a_timeline_shows_what_is_hidden_and_what_is_exposed():
 
 
 def test_a_part_of_a_timeline():
-    figure = figures.timeline(SPANS, between=(5, 11))
+    figure = pictures.timeline(SPANS, between=(5, 11))
     assert boxes_of(figure)["Compute"] == [
         (5, 6, style.OPS["F"][1]),
         (10, 11, style.OPS["B"][1]),
     ]
     assert figure.axes[0].get_xlim() == (5, 11)
     with pytest.raises(ValueError, match=r"between=\(20, 30\) holds no span"):
-        figures.timeline(SPANS, between=(20, 30))
+        pictures.timeline(SPANS, between=(20, 30))
     with pytest.raises(ValueError, match="nothing to draw"):
-        figures.timeline([])
+        pictures.timeline([])
 
 
 def trace_span(device, stream, begin, end, is_comm, phase=None):
@@ -203,7 +205,7 @@ def test_a_timeline_of_a_trace_is_of_one_device():
             trace_span("GPU 1", "other", 0, 9000, True),
         ),
     )
-    figure = figures.timeline(trace)
+    figure = pictures.timeline(trace)
     assert boxes_of(figure) == {
         "Stream 7": [(1, 3, style.OPS["B"][0])],
         "Stream 27": [
@@ -213,6 +215,6 @@ def test_a_timeline_of_a_trace_is_of_one_device():
         ],
     }
     assert figure.get_suptitle() == "trace.json"
-    assert list(boxes_of(figures.timeline(trace, device="GPU 1"))) == ["other"]
+    assert list(boxes_of(pictures.timeline(trace, device="GPU 1"))) == ["other"]
     with pytest.raises(ValueError, match=r"'GPU 2' is not in .* has GPU 0, GPU 1"):
-        figures.timeline(trace, device="GPU 2")
+        pictures.timeline(trace, device="GPU 2")

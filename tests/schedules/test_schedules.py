@@ -208,12 +208,12 @@ def test_illegal_sizes(make, num_ranks, num_microbatches, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"holds no task; write one row a rank"),
+        ("", r"holds no task; write one row per rank"),
         (" ,,\n", r"holds no task"),
         ("0F0,0X0", r"cell='0X0' of rank 0 is not a step; write cells such as 0F3"),
         ("0F0,0SEND_F0,0B0", r"'0SEND_F0' of rank 0 is not a step"),
         ("0F0,0B0\n\n1F0,1B0", r"Rank 1 has no step; leave out ranks without work"),
-        ("0F0,0B0,0F0", r"0F0 stands twice; run each task exactly once"),
+        ("0F0,0B0,0F0", r"0F0 appears twice; run each task exactly once"),
         ("0F0,0B0,1B0", r"Stage 1, microbatch 0 has no F; add 1F0"),
         ("0F0,0F1,0B0", r"Stage 0, microbatch 1 must have either one B, or .*has none"),
         ("0F0,0I0", r"must have either one B, or one I and one W; has I\."),
