@@ -128,7 +128,7 @@ class Runner:
 
 def _in_process(command):
     """What a command prints that needs no process of its own; None for others."""
-    words = shlex.split(command.text)
+    words = shlex.split(command.text.replace("\\\n", ""))
     if words[:2] != ["python", "-m"] or set("|&;<>") & set(command.text):
         return None
     cli, names = _IN_PROCESS.get(words[2], (None, ()))
