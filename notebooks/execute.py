@@ -1,9 +1,9 @@
-"""Executes the notebooks in place and removes what says when and where that was.
+"""Executes the notebooks in place and removes traces of when and where they ran.
 
 Command: `make notebooks`, or `python notebooks/execute.py [NAME ...]` for some of them.
 
 A notebook is committed as a reader should see it: executed in order in a fresh kernel,
-with its pictures, and without the traces of the machine that ran it.
+with its pictures, and without traces of the machine that ran it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import nbformat
 FOLDER = Path(__file__).parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
-# What jax's CUDA plugin says on any machine without a GPU, where it is installed.
+# Printed by jax's CUDA plugin, where it is installed, on machines without a GPU.
 PLUGIN_NOTICE = re.compile(
     r"^(WARNING: All log messages before absl::InitializeLog\(\).*"
     r"|.*cudart_stub\.cc.*Could not find cuda drivers.*)\n",
@@ -44,8 +44,8 @@ def run(path: Path) -> nbformat.NotebookNode:
       nbclient.exceptions.CellExecutionError: a cell raised an exception.
     """
     notebook = nbformat.read(path, as_version=4)
-    # A reader's kernel: no flags of ours, and the library of this checkout. With jax's
-    # CUDA plugin installed and no GPU, jax would complain.
+    # A reader's kernel: none of our flags, and the library of this checkout; on the
+    # CPU, since jax complains if its CUDA plugin finds no GPU.
     ours = ("JAX_", "XLA_", "MPLBACKEND", "PYTEST_")
     env = {name: v for name, v in os.environ.items() if not name.startswith(ours)}
     path_of_modules = [str(FOLDER.parent), env.get("PYTHONPATH", "")]
@@ -55,7 +55,7 @@ def run(path: Path) -> nbformat.NotebookNode:
     }
     nbclient.NotebookClient(
         notebook,
-        timeout=300,  # seconds a cell
+        timeout=300,  # seconds per cell
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
     ).execute(env=env)
@@ -63,7 +63,7 @@ def run(path: Path) -> nbformat.NotebookNode:
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Removes timings, widgets' state and the machine's words; makes pictures small."""
+    """Removes timings, widgets' state and machine-specific text; shrinks pictures."""
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {}
@@ -74,7 +74,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Streams that were flushed in parts, whole again."""
+    """Joins streams that were flushed in parts."""
     joined: list[nbformat.NotebookNode] = []
     for output in outputs:
         last = joined[-1] if joined else {}
@@ -90,7 +90,7 @@ def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None
         output.text = PLUGIN_NOTICE.sub("", output.text)
         return output if output.text else None
     data = output.get("data", {})
-    if WIDGET in data:  # its picture is drawn anew in a living notebook only
+    if WIDGET in data:  # only a live notebook can draw it
         return None
     if "image/png" in data:
         data["image/png"] = _smaller(data["image/png"])
@@ -99,7 +99,7 @@ def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None
 
 
 def _smaller(png: str) -> str:
-    """The picture in 48 colours, which is enough for drawings."""
+    """Reduces a picture to 48 colours, which is enough for drawings."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
@@ -109,7 +109,7 @@ def _smaller(png: str) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Executes the notebooks named, or all of them, and says how long each took."""
+    """Executes the notebooks named, or all of them, and prints how long each took."""
     paths = [FOLDER / Path(name).name for name in names]
     for path in paths or sorted(FOLDER.glob("*.ipynb")):
         begin, busy = time.perf_counter(), _cpu_seconds()
@@ -122,7 +122,7 @@ def main(names: list[str]) -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of all kernels that have ended."""
+    """Returns the CPU time of all kernels that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -1,4 +1,4 @@
-"""The notebooks run, are committed as they ran, and say nothing of the machine."""
+"""The notebooks run, are committed as they ran, and hold no trace of the machine."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def test_runs_without_a_warning(path):
     assert not streams(notebook, "stderr")
     shown = [output.output_type for output in outputs(notebook)]
     assert shown == [output.output_type for output in outputs(committed)]
-    if path.stem[:2] in ("01", "06"):  # without jax, and so the same everywhere
+    if path.stem[:2] in ("01", "06"):  # without jax, so the same everywhere
         assert streams(notebook, "stdout") == streams(committed, "stdout")
 
 
@@ -59,14 +59,14 @@ def test_committed_as_it_ran(path):
     kinds = {output.output_type for output in outputs(notebook)}
     assert kinds <= {"stream", "display_data", "execute_result"}
     assert not streams(notebook, "stderr")
-    # Cleaning it once more changes nothing but the pictures' bytes.
+    # Cleaning it again would change nothing but the pictures' bytes.
     for output in outputs(notebook):
         assert execute.WIDGET not in output.get("data", {})
         assert not output.get("metadata")
 
 
 @each
-def test_outputs_are_small_and_of_no_machine(path):
+def test_outputs_are_small_and_without_traces_of_the_machine(path):
     found = outputs(nbformat.read(path, as_version=4))
     assert sum(len(json.dumps(output)) for output in found) < 150_000
     texts = [output.get("text", "") for output in found]
@@ -92,7 +92,7 @@ def test_claims_are_asserted_and_links_lead_somewhere(path):
 
 
 def first_cell(path, folder, monkeypatch, *, is_missing):
-    """What the first code cell gives to pip, run in a folder."""
+    """What the first code cell passes to pip, run in a folder."""
     monkeypatch.chdir(folder)
     found = (lambda name: None) if is_missing else (lambda name: name)
     monkeypatch.setattr(importlib.util, "find_spec", found)

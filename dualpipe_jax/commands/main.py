@@ -74,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         name = " ".join([parser.prog, *argv[:1]])
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and not missing.startswith("dualpipe_jax"):
+        package = (missing or "").partition(".")[0]
+        if package and package != "dualpipe_jax":
             extra = COMMANDS[argv[0]].extra
-            error = f"needs {missing}; pip install 'dualpipe-jax[{extra}]'."
+            error = f"needs {package}; pip install 'dualpipe-jax[{extra}]'."
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -187,4 +187,4 @@ def test_what_is_not_installed_is_named():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "needs rich.console; pip install 'dualpipe-jax[train]'" in done.stderr
+    assert "needs rich; pip install 'dualpipe-jax[train]'" in done.stderr
