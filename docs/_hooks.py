@@ -1,9 +1,10 @@
 """Hooks of the documentation's site (`mkdocs.yml`).
 
 The pages are written for readers of the repository: they link to its files by relative
-paths. In the site a page is made of each file that is linked to, so that the same links
-lead somewhere without an address of the repository being known. And blocks of Python
-with prompts are highlighted as what they are.
+paths. The site gets a page for every file that is linked to, so the same links work
+there without knowing the repository's address. Python blocks with prompts are
+highlighted as such, and the search index is also written as a script, which pages
+opened as files can load.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 DOCS = "docs"
-# Where the pages of the repository's files are, below the site's root.
+# Folder of the pages for the repository's files, below the site's root.
 PLACE = "repository"
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 FENCE = re.compile(r"^(`{3,}).*?^\1$", re.M | re.S)
@@ -47,7 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, files: Files, **_) -> str:
-    """Leads links to the site's pages, and names the language of doctests."""
+    """Points links to the site's pages, and names the language of doctests."""
     here = page.file.src_uri
 
     def lead(match: re.Match[str]) -> str:
@@ -56,7 +57,7 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_) -> str:
             return match[0]
         target = source_uri(path)
         if target not in files.src_uris:
-            log.warning(f"{here} links to {match[2]}, which is not there.")
+            log.warning(f"{here} links to {match[2]}, which does not exist.")
             return match[0]
         link = posixpath.relpath(target, posixpath.dirname(here) or ".")
         return f"{match[1]}{link}{match[3]}"
@@ -70,10 +71,17 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_) -> str:
     return "".join(parts(markdown, of_prose, of_code))
 
 
+def on_post_build(config: MkDocsConfig, **_) -> None:
+    """Writes the search index as a script, too, which a page opened as a file loads."""
+    index = Path(config.site_dir, "search", "search_index.json")
+    text = f"var __index = {index.read_text(encoding='utf-8')}"
+    index.with_suffix(".js").write_text(text, encoding="utf-8")
+
+
 def parts(
     markdown: str, of_prose: Callable[[str], str], of_code: Callable[[str], str]
 ) -> Iterator[str]:
-    """Yields the text again, changed by a function outside of fences, by one inside."""
+    """Yields the text, changed by one function outside of fences and by one inside."""
     end = 0
     for fence in FENCE.finditer(markdown):
         yield of_prose(markdown[end : fence.start()])
@@ -83,7 +91,7 @@ def parts(
 
 
 def links_of(markdown: str, path: str) -> Iterator[tuple[str, str]]:
-    """Yields (link, path in the repository) of the links of a page that stay here."""
+    """Yields (link, path in the repository) of a page's links to the repository."""
     for prose in parts(markdown, lambda text: text, lambda _: ""):
         for match in LINK.finditer(prose):
             target = resolve(match[2], path)
@@ -92,14 +100,14 @@ def links_of(markdown: str, path: str) -> Iterator[tuple[str, str]]:
 
 
 def resolve(link: str, path: str) -> str | None:
-    """The path in the repository that a link on `path` means; None: it leads out."""
+    """Returns the path in the repository of a link on `path`; None: it is external."""
     if "://" in link or link.startswith("mailto:"):
         return None
     return posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
 
 
 def repository_path(src_uri: str) -> str:
-    """The path in the repository of a page: the inverse of `source_uri`."""
+    """Returns the path in the repository of a page: the inverse of `source_uri`."""
     if not src_uri.startswith(f"{PLACE}/"):
         return f"{DOCS}/{src_uri}"
     path = src_uri.removeprefix(f"{PLACE}/")
@@ -107,14 +115,14 @@ def repository_path(src_uri: str) -> str:
 
 
 def source_uri(path: str) -> str:
-    """The page of a file of the repository."""
+    """Returns the page of a file of the repository."""
     if path.startswith(f"{DOCS}/"):
         return path.removeprefix(f"{DOCS}/")
     return f"{PLACE}/{path}" + ("" if path.endswith(".md") else ".md")
 
 
 def page_of(path: str) -> str:
-    """What is on it: the text, the code, or what is in the folder."""
+    """Returns the page of a file: its text or code, or a folder's contents."""
     file = ROOT / path
     head = f"---\ntitle: {path}\nsearch:\n  exclude: true\n---\n\n"
     if file.is_dir():
@@ -130,7 +138,7 @@ def page_of(path: str) -> str:
 
 
 def cells_of(notebook: dict[str, Any]) -> Iterator[str]:
-    """Yields the cells of a notebook: prose, code, and what is printed."""
+    """Yields the cells of a notebook: prose, code, and printed output."""
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -144,7 +152,7 @@ def cells_of(notebook: dict[str, Any]) -> Iterator[str]:
 
 
 def contents_of(folder: Path, path: str) -> Iterator[str]:
-    """Yields a line for each file: its name, and what it says that it is."""
+    """Yields a line for each file: its name, and the start of its docstring."""
     for file in sorted(folder.iterdir()):
         if file.name.startswith(("_", ".")):
             continue

@@ -1,5 +1,6 @@
-"""The documentation's site is built without warnings, and fetches nothing."""
+"""The documentation's site builds without warnings, fetches nothing, has a search."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from tests.docs.blocks import ROOT
 
-# All that the theme and Markdown make; what is written <so> is lost in a page.
+# All elements of the theme and of Markdown; other text in <angles> would be lost.
 ELEMENTS = {
     *("html", "head", "body", "header", "footer", "main", "nav", "article", "form"),
     *("meta", "title", "link", "script", "style", "svg", "path", "img"),
@@ -37,7 +38,7 @@ def site(tmp_path_factory):
 
 
 def pages(site):
-    """The pages without what stands in code and in scripts."""
+    """The pages without the contents of code and scripts."""
     code = re.compile(r"<(pre|code|style)\b.*?</\1>|(?<=>)[^<]*(?=</script>)", re.S)
     return {
         path: code.sub("", path.read_text(encoding="utf-8"))
@@ -50,6 +51,40 @@ def test_pages_fetch_nothing_from_elsewhere(site):
         loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]+)"', html)
         loaded += re.findall(r'<link rel="stylesheet" href="([^"]+)"', html)
         assert not [url for url in loaded if "//" in url], path.name
+    for path in site.rglob("*.css"):
+        loaded = re.findall(r"url\(([^)]*)\)|@import ([^;]*)", path.read_text())
+        urls = [url.strip("'\"") for pair in loaded for url in pair if url]
+        urls = [url for url in urls if not url.startswith("data:")]
+        assert not [url for url in urls if "//" in url], path.name
+
+
+def test_every_page_has_a_search_box(site):
+    for path, html in pages(site).items():
+        assert 'role="search"' in html and 'name="query"' in html, path.name
+        text = path.read_text(encoding="utf-8")
+        config = re.search(r'<script id="__config"[^>]*>(.*?)</script>', text)
+        config = json.loads(config[1])
+        if path.name != "404.html":  # its links begin at the site's root
+            assert (path.parent / config["search"]).is_file(), path.name
+        # For pages opened as files, before the script that starts the search.
+        assert 0 < text.index("search_in_files.js") < text.index("/bundle.")
+
+
+def test_the_search_finds_pages_and_names(site):
+    text = (site / "search/search_index.json").read_text(encoding="utf-8")
+    entries = json.loads(text)["docs"]
+    found = {entry["location"] for entry in entries}
+    guides = {path.name for path in site.glob("*.html")} - {"404.html"}
+    assert guides <= found
+    assert "reference/schedules.html#dualpipe_jax.rank_schedules" in found
+    assert not [place for place in found if place.startswith("repository/")]
+    for place in found:
+        page, _, anchor = place.partition("#")
+        html = (site / page).read_text(encoding="utf-8")
+        assert not anchor or f'id="{anchor}"' in html, place
+    # Without a server, the same index is read as a script.
+    script = (site / "search/search_index.js").read_text(encoding="utf-8")
+    assert script == f"var __index = {text}"
 
 
 def test_links_between_pages_lead_somewhere(site):
