@@ -1,7 +1,7 @@
 """DualPipe for JAX: pipeline schedules as data, run as one jitted SPMD program.
 
-Schedules, their simulator and their lowering need no jax, so importing this
-package does not import it; the names that do need it are loaded when first used.
+Schedules, their simulator and their lowering do not need jax, so importing this package
+does not import jax; names that need it are loaded on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -88,7 +88,7 @@ __all__ = [
     "zb1p",
 ]
 
-# Exported names that need jax, and where they come from.
+# Exported names that need jax, and the rooms that define them.
 __getattr__, __dir__ = lookup.attach(
     __name__,
     {

@@ -1,8 +1,7 @@
-"""What differs between the supported versions of JAX (0.10, 0.11, 0.12), in one place.
+"""Differences between the supported versions of JAX (0.10, 0.11, 0.12), in one place.
 
-Everything else in the package uses JAX's public names, `jax.extend.core` among them.
-Where a version moved something, a function here hides it; nothing here decides
-anything.
+Everything else in the package uses JAX's public names, including `jax.extend.core`. If
+a version has moved something, a function here hides it. No decisions are made here.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-# Calls that only name or guard a body: their meaning is that of the body.
+# Calls that only name or guard a body, and mean what the body means.
 _CALL_BODIES = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -24,7 +23,7 @@ _CALL_BODIES = {
     "remat": "jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
-    # The forward rule of a custom_vjp whose residuals remat may not need.
+    # The forward rule of a custom_vjp, some of whose residuals remat may not need.
     "remat_opt": "fwd_jaxpr",
 }
 _CUSTOM_BODIES = {
@@ -42,7 +41,7 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def new_jaxpr(invars: Sequence, outvars: Sequence, eqns: Sequence, like: Any) -> Any:
-    """Returns a jaxpr without constants made of existing equations."""
+    """Returns a jaxpr of existing equations, without constants."""
     effects = set().union(*(eqn.effects for eqn in eqns)) if eqns else set()
     debug_info = like.debug_info._replace(
         arg_names=("",) * len(invars), result_paths=("",) * len(outvars)
@@ -64,7 +63,7 @@ def close(jaxpr: Any, consts: Sequence[Any] = ()) -> Any:
 
 
 def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
-    """Runs a jaxpr that has no constants."""
+    """Evaluates a jaxpr that has no constants."""
     return jex_core.jaxpr_as_fun(close(jaxpr))(*args)
 
 
@@ -75,14 +74,14 @@ def call_body(eqn: Any) -> Any | None:
 
 
 def _is_high(eqn: Any) -> bool:
-    """Returns whether JAX must expand the equation before it lowers it."""
+    """Returns whether JAX must expand the equation before lowering it."""
     return eqn.primitive.is_high(*(a.aval for a in eqn.invars), **eqn.params)
 
 
 def expansion(eqn: Any) -> Any | None:
-    """Returns what an operation that JAX keeps whole until lowering stands for.
+    """Returns the closed jaxpr of an operation that JAX keeps whole until lowering.
 
-    ``jnp.searchsorted`` is one from 0.12 on. A closed jaxpr; None for other equations.
+    ``jnp.searchsorted`` is one from 0.12 on. Returns None for other equations.
     """
     if eqn.primitive.name != "call_hi_primitive":
         return None
@@ -91,7 +90,7 @@ def expansion(eqn: Any) -> Any | None:
 
 
 def platform_of(mesh: Any) -> str | None:
-    """Returns where a mesh's programs run, as lowering rules name it; None: unknown."""
+    """Returns a mesh's platform as lowering rules name it; None if unknown."""
     if isinstance(mesh, jax.sharding.AbstractMesh):
         return None
     device = mesh.devices.flat[0]
@@ -110,13 +109,13 @@ def branch_for(eqn: Any, platform: str | None) -> Any | None:
             return branch
     known = ", ".join(name for names in platforms for name in names)
     raise ValueError(
-        f"a lax.platform_dependent of the function has branches for {known} and none "
-        f"for {platform!r}; give it that one, or a default."
+        f"a lax.platform_dependent of the function has branches for {known} but not "
+        f"for {platform!r}; add one, or a default."
     )
 
 
 def call_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
-    """Returns the shardings that a jit asks of its operands and results, or None."""
+    """Returns the shardings that a jit requires of operands and results; None: any."""
     found = []
     for name in ("in_shardings", "out_shardings"):
         shardings = eqn.params.get(name, ())
@@ -148,23 +147,23 @@ def scan_sizes(eqn: Any) -> tuple[int, int]:
 
 
 def is_ref(aval: Any) -> bool:
-    """Returns whether a type is that of a ``jax.Ref``, a mutable array."""
+    """Returns whether ``aval`` is the type of a ``jax.Ref``, a mutable array."""
     return hasattr(aval, "inner_aval")
 
 
 def is_ordered(effect: Any) -> bool:
-    """Returns whether an effect must keep its place among others of its kind."""
+    """Returns whether effects of this kind must keep their order."""
     return type(effect).__name__.startswith("Ordered")
 
 
 def manual_axes(eqn: Any) -> frozenset[Any]:
-    """Returns the mesh axes that a shard_map divides its operands over."""
+    """Returns the mesh axes over which a shard_map divides its operands."""
     params = eqn.params
     return params.get("newly_manual_axes", params.get("manual_axes", frozenset()))
 
 
 def shard_map_like(eqn: Any, function: Any, in_specs: Any, out_specs: Any) -> Any:
-    """Maps ``function`` over the mesh and the axes of a shard_map equation."""
+    """Maps ``function`` over the mesh and axes of a shard_map equation."""
     return jax.shard_map(
         function,
         mesh=eqn.params["mesh"],
@@ -183,7 +182,7 @@ def varying_axes(aval: Any) -> frozenset[Any]:
 
 
 def vary_like(x: Any, aval: Any) -> Any:
-    """Returns ``x``, varying at least over the mesh axes that ``aval`` varies over."""
+    """Returns ``x``, varying at least over the mesh axes over which ``aval`` varies."""
     missing = tuple(varying_axes(aval) - varying_axes(jax.typeof(x)))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
@@ -200,14 +199,14 @@ def zeros(aval: Any) -> Any:
 
 
 def key_impl(aval: Any) -> Any:
-    """Returns the generator of a random key's type."""
+    """Returns the implementation of a random key's type."""
     found = []
     jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), struct(aval))
     return found[0]
 
 
 def struct(aval: Any) -> jax.ShapeDtypeStruct:
-    """Returns ``aval`` as a public struct, with the mesh axes that it varies over."""
+    """Returns ``aval`` as a public struct, with the mesh axes over which it varies."""
     kwargs: dict[str, Any] = {}
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and not sharding.mesh.empty:

@@ -1,4 +1,4 @@
-"""Figures hold the numbers that they claim: bubbles, and timelines of overlap."""
+"""Figures show the right numbers: bubbles, and timelines of overlap."""
 
 import io
 import re
@@ -38,7 +38,7 @@ def test_lines_are_what_the_simulator_says(lowered):
     drawn = {}
     for line in axes.lines:
         name = TITLES[line.get_label()]
-        # Two stages a rank: each is half of one.
+        # Two stages per rank: each is half of one.
         costs = DEEPSEEK
         if name == "dualpipev":
             costs = Costs(F=48.5, I=52, W=17.5, FB=64.5, p2p=1.2)
@@ -128,7 +128,7 @@ SPANS = [
 
 
 def boxes_of(figure):
-    """For each track (begin, end, colour) of what is drawn on it."""
+    """For each track, (begin, end, colour) of every box on it."""
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     rows = {}

@@ -1,9 +1,9 @@
 """DualPipe's picture is that of deepseek-ai/DualPipe's README, cell by cell.
 
-What is expected comes from upstream's order of 8 ranks and 20 microbatches alone,
-replayed here at the figure's costs; what is drawn is read from the SVG alone, in the
-figure's conventions: a rank a row, a batch ID in each cell, a colour for each kind and
-direction as the legend says, and two cells in a shared black border where they overlap.
+The expected cells come only from upstream's order of 8 ranks and 20 microbatches,
+replayed here at the figure's costs; the drawn cells are read only from the SVG, in the
+figure's conventions: a row per rank, a batch ID in each cell, a colour for each kind
+and direction as in the legend, and a shared black border around two cells that overlap.
 """
 
 import json
@@ -33,7 +33,7 @@ class Cell(NamedTuple):
 
 
 def replay(orders):
-    """Runs upstream's order: a step starts when its rank and all of its inputs are."""
+    """Runs upstream's order: a step starts when its rank and all inputs are ready."""
     free, position = [0] * NUM_RANKS, [0] * NUM_RANKS
     done = {}  # (op, rank, direction, index) -> when
     rows = [[] for _ in range(NUM_RANKS)]
@@ -88,7 +88,7 @@ class Word(NamedTuple):
 
 
 def read(svg):
-    """Rectangles and texts of an SVG, and nothing that is not to be seen."""
+    """Rectangles and texts of an SVG, and nothing invisible."""
     rects, words = [], []
     for item in ElementTree.fromstring(svg):
         get, tag = item.attrib.get, item.tag.rpartition("}")[2]
@@ -131,7 +131,7 @@ def brightness(colour):
 
 
 def cells_of(svg):
-    """What a picture shows: for each rank its cells, from left to right."""
+    """The cells of a picture: for each rank, from left to right."""
     rects, words = read(svg)
     meaning = legend(rects, words)
     ranks = [w for w in words if re.fullmatch(r"Rank \d+", w.text)]
@@ -175,7 +175,7 @@ def test_every_cell_is_where_the_published_figure_has_it(published):
     assert len(drawn) == NUM_RANKS
     for rank, (row, expected) in enumerate(zip(drawn, published, strict=True)):
         assert row == expected, f"rank {rank}"
-    # F and B of every microbatch on every rank, and a W where an I stands.
+    # F and B of every microbatch on every rank, and a W for every I.
     assert sum(map(len, drawn)) == 8 * 20 * 2 + sum(
         c.op == "W" for r in drawn for c in r
     )

@@ -1,4 +1,4 @@
-"""Pictures: everything is there, to scale, apart from each other, and in its colour."""
+"""Pictures are complete, to scale, without overlaps, and in the right colours."""
 
 import io
 import re
@@ -50,7 +50,7 @@ def test_boxes_are_to_scale_and_bubbles_stay_empty(make, costs):
     for rank, boxes in enumerate(task_boxes(picture)):
         starts = [box.x for box in boxes]
         ends = [box.x + box.width for box in boxes]
-        # Boxes lie beside each other, never over each other (rounding aside).
+        # Boxes are side by side and never overlap (up to rounding).
         assert all(e <= s + 1e-6 for e, s in zip(ends, starts[1:], strict=False))
         assert {box.y for box in boxes} == {bands[rank].y}
         drawn = sum(box.width for box in boxes)

@@ -1,4 +1,4 @@
-"""What a ranking says of memory, against XLA's own account for a mesh of H100s."""
+"""A ranking's memory, against XLA's memory analysis for a mesh of H100s."""
 
 import functools
 
@@ -43,7 +43,7 @@ def bf16(*shape, sharding=None):
 
 
 def compiled_bytes(name, function):
-    """Of a whole training step with its update, less the batch."""
+    """Bytes of a whole training step with its update, less the batch."""
     mesh = gpu_mesh("h100", {"pp": RANKS})
     schedule = SCHEDULES[name](RANKS, MICROBATCHES)
     stages, whole = (NamedSharding(mesh, spec) for spec in (P("pp"), P()))
@@ -92,7 +92,7 @@ def test_memory_is_what_xla_allocates(name, remat):
     plan = SplitBackward.trace(function, stage, message)
     memory = StageMemory(
         residuals=num_bytes(plan.residuals),
-        crossing=num_bytes(plan.crossing),
+        wgrad_residuals=num_bytes(plan.crossing),
         parameters=num_bytes(stage),
         gradients=2 * num_bytes(stage),
         message=num_bytes(message),

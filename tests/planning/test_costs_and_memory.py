@@ -79,7 +79,7 @@ HELD = {
     "1f1b": (1, 1, 4, 0, 2),
     "zb1p": (1, 1, 4, 4, 2),
     "gpipe": (1, 1, 8, 0, 9),
-    "dualpipe": (3, 2, 5, 2, 3),  # its own as it lies, and two to run
+    "dualpipe": (3, 2, 5, 2, 3),  # its own at rest, and two to run
     "dualpipev": (2, 1, 4.5, 2, 3),  # two halves to run, from other ranks
 }
 
