@@ -281,7 +281,7 @@ def test_what_does_not_fit_the_balancer():
     state = balancer.init()
     with pytest.raises(ValueError, match="it is another model's"):
         balancer.init(np.zeros((LAYERS, SLOTS + 4), np.int32))
-    with pytest.raises(ValueError, match=r"Expert 1 of layer 0 has no slot"):
+    with pytest.raises(ValueError, match=r"Expert 1 of layer 0 has no replica"):
         balancer.init(np.zeros((LAYERS, SLOTS), np.int32))
     with pytest.raises(ValueError, match=r"counts has shape \(3, 11\)"):
         balancer.observe(state, jnp.zeros((LAYERS, 11)))
