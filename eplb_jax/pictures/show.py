@@ -15,20 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from eplb_jax import style
-from eplb_jax.pictures.over_time import balancedness_figure, replay_figure
 from eplb_jax.placement import balancedness, physical_expert_loads
 from eplb_jax.recordings import Outcome, in_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = [
-    "balancedness_figure",
-    "placement_figure",
-    "placement_text",
-    "replay_figure",
-    "replay_text",
-]
 
 _DEVICES_PER_ROW = 40
 _GAP = 0.6

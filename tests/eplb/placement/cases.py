@@ -21,7 +21,7 @@ def lognormal(seed, *shape, sigma=1.0):
 
 @functools.cache
 def traced(policy):
-    """`rebalance_experts` under jit, values unchecked; a list with an item per trace."""
+    """Returns jitted `rebalance_experts`, values unchecked, and a list of its traces."""
     traces = []
 
     @jax.jit

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from eplb_jax.placement.placement import rebalance_experts
 from eplb_jax.placement.quality import (
     balancedness,
     balancedness_bound,
