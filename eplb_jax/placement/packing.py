@@ -2,37 +2,39 @@
 
 Both loops of `deepseek-ai/EPLB@5791971 eplb.py` repeat one thing many times:
 take the smallest (or largest) of a few hundred numbers, change it, put it back.
-Here every number is an int64 key that holds the value, the index that breaks
-ties, and a count, so that one `min` finds all three. The keys form a tournament
-of two levels, so that a step reads one block instead of all keys, and all rows
-take the same step at once. There is no host callback and no data-dependent
-shape: the same program runs on CPU and GPU, and under `vmap`.
+Here the numbers are keys of a `tournament`, and all rows take the same step at
+once. There is no host callback and no data-dependent shape: the same program
+runs on CPU and GPU, and under `vmap`.
 
-Shape suffixes: see `eplb_jax`; here also P packs, C blocks of Q keys.
+Shape suffixes: see `eplb_jax`; here also P packs.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from eplb_jax.placement.arrays import divide, in_rows, invert, put, take
+from eplb_jax.placement.arrays import divide, in_rows, invert, take
+from eplb_jax.placement.tournament import (
+    FIELD_MASK,
+    INDEX_BITS,
+    LARGEST_VALUE,
+    LOW_MASK,
+    VALUE_SHIFT,
+    bits,
+    check_size,
+    descending,
+    fields,
+    from_bits,
+    take_smallest,
+)
 
-# A key: 31 bits of value, 16 bits of index, 16 bits of count. Non-negative floats
-# order like their bit patterns, so int64 order is (value, index) order.
-_INDEX_BITS = 16
-_VALUE_SHIFT = 2 * _INDEX_BITS
-_FIELD_MASK = (1 << _INDEX_BITS) - 1
-_LOW_MASK = (1 << _VALUE_SHIFT) - 1
-_LARGEST_VALUE = (1 << 31) - 1
 # Puts loads behind all others and keeps their own order.
 _BEHIND = 2.0**-40
-_MAX_ITEMS = 1 << (_INDEX_BITS - 1)
 
 
 def balanced_packing(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.Array]:
@@ -102,7 +104,7 @@ def replicate_experts(
             f"{num_phy=} is less than the number of experts {num_log}, and every "
             "expert needs a replica; use more replicas."
         )
-    _check_size("num_phy", num_phy)
+    check_size("num_phy", num_phy)
     return _replicate(weight_AE, num_phy, tuple(limits))
 
 
@@ -131,18 +133,18 @@ def _replicate(
     row_A = jnp.arange(num_rows, dtype=jnp.int32)
 
     def replicate(key_A: jax.Array, _: jax.Array) -> jax.Array:
-        expert_A, count_A = _fields(key_A)
+        expert_A, count_A = fields(key_A)
         load_A = take(weight_AE.reshape(-1), row_A * num_log + expert_A)
         value_A = divide(load_A, count_A + 1)
         for limit_A in limits:
             value_A = jnp.where(count_A + 1 >= limit_A, value_A * _BEHIND, value_A)
-        return _descending(value_A) | ((key_A & _LOW_MASK) + 1)
+        return descending(value_A) | ((key_A & LOW_MASK) + 1)
 
     with jax.enable_x64(True):
-        low_1E = (expert_E.astype(jnp.int64)[None] << _INDEX_BITS) + 1
-        keys_EA = (_descending(weight_AE) | low_1E).T
-        taken_XA = _tournament(keys_EA, num_phy - num_log, replicate)
-    extra_AX, extra_rank_AX = taken_XA.T >> _INDEX_BITS, taken_XA.T & _FIELD_MASK
+        low_1E = (expert_E.astype(jnp.int64)[None] << INDEX_BITS) + 1
+        keys_EA = (descending(weight_AE) | low_1E).T
+        taken_XA = take_smallest(keys_EA, num_phy - num_log, replicate)
+    extra_AX, extra_rank_AX = taken_XA.T >> INDEX_BITS, taken_XA.T & FIELD_MASK
     logcnt = (
         logcnt.reshape(-1)
         .at[in_rows(extra_AX, num_log)]
@@ -174,7 +176,7 @@ def pack_in_order(weight_AX: jax.Array, num_packs: int) -> tuple[jax.Array, jax.
       ([[1, 3, 2, 0]], [[0, 2, 3, 1]])
     """
     num_rows, num_items = weight_AX.shape
-    _check_size("the number of items", num_items)
+    check_size("the number of items", num_items)
     capacity = num_items // num_packs
     if capacity == 1:  # upstream keeps the items where they are, and sorts nothing
         item_X = jnp.arange(num_items, dtype=jnp.int32)
@@ -185,20 +187,20 @@ def pack_in_order(weight_AX: jax.Array, num_packs: int) -> tuple[jax.Array, jax.
         item_1X = jnp.arange(num_items, dtype=jnp.int64)[None]
         # One sort operand: XLA:CPU sorts a lone integer array about five times
         # faster than a (key, index) pair, and the key carries the weight along.
-        sorted_AX = lax.sort(_descending(weight_AX) | item_1X, is_stable=False)
-        order_AX = (sorted_AX & _LOW_MASK).astype(jnp.int32)
-        sorted_weight_XA = _from_bits(_LARGEST_VALUE - (sorted_AX >> _VALUE_SHIFT)).T
+        sorted_AX = lax.sort(descending(weight_AX) | item_1X, is_stable=False)
+        order_AX = (sorted_AX & LOW_MASK).astype(jnp.int32)
+        sorted_weight_XA = from_bits(LARGEST_VALUE - (sorted_AX >> VALUE_SHIFT)).T
         keys_PA, position_PA = _open_packs(sorted_weight_XA[:num_packs], capacity)
 
         def add(key_A: jax.Array, step: jax.Array) -> jax.Array:
             item_A = lax.dynamic_index_in_dim(
                 sorted_weight_XA, num_packs + step, keepdims=False
             )
-            load_A = _from_bits(key_A >> _VALUE_SHIFT) + item_A
-            return _pack_keys(_bits(load_A), (key_A & _LOW_MASK) + 1, capacity)
+            load_A = from_bits(key_A >> VALUE_SHIFT) + item_A
+            return _pack_keys(bits(load_A), (key_A & LOW_MASK) + 1, capacity)
 
-        taken_XA = _tournament(keys_PA, num_items - num_packs, add)
-    position_XA = (taken_XA >> _INDEX_BITS) * capacity + (taken_XA & _FIELD_MASK)
+        taken_XA = take_smallest(keys_PA, num_items - num_packs, add)
+    position_XA = (taken_XA >> INDEX_BITS) * capacity + (taken_XA & FIELD_MASK)
     return order_AX, jnp.concatenate([position_PA, position_XA]).T
 
 
@@ -216,92 +218,15 @@ def _open_packs(first_PA: jax.Array, capacity: int) -> tuple[jax.Array, jax.Arra
     beyond_PA = pack_P1 - opened_1A
     loadless_PA = num_packs - opened_1A - beyond_PA * capacity
     count_PA = jnp.where(is_open_PA, 1, jnp.clip(loadless_PA, 0, capacity))
-    low_PA = (pack_P1 << _INDEX_BITS) | count_PA
-    value_PA = jnp.where(is_open_PA, _bits(first_PA), 0)
+    low_PA = (pack_P1 << INDEX_BITS) | count_PA
+    value_PA = jnp.where(is_open_PA, bits(first_PA), 0)
     position_PA = jnp.where(
         is_open_PA, pack_P1 * capacity, opened_1A * capacity + beyond_PA
     )
     return _pack_keys(value_PA, low_PA, capacity), position_PA.astype(jnp.int32)
 
 
-def _tournament(
-    keys_XA: jax.Array,
-    num_steps: int,
-    change: Callable[[jax.Array, jax.Array], jax.Array],
-) -> jax.Array:
-    """Takes the smallest key of each row and changes it, `num_steps` times.
-
-    Args:
-      keys_XA: [keys, rows] int64.
-      num_steps: number of keys to take.
-      change: (key [rows], step []) -> the key that replaces it [rows], with the same
-        index field.
-
-    Returns:
-      [num_steps, rows] int32, index and count of the keys taken.
-    """
-    num_keys, num_rows = keys_XA.shape
-    # A step reads the blocks' minima and one block: each near the square root.
-    block = num_keys if num_keys <= 16 else 1 << round(math.log2(num_keys) / 2)
-    padding = ((0, -num_keys % block), (0, 0))
-    largest = jnp.iinfo(jnp.int64).max
-    padded_XA = jnp.pad(keys_XA, padding, constant_values=largest)
-    keys_CQA = padded_XA.reshape(-1, block, num_rows)
-    block_C1 = jnp.arange(keys_CQA.shape[0], dtype=jnp.int32)[:, None]
-    # One number addresses a key: XLA would build index vectors in an extra pass.
-    row_A = jnp.arange(num_rows, dtype=jnp.int32)
-    inside_QA = jnp.arange(block * num_rows, dtype=jnp.int32).reshape(block, num_rows)
-
-    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        keys, smallest_CA, taken_XA = carry
-        key_A = smallest_CA.min(axis=0)
-        index_A, _ = _fields(key_A)
-        block_1A = (index_A // block)[None]
-        # Write first, then read the block: in the other order XLA keeps the old
-        # keys alive and copies all of them in every step.
-        keys = put(keys, index_A * num_rows + row_A, change(key_A, i))
-        block_QA = take(keys, block_1A * (block * num_rows) + inside_QA)
-        smallest_1A = block_QA.min(axis=0, keepdims=True)
-        smallest_CA = jnp.where(block_C1 == block_1A, smallest_1A, smallest_CA)
-        taken_XA = lax.dynamic_update_index_in_dim(
-            taken_XA, key_A.astype(jnp.int32), i, 0
-        )
-        return keys, smallest_CA, taken_XA
-
-    taken_XA = jnp.zeros((num_steps, num_rows), jnp.int32)
-    carry = (keys_CQA.reshape(-1), keys_CQA.min(axis=1), taken_XA)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), step, carry)[2]
-
-
-def _fields(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns index and count of a key, int32."""
-    low = key.astype(jnp.int32)
-    return (low >> _INDEX_BITS) & _FIELD_MASK, low & _FIELD_MASK
-
-
-def _bits(value: jax.Array) -> jax.Array:
-    """Returns the bit patterns of non-negative float32 values, as int64: same order."""
-    value = jnp.where(value == 0, jnp.float32(0), value)  # -0.0 is no smaller
-    return lax.bitcast_convert_type(value, jnp.int32).astype(jnp.int64)
-
-
-def _from_bits(bits: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
-
-
-def _descending(value: jax.Array) -> jax.Array:
-    """Makes keys whose ascending order is the descending order of the values."""
-    return (_LARGEST_VALUE - _bits(value)) << _VALUE_SHIFT
-
-
 def _pack_keys(value: jax.Array, low: jax.Array, capacity: int) -> jax.Array:
     """Makes the keys of packs; a full pack is heavier than any other."""
-    is_full = (low & _FIELD_MASK) == capacity
-    return (jnp.where(is_full, _LARGEST_VALUE, value) << _VALUE_SHIFT) | low
-
-
-def _check_size(name: str, size: int) -> None:
-    if size > _MAX_ITEMS:
-        raise ValueError(
-            f"{name} is {size}, but a sort key holds at most {_MAX_ITEMS}; use fewer."
-        )
+    is_full = (low & FIELD_MASK) == capacity
+    return (jnp.where(is_full, LARGEST_VALUE, value) << VALUE_SHIFT) | low

@@ -20,8 +20,9 @@ from jax.typing import ArrayLike
 
 from eplb_jax.placement.checks import as_capacity, as_loads, check_sizes, is_traced
 from eplb_jax.placement.greedy import greedy_placement
+from eplb_jax.placement.maps import replicas_by_expert
 from eplb_jax.placement.soft import soft_placement
-from eplb_jax.placement.tables import ExpertTables, replicas_by_expert
+from eplb_jax.placement.tables import ExpertTables
 
 Policy = Literal["auto", "hierarchical", "global", "soft", "swaps"]
 # num_replicas, num_groups, num_nodes, num_gpus.
@@ -100,14 +101,10 @@ def rebalance_experts(
     """
     weight = as_loads(weight, check_values)
     sizes = (num_replicas, num_groups, num_nodes, num_gpus)
-    policy, sizes = _choose_policy(policy, weight.shape[1], sizes)
+    policy, sizes = _choose_policy(policy, device_capacity, weight.shape[1], sizes)
     sufficient = num_replicas - weight.shape[1] + 1
     width = _choose_width(max_replicas, sufficient)
     if policy in ("hierarchical", "global"):
-        if device_capacity is not None:
-            raise ValueError(
-                f"{policy=} takes no device_capacity; use policy='soft' or 'swaps'."
-            )
         tables = _greedy(weight, *sizes, width)
     else:
         capacity = as_capacity(
@@ -122,9 +119,12 @@ def rebalance_experts(
 
 
 def _choose_policy(
-    policy: Policy, num_experts: int, sizes: _Sizes
+    policy: Policy,
+    device_capacity: ArrayLike | None,
+    num_experts: int,
+    sizes: _Sizes,
 ) -> tuple[Policy, _Sizes]:
-    """The policy that `"auto"` stands for, and the sizes as that policy sees them."""
+    """Resolves `"auto"`; returns the policy and the sizes that it places for."""
     num_replicas, num_groups, num_nodes, num_gpus = sizes
     if policy not in get_args(Policy):
         raise ValueError(f"{policy=} must be one of {', '.join(get_args(Policy))}.")
@@ -138,6 +138,10 @@ def _choose_policy(
         raise ValueError(
             f"{policy=} packs whole groups to nodes, so {num_nodes=} must divide "
             f"{num_groups=}; use policy='global' or 'swaps'."
+        )
+    if policy in ("hierarchical", "global") and device_capacity is not None:
+        raise ValueError(
+            f"{policy=} takes no device_capacity; use policy='soft' or 'swaps'."
         )
     if policy == "global":
         return policy, (num_replicas, 1, 1, num_gpus)

@@ -10,11 +10,11 @@ from eplb_jax.commands.main import main
 from eplb_jax.recordings.files import read_loads
 from eplb_jax.recordings.replays import replay
 from tests.eplb.placement.cases import (
-    EXPERTS,
     DEVICES,
+    EXPERTS,
     LAYERS,
-    SIZES,
     REPLICAS,
+    SIZES,
     lognormal,
 )
 

@@ -21,7 +21,7 @@ def lognormal(seed, *shape, sigma=1.0):
 
 @functools.cache
 def traced(policy):
-    """Returns jitted `rebalance_experts`, values unchecked, and a list of its traces."""
+    """Returns jitted `rebalance_experts`, values unchecked, and its traces."""
     traces = []
 
     @jax.jit

@@ -9,11 +9,11 @@ from eplb_jax.placement.quality import balancedness, count_duplicates, count_mov
 from eplb_jax.placement.refine import refine_placement
 from eplb_jax.placement.soft import home_nodes
 from tests.eplb.placement.cases import (
-    EXPERTS,
     DEVICES,
+    EXPERTS,
     LAYERS,
-    SIZES,
     REPLICAS,
+    SIZES,
     lognormal,
 )
 

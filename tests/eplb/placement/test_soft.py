@@ -8,8 +8,8 @@ from eplb_jax.placement.placement import rebalance_experts
 from eplb_jax.placement.quality import balancedness, count_duplicates, remote_share
 from eplb_jax.placement.soft import home_nodes
 from tests.eplb.placement.cases import (
-    EXPERTS,
     DEVICES,
+    EXPERTS,
     LAYERS,
     SIZES,
     lognormal,

@@ -1,71 +1,27 @@
-"""Placements and replays as text and as pictures.
+"""One layer's placement as a picture.
 
-Pictures need matplotlib (`pip install dualpipe-jax[viz]`), which is imported when one
-is drawn.
+It needs matplotlib (`pip install dualpipe-jax[viz]`), which is imported when it is
+drawn.
 
 Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from eplb_jax import style
-from eplb_jax.placement import balancedness, physical_expert_loads
-from eplb_jax.recordings import Outcome, in_order
+from eplb_jax.pictures.layer import count_by_expert, read_layer
+from eplb_jax.placement import balancedness
+from eplb_jax.recordings import in_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DEVICES_PER_ROW = 40
 _GAP = 0.6
-
-
-def placement_text(
-    weight: Any,
-    physical_to_logical_map: Any,
-    num_nodes: int,
-    num_devices: int,
-    device_capacity: Any = None,
-) -> str:
-    """Prints one layer's placement: each device's load in percent of its share.
-
-    Args:
-      weight: [experts] loads.
-      physical_to_logical_map: [physical experts] int32, -1 if empty.
-      num_nodes: nodes.
-      num_devices: devices.
-      device_capacity: [num_devices] relative speeds, 0 for a dead device.
-
-    Returns:
-      Lines of text, one per device. A `*` marks experts with more than one replica.
-
-    Examples:
-      >>> print(placement_text([6, 2, 1, 3], [0, 1, 2, 0, 3, -1], 1, 2))
-      node  gpu    load  experts
-         0    0   100 %  0*   1   2
-         0    1   100 %  0*   3   -
-    """
-    weight_E, expert_DI, used_DI = _layer(
-        weight, physical_to_logical_map, num_devices, device_capacity
-    )
-    count_E = _counts(expert_DI, len(weight_E))
-    digits = len(str(len(weight_E) - 1))
-    lines = ["node  gpu    load  experts"]
-    for device, expert_I in enumerate(expert_DI):
-        cells = []
-        for expert in expert_I:
-            name = "-" if expert < 0 else str(expert)
-            star = "*" if expert >= 0 and count_E[expert] > 1 else " "
-            cells.append(f"{name:>{digits}}{star}")
-        node = device // (num_devices // num_nodes)
-        percent = f"{100 * used_DI[device].sum():.0f} %"
-        lines.append(f"{node:4} {device:4} {percent:>7}  {'  '.join(cells)}".rstrip())
-    return "\n".join(lines)
 
 
 def placement_figure(
@@ -98,11 +54,11 @@ def placement_figure(
       >>> len(figure.axes)
       2
     """
-    weight_E, expert_DI, used_DI = _layer(
+    weight_E, expert_DI, used_DI = read_layer(
         weight, physical_to_logical_map, num_devices, device_capacity
     )
     before_S = in_order(1, len(weight_E), expert_DI.size)[0]
-    before_D = _layer(weight_E, before_S, num_devices)[2].sum(axis=1)
+    before_D = read_layer(weight_E, before_S, num_devices)[2].sum(axis=1)
     colors = _colors(expert_DI, len(weight_E))
     per_device, per_node = expert_DI.shape[1], num_devices // num_nodes
     per_row = min(num_devices, per_node * max(1, _DEVICES_PER_ROW // per_node))
@@ -224,77 +180,8 @@ def _draw_experts(
     axes.spines[:].set_visible(False)
 
 
-def replay_text(names: tuple[str, ...], outcomes: dict[str, Outcome]) -> str:
-    """Prints a replay as a table: balancedness, and the percentage of replicas moved.
-
-    Args:
-      names: names of the windows.
-      outcomes: from `replay`.
-
-    Returns:
-      Lines of text.
-
-    Examples:
-      >>> outcome = Outcome(np.array([0.5]), np.array([0.25]), np.array([0.125]))
-      >>> print(replay_text(("a", "b"), {"once": outcome}))
-      planned on -> met            once
-      a -> b               0.500  12 %
-      mean                 0.500  12 %
-      worst layer          0.250
-    """
-    steps = [f"{old} -> {new}" for old, new in itertools.pairwise(names)]
-    width = max(len(step) for step in (*steps, "planned on -> met")) + 2
-    lines = [f"{'planned on -> met':{width}}"]
-    lines[0] += "".join(f"{name:>14}" for name in outcomes)
-    for i, step in enumerate(steps):
-        line = f"{step:{width}}"
-        for outcome in outcomes.values():
-            line += f"{outcome.balancedness[i]:>8.3f}{100 * outcome.moved[i]:>4.0f} %"
-        lines.append(line)
-    line = f"{'mean':{width}}"
-    for outcome in outcomes.values():
-        line += f"{outcome.balancedness.mean():>8.3f}"
-        line += f"{100 * outcome.moved.mean():>4.0f} %"
-    lines.append(line)
-    line = f"{'worst layer':{width}}"
-    for outcome in outcomes.values():
-        line += f"{outcome.worst.min():>8.3f}      "
-    return "\n".join([*lines, line.rstrip()])
-
-
-def _layer(
-    weight: Any,
-    physical_to_logical_map: Any,
-    num_devices: int,
-    device_capacity: Any = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns loads, experts, and each one's fraction of its device's fair share."""
-    weight_E = np.asarray(weight, np.float32)
-    expert_S = np.asarray(physical_to_logical_map, np.int32)
-    if weight_E.ndim != 1 or expert_S.ndim != 1 or expert_S.size % num_devices:
-        raise ValueError(
-            f"weight has shape {weight_E.shape} and physical_to_logical_map "
-            f"{expert_S.shape}, but one layer is shown: pass [experts] and [physical "
-            f"experts], a multiple of {num_devices=}."
-        )
-    load_S = np.asarray(
-        physical_expert_loads(jnp.asarray(weight_E[None]), jnp.asarray(expert_S[None]))
-    )[0]
-    capacity_D = np.ones(num_devices)
-    if device_capacity is not None:
-        capacity_D = np.asarray(device_capacity, np.float64)
-    share_D = capacity_D / capacity_D.sum() * max(load_S.sum(), 1e-30)
-    safe_D = np.where(share_D > 0, share_D, np.inf)
-    used_DI = load_S.reshape(num_devices, -1) / safe_D[:, None]
-    return weight_E, expert_S.reshape(num_devices, -1), used_DI
-
-
-def _counts(expert_DI: np.ndarray, num_experts: int) -> np.ndarray:
-    return np.bincount(expert_DI[expert_DI >= 0], minlength=num_experts)
-
-
 def _colors(expert_DI: np.ndarray, num_experts: int) -> dict[int, str]:
-    count_E = _counts(expert_DI, num_experts)
+    count_E = count_by_expert(expert_DI, num_experts)
     colors = {-1: style.PAPER} | dict.fromkeys(range(num_experts), style.GRID)
     several = [expert for expert in range(num_experts) if count_E[expert] > 1]
     colors |= {expert: style.distinct(i) for i, expert in enumerate(several)}
