@@ -39,7 +39,7 @@ def balancedness_figure(
         unknown.
       steps: [steps] ascending numbers for the axis; None: 1, 2, 3, ...
       unplaced: [steps], the mean over layers with experts in order, for comparison.
-      placed_at: steps at which experts were placed anew, marked below the lines.
+      placed_at: steps at which experts were rebalanced, marked below the lines.
       layers: a name for each layer; None: from 0.
       title: above the picture.
 
@@ -104,7 +104,7 @@ def balancedness_figure(
     if len(placed_at):
         top.plot(
             placed_at, np.full(len(placed_at), 0.02), "|", color=style.INK,
-            markersize=6, label="experts placed anew",
+            markersize=6, label="experts rebalanced",
         )  # fmt: skip
     style.legend(top, above=True, columns=4)
     _draw_layers(figure, bottom, step_W, masked_WL, names)

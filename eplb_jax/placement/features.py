@@ -79,7 +79,7 @@ def featurize(problem: PlacementProblem, state: SearchState) -> SearchFeatures:
     expert to copy is one of that device, unless another has no replica at all.
 
     Args:
-      problem: what is to be placed, one layer.
+      problem: of one layer.
       state: where it is now.
 
     Returns:
@@ -140,7 +140,7 @@ def find_homes(
     """Finds the replicas that are away from home, and those that must stay.
 
     Args:
-      problem: what is to be placed, one layer.
+      problem: of one layer.
       state: where it is now.
       features: from `featurize`.
       rules: settings.
@@ -192,7 +192,7 @@ def find_effects(
     one device.
 
     Args:
-      problem: what is to be placed, one layer.
+      problem: of one layer.
       state: where it is now.
       features: from `featurize`.
       homes: from `find_homes`, or None.
@@ -229,7 +229,7 @@ def find_budget(
     """Finds what may still change.
 
     Args:
-      problem: what is to be placed, one layer.
+      problem: of one layer.
       features: from `featurize`.
       limits: settings.
 

@@ -46,7 +46,7 @@ class Limits(NamedTuple):
 
 
 class PlacementProblem(NamedTuple):
-    """What is to be placed; `search` takes one with a leading axis of layers.
+    """A layer's placement problem; `search` takes one with a leading axis of layers.
 
     Attributes:
       weight: [experts] float32 loads, of sum 1.

@@ -51,8 +51,8 @@ def refine_placement(
         -1 if empty.
       num_gpus: devices; divides the number of physical experts.
       max_moves: physical experts moved per layer, at most: those that hold another
-        expert afterwards. This and `min_gain` may be traced: other values compile
-        nothing anew.
+        expert afterwards. This and `min_gain` may be traced: other values do not
+        recompile.
       min_gain: relative fall of the (smoothed) peak device load that each moved
         physical expert must bring. 1e-6 stops at rounding and at gains too small to
         notice; 1e-4 spends moves only on visible imbalance.

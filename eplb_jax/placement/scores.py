@@ -170,7 +170,7 @@ def score_replacements(
     """Scores each expert in place of the hottest device's least needed replica.
 
     Args:
-      problem: what is to be placed, one layer.
+      problem: of one layer.
       features: from `featurize`.
       effects: from `find_effects`.
       homes: from `find_homes`, or None.

@@ -47,7 +47,7 @@ def search(
     """Moves replicas until no move is worth it, in all layers at once.
 
     Args:
-      problem: what is to be placed, leaves with a leading axis of layers.
+      problem: leaves with a leading axis of layers.
       expert: [layers, physical experts] int32, the placement to start from, -1 if
         empty.
       rules: static settings.

@@ -71,7 +71,7 @@ def test_a_greater_least_gain_makes_fewer_moves(drifted):
         )
         return np.asarray(moves)[is_separate].sum()
 
-    # Replicas on one device are separated whatever that gains.
+    # Replicas on one device are separated regardless of the gain.
     is_separate = np.asarray(count_duplicates(old, DEVICES)) == 0
     assert is_separate.any()
     counts = [count(gain) for gain in (1e-6, 1e-3, 1e-2, 1.0)]

@@ -188,7 +188,7 @@ def test_same_under_vmap():
 
 
 @pytest.mark.slow
-def test_same_in_jit_and_nothing_compiles_anew():
+def test_same_in_jit_without_recompiling():
     jitted, traces = traced("soft")
     dead = np.ones(DEVICES, np.float32)
     dead[4] = 0
