@@ -3,7 +3,7 @@
 Pictures need matplotlib (`pip install dualpipe-jax[viz]`), which is imported when one
 is drawn.
 
-Shape suffixes: see `eplb_jax`; here also C columns of a heatmap.
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _draw_layers(
 ) -> None:
     stride = -(-len(step_W) // _MAX_COLUMNS)
     firsts = range(0, len(step_W), stride)
-    cell_CL = np.ma.stack([value_WL[i : i + stride].mean(axis=0) for i in firsts])
+    cells = np.ma.stack([value_WL[i : i + stride].mean(axis=0) for i in firsts])
     # A column reaches half way to its neighbours on both sides.
     middles = (step_W[1:] + step_W[:-1]) / 2
     widths = np.diff(step_W)
@@ -125,10 +125,10 @@ def _draw_layers(
     last = step_W[-1] + (widths[-1] / 2 if len(widths) else 0.5)
     inner = middles[stride - 1 :: stride][: len(firsts) - 1]
     edges = np.concatenate([[first], inner, [last]])
-    lowest = cell_CL.min()
+    lowest = cells.min()
     floor = 0.0 if lowest is np.ma.masked else np.floor(10 * float(lowest)) / 10
     mesh = axes.pcolormesh(
-        edges, np.arange(len(names) + 1) - 0.5, cell_CL.T, cmap=style.colormap(),
+        edges, np.arange(len(names) + 1) - 0.5, cells.T, cmap=style.colormap(),
         vmin=min(floor, 0.9), vmax=1, rasterized=True,
     )  # fmt: skip
     axes.set_facecolor(style.EMPTY)

@@ -6,7 +6,7 @@ Here the numbers are keys of a `tournament`, and all rows take the same step at
 once. There is no host callback and no data-dependent shape: the same program
 runs on CPU and GPU, and under `vmap`.
 
-Shape suffixes: see `eplb_jax`; here also P packs.
+Shape suffixes: see `eplb_jax`; here also U packs.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def pack_in_order(weight_AX: jax.Array, num_packs: int) -> tuple[jax.Array, jax.
         sorted_AX = lax.sort(descending(weight_AX) | item_1X, is_stable=False)
         order_AX = (sorted_AX & LOW_MASK).astype(jnp.int32)
         sorted_weight_XA = from_bits(LARGEST_VALUE - (sorted_AX >> VALUE_SHIFT)).T
-        keys_PA, position_PA = _open_packs(sorted_weight_XA[:num_packs], capacity)
+        keys_UA, position_UA = _open_packs(sorted_weight_XA[:num_packs], capacity)
 
         def add(key_A: jax.Array, step: jax.Array) -> jax.Array:
             item_A = lax.dynamic_index_in_dim(
@@ -199,31 +199,31 @@ def pack_in_order(weight_AX: jax.Array, num_packs: int) -> tuple[jax.Array, jax.
             load_A = from_bits(key_A >> VALUE_SHIFT) + item_A
             return _pack_keys(bits(load_A), (key_A & LOW_MASK) + 1, capacity)
 
-        taken_XA = take_smallest(keys_PA, num_items - num_packs, add)
+        taken_XA = take_smallest(keys_UA, num_items - num_packs, add)
     position_XA = (taken_XA >> INDEX_BITS) * capacity + (taken_XA & FIELD_MASK)
-    return order_AX, jnp.concatenate([position_PA, position_XA]).T
+    return order_AX, jnp.concatenate([position_UA, position_XA]).T
 
 
 @jax.jit
-def _open_packs(first_PA: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+def _open_packs(first_UA: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """Places as many items as there are packs; returns keys and the items' positions.
 
     These items need no search: each item with a load opens another pack, and the
     remaining packs fill up with loadless items, one after the other.
     """
-    num_packs = first_PA.shape[0]
-    pack_P1 = jnp.arange(num_packs, dtype=jnp.int64)[:, None]
-    opened_1A = (first_PA > 0).sum(axis=0, dtype=jnp.int64, keepdims=True)
-    is_open_PA = pack_P1 < opened_1A
-    beyond_PA = pack_P1 - opened_1A
-    loadless_PA = num_packs - opened_1A - beyond_PA * capacity
-    count_PA = jnp.where(is_open_PA, 1, jnp.clip(loadless_PA, 0, capacity))
-    low_PA = (pack_P1 << INDEX_BITS) | count_PA
-    value_PA = jnp.where(is_open_PA, bits(first_PA), 0)
-    position_PA = jnp.where(
-        is_open_PA, pack_P1 * capacity, opened_1A * capacity + beyond_PA
+    num_packs = first_UA.shape[0]
+    pack_U1 = jnp.arange(num_packs, dtype=jnp.int64)[:, None]
+    opened_1A = (first_UA > 0).sum(axis=0, dtype=jnp.int64, keepdims=True)
+    is_open_UA = pack_U1 < opened_1A
+    beyond_UA = pack_U1 - opened_1A
+    loadless_UA = num_packs - opened_1A - beyond_UA * capacity
+    count_UA = jnp.where(is_open_UA, 1, jnp.clip(loadless_UA, 0, capacity))
+    low_UA = (pack_U1 << INDEX_BITS) | count_UA
+    value_UA = jnp.where(is_open_UA, bits(first_UA), 0)
+    position_UA = jnp.where(
+        is_open_UA, pack_U1 * capacity, opened_1A * capacity + beyond_UA
     )
-    return _pack_keys(value_PA, low_PA, capacity), position_PA.astype(jnp.int32)
+    return _pack_keys(value_UA, low_UA, capacity), position_UA.astype(jnp.int32)
 
 
 def _pack_keys(value: jax.Array, low: jax.Array, capacity: int) -> jax.Array:

@@ -4,7 +4,7 @@ A key is an int64 that holds a value, the index that breaks ties, and a count, s
 one `min` finds all three. The keys form a tournament of two levels: a step reads the
 blocks' minima and one block instead of all keys.
 
-Shape suffixes: see `eplb_jax`; here also C blocks of Q keys.
+Shape suffixes: see `eplb_jax`; here also Z blocks of Q keys.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def take_smallest(
     padding = ((0, -num_keys % block), (0, 0))
     largest = jnp.iinfo(jnp.int64).max
     padded_XA = jnp.pad(keys_XA, padding, constant_values=largest)
-    keys_CQA = padded_XA.reshape(-1, block, num_rows)
-    block_C1 = jnp.arange(keys_CQA.shape[0], dtype=jnp.int32)[:, None]
+    keys_ZQA = padded_XA.reshape(-1, block, num_rows)
+    block_Z1 = jnp.arange(keys_ZQA.shape[0], dtype=jnp.int32)[:, None]
     # One number addresses a key: XLA would build index vectors in an extra pass.
     row_A = jnp.arange(num_rows, dtype=jnp.int32)
     inside_QA = jnp.arange(block * num_rows, dtype=jnp.int32).reshape(block, num_rows)
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        keys, smallest_CA, taken_XA = carry
-        key_A = smallest_CA.min(axis=0)
+        keys, smallest_ZA, taken_XA = carry
+        key_A = smallest_ZA.min(axis=0)
         index_A, _ = fields(key_A)
         block_1A = (index_A // block)[None]
         # Write first, then read the block: in the other order XLA keeps the old
@@ -66,14 +66,14 @@ def take_smallest(
         keys = put(keys, index_A * num_rows + row_A, change(key_A, i))
         block_QA = take(keys, block_1A * (block * num_rows) + inside_QA)
         smallest_1A = block_QA.min(axis=0, keepdims=True)
-        smallest_CA = jnp.where(block_C1 == block_1A, smallest_1A, smallest_CA)
+        smallest_ZA = jnp.where(block_Z1 == block_1A, smallest_1A, smallest_ZA)
         taken_XA = lax.dynamic_update_index_in_dim(
             taken_XA, key_A.astype(jnp.int32), i, 0
         )
-        return keys, smallest_CA, taken_XA
+        return keys, smallest_ZA, taken_XA
 
     taken_XA = jnp.zeros((num_steps, num_rows), jnp.int32)
-    carry = (keys_CQA.reshape(-1), keys_CQA.min(axis=1), taken_XA)
+    carry = (keys_ZQA.reshape(-1), keys_ZQA.min(axis=1), taken_XA)
     return lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), step, carry)[2]
 
 
