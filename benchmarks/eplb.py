@@ -1,13 +1,13 @@
-"""EPLB: time of a plan beside a plain NumPy port's, and what the plans are worth.
+"""EPLB: the time of a plan beside a plain NumPy port's, and the quality of plans.
 
 Run: JAX_PLATFORMS=cpu python benchmarks/eplb.py [--quick] [--upstream PATH]
 
 `--upstream` names a checkout of deepseek-ai/EPLB, whose program then runs in the same
 process as one more rival; that needs torch. Ratios are medians over pairs of runs, one
-after the other, so that a busy machine slows both; times are medians, on the wall and,
-in brackets, of CPU time over all threads. Loads of 58 layers are recorded ones of
-DeepSeek-V3 (tests/data), others are lognormal with a fixed seed. JAX_PLATFORMS=cuda
-runs our part on a GPU, where the time includes the launch and not the copy back.
+after the other, so that a busy machine slows both. Times are medians of wall time and,
+in brackets, of CPU time over all threads. Loads of 58 layers were recorded from
+DeepSeek-V3 (tests/data); others are lognormal with a fixed seed. JAX_PLATFORMS=cuda
+runs our part on a GPU; the time then includes the launch but not the copy back.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from eplb_jax.placement.soft import home_nodes
 
 LOADS = Path(__file__).parent.parent / "tests" / "data" / "eplb_loads_deepseek_v3.npz"
 DENSE = 3  # the first layers have no experts
-# (layers, experts), (num_replicas, num_groups, num_nodes, num_gpus), and what upstream
-# took on two cores of another machine, ms (torch 2.13): no figure of this run.
+# (layers, experts), (num_replicas, num_groups, num_nodes, num_gpus), and upstream's
+# time on two cores of another machine, ms (torch 2.13), which is not measured here.
 SHAPES = (
     ((58, 256), (288, 8, 4, 32), 317),
     ((58, 256), (288, 1, 18, 144), 1741),
@@ -45,7 +45,7 @@ SHAPES = (
     ((96, 1024), (1280, 1, 40, 320), 36600),
 )
 WINDOW = "prefill_in2048"
-# Replicas of one expert that the narrow map has room for; the loads here need fewer.
+# Width of the narrow map: replicas per expert. The loads here need fewer.
 MAX_REPLICAS = 48
 
 
@@ -62,7 +62,7 @@ def loads_of(shape):
 
 
 def seconds(fn, *args):
-    """(wall, CPU) seconds of one call."""
+    """Returns (wall, CPU) seconds of one call."""
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(fn(*args))
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -74,7 +74,7 @@ def milliseconds(times):
 
 
 def compiled(shape, sizes, **options):
-    """The compiled program, and the wall seconds that tracing and compiling took."""
+    """Returns the compiled program, and the seconds that tracing and compiling took."""
     weight = jax.ShapeDtypeStruct(shape, np.float32)
     fn = jax.jit(lambda weight: rebalance_experts(weight, *sizes, **options))
     start = time.perf_counter()
@@ -93,7 +93,7 @@ def is_equal(maps, expected):
 
 
 def upstream_program(path):
-    """deepseek-ai/EPLB's own function, or an error that says what is missing."""
+    """Imports deepseek-ai/EPLB's own function; exits and tells how, if it cannot."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -108,8 +108,8 @@ def upstream_program(path):
     def stable(self, dim, descending):
         return unstable(self, dim=dim, descending=descending, stable=True)
 
-    # Its maps depend on how ties fall: stable, as in the golden data, or there is
-    # nothing to compare.
+    # Its maps depend on how the sort breaks ties: only a stable one, as in the golden
+    # data, gives comparable maps.
     torch.Tensor.sort = stable
     return lambda weight, *sizes: eplb.rebalance_experts(torch.tensor(weight), *sizes)
 
@@ -134,8 +134,8 @@ def time_rebalance(runs, upstream):
         )
         ours, full, theirs = [], [], {name: [] for name in rivals}
         for _ in range(runs):
-            # A plan is over before the clock of a busy machine has ticked twice: each
-            # run is the median of eleven.
+            # One plan is too short for a busy machine's clock: a run is the median of
+            # eleven.
             for times, fn in ((ours, program), (full, wide)):
                 several = sorted(seconds(fn, on_device) for _ in range(11))
                 times.append(several[len(several) // 2])
@@ -153,14 +153,14 @@ def time_rebalance(runs, upstream):
 
 
 def quality_of_policies(runs):
-    num_slots, num_nodes, num_gpus = 288, 4, 32
-    sizes = (num_slots, 8, num_nodes, num_gpus)
-    print(f"\npolicies, 58x256 -> {num_slots} on {num_gpus} GPUs of {num_nodes} nodes")
+    num_replicas, num_nodes, num_devices = 288, 4, 32
+    sizes = (num_replicas, 8, num_nodes, num_devices)
+    print(f"\npolicies, 58x256 -> {num_replicas} on {num_devices} GPUs, 4 nodes")
     print("  balancedness mean and worst layer; load served off its home node; experts")
-    print("  twice on a GPU, of all layers")
+    print("  twice on a GPU, in all layers")
     for window in (WINDOW, "prefill_in2000out100"):
         weight = recorded(window)
-        bound = np.asarray(balancedness_bound(weight, num_slots, num_gpus))
+        bound = np.asarray(balancedness_bound(weight, num_replicas, num_devices))
         home = home_nodes(weight, 8, num_nodes)
         print(f"  {window}: no placement exceeds {bound.mean():.4f}")
         for policy in ("hierarchical", "soft", "global", "swaps"):
@@ -168,9 +168,9 @@ def quality_of_policies(runs):
                 weight.shape, sizes, policy=policy, max_replicas=MAX_REPLICAS
             )
             placement = program(weight)[0]
-            score = np.asarray(balancedness(weight, placement, num_gpus))
+            score = np.asarray(balancedness(weight, placement, num_devices))
             away = np.asarray(remote_share(weight, placement, home, num_nodes))
-            twice = int(np.asarray(count_duplicates(placement, num_gpus)).sum())
+            twice = int(np.asarray(count_duplicates(placement, num_devices)).sum())
             times = [seconds(program, weight) for _ in range(runs)]
             print(
                 f"    {policy:12} {score.mean():.4f} {score.min():.4f}  "
@@ -182,10 +182,10 @@ def quality_of_policies(runs):
 
 def quality_of_refining(runs):
     before, after = recorded("prefill_in1024"), recorded("prefill_in2048")
-    num_slots, num_gpus, budget = 288, 32, 48
-    old = rebalance_experts(before, num_slots, 1, 1, num_gpus)[0]
-    fresh = rebalance_experts(after, num_slots, 1, 1, num_gpus)[0]
-    refine = jax.jit(lambda w, p: refine_placement(w, p, num_gpus, max_moves=budget))
+    num_replicas, num_devices, budget = 288, 32, 48
+    old = rebalance_experts(before, num_replicas, 1, 1, num_devices)[0]
+    fresh = rebalance_experts(after, num_replicas, 1, 1, num_devices)[0]
+    refine = jax.jit(lambda w, p: refine_placement(w, p, num_devices, max_moves=budget))
     start = time.perf_counter()
     program = refine.lower(after, old).compile()
     compile_s = time.perf_counter() - start
@@ -196,9 +196,10 @@ def quality_of_refining(runs):
         ("upstream's fresh plan", fresh),
         ("refined", refined),
     ):
-        score = np.asarray(balancedness(after, placement, num_gpus))
-        moved = np.asarray(count_moves(old, placement, num_gpus)).mean() / num_slots
-        twice = int(np.asarray(count_duplicates(placement, num_gpus)).sum())
+        score = np.asarray(balancedness(after, placement, num_devices))
+        moves = np.asarray(count_moves(old, placement, num_devices))
+        moved = moves.mean() / num_replicas
+        twice = int(np.asarray(count_duplicates(placement, num_devices)).sum())
         print(
             f"  {name:22} balancedness {score.mean():.4f} {score.min():.4f}  "
             f"moved {moved:6.1%}  twice {twice:3}"

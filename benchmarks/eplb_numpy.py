@@ -1,20 +1,20 @@
-"""EPLB in plain NumPy, one item at a time: the rival that everyone has, and an oracle.
+"""EPLB in plain NumPy, one item at a time: a baseline for benchmarks, and an oracle.
 
-A port of `deepseek-ai/EPLB@5791971 eplb.py` with the order of ties that upstream
-leaves to an unstable sort: stable descending, the lowest index first. It is written for
-being read and shares no code with eplb_jax.
+A port of `deepseek-ai/EPLB@5791971 eplb.py` that fixes the order of ties, which
+upstream leaves to an unstable sort: stable descending, the lowest index first. It is
+written to be read and shares no code with eplb_jax.
 """
 
 import numpy as np
 
 
 def sum_as_torch_does(values):
-    """Float32 sum of a vector in the order of torch 2.13 on x86-64.
+    """Sums a vector in float32, in the order of torch 2.13 on x86-64.
 
-    Eight lanes, in each of them four chains; a chain adds up runs of 16 (in long
-    chains of more) and then the sums of the runs. The chains of a lane are added up,
-    then what was left over beside the lanes, then the lanes. Fewer than eight values
-    are chains of scalars.
+    There are eight lanes with four chains each. A chain adds up runs of 16 (longer
+    runs in long chains), and then the sums of the runs. The chains of each lane are
+    added up, then the values left over beside the lanes, then the lanes. Fewer than
+    eight values are chains of scalars.
     """
     values = np.asarray(values, np.float32)
     if len(values) < 8:
@@ -28,7 +28,7 @@ def sum_as_torch_does(values):
 
 
 def _four_chains(rows):
-    """rows: [n, lanes]; row i is of chain i % 4, but for up to three at the end."""
+    """Sums rows [n, lanes]; row i is in chain i % 4, except up to three at the end."""
     length = len(rows) // 4
     power = max(4, (length - 1).bit_length() // 4 if length else 0)
     chains = np.zeros((4, rows.shape[1]), np.float32)
@@ -94,8 +94,8 @@ def rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus):
         num_groups = num_nodes = 1
     num_layers, num_experts = weight.shape
     group_size, per_node = num_experts // num_groups, num_experts // num_nodes
-    slots_of_node = num_replicas // num_nodes
-    slots_of_gpu = num_replicas // num_gpus
+    replicas_per_node = num_replicas // num_nodes
+    replicas_per_gpu = num_replicas // num_gpus
 
     by_group = weight.reshape(num_layers, num_groups, group_size)
     group_load = np.array([[sum_as_torch_does(g) for g in layer] for layer in by_group])
@@ -105,14 +105,14 @@ def rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus):
     expert_at = np.argsort(position, axis=1)
 
     by_node = np.take_along_axis(weight, expert_at, 1).reshape(-1, per_node)
-    replica, rank, count = replicate_experts(by_node, slots_of_node)
+    replica, rank, count = replicate_experts(by_node, replicas_per_node)
     load = np.take_along_axis(by_node / count.astype(np.float32), replica, 1)
     gpu, place = balanced_packing(load, num_gpus // num_nodes)
-    at_slot = np.argsort(gpu * slots_of_gpu + place, axis=1)
-    replica = np.take_along_axis(replica, at_slot, 1).reshape(num_layers, num_nodes, -1)
+    item_at = np.argsort(gpu * replicas_per_gpu + place, axis=1)
+    replica = np.take_along_axis(replica, item_at, 1).reshape(num_layers, num_nodes, -1)
     replica = replica + per_node * np.arange(num_nodes)[:, None]
     phy2log = np.take_along_axis(expert_at, replica.reshape(num_layers, -1), 1)
-    rank = np.take_along_axis(rank, at_slot, 1).reshape(num_layers, -1)
+    rank = np.take_along_axis(rank, item_at, 1).reshape(num_layers, -1)
     count = np.take_along_axis(count.reshape(num_layers, -1), position, 1)
 
     log2phy = np.full((num_layers, num_experts, count.max()), -1)

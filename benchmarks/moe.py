@@ -82,7 +82,7 @@ def buffers():
         if is_balanced:
             share = jax.vmap(lambda c, t: balanced_shares(c, t, DEVICES))
             shares = np.asarray(jax.jit(share)(came, maps))
-        per_device = maps.num_slots // DEVICES
+        per_device = maps.num_physical_experts // DEVICES
         loads = np.zeros((len(came), DEVICES))
         layer = np.broadcast_to(np.arange(len(came))[:, None, None], slots.shape)
         used = slots >= 0

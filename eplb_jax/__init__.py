@@ -2,6 +2,27 @@
 
 Every name is loaded when it is first used, so that importing this package imports
 neither jax nor flax.
+
+Shape suffixes: `loads_LE` has the shape [layers, experts], with these letters in every
+file of the package. A file's docstring adds letters that only it uses; 1 is an axis of
+size 1.
+
+  A  rows that are processed alike: layers, or the nodes of all layers
+  D  devices
+  E  logical experts
+  F  features of a token (model width)
+  G  groups of experts
+  H  hidden features of an expert
+  I  physical experts of one device
+  K  choices per token (top_k)
+  L  layers
+  M  rows of a buffer
+  N  nodes
+  R  replicas of an expert
+  S  physical experts of all devices
+  T  tokens
+  W  windows of time: steps, or intervals of a recording
+  X  entries of a row that is packed or permuted
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,8 @@
 """Names that are looked up when they are used.
 
-What a package hands out may need jax, flax or matplotlib, and an object may be shown by
-code that stands above it. Both are named by text here, so that importing a package
-stays cheap and imports run one way.
+A package's public names may need jax, flax or matplotlib, and an object may be shown
+by code that imports the object's own module. Here such names are strings, so that
+importing a package stays cheap and imports run one way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def find(target: str) -> Any:
-    """The object that `module:name` names.
+    """Returns the object that `module:name` names.
 
     Examples:
       >>> find("math:sqrt")(9.0)
@@ -27,14 +27,14 @@ def find(target: str) -> Any:
 def attach(
     package: str, modules: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package whose names load on first use.
+    """Makes the `__getattr__` and `__dir__` of a package that loads names on first use.
 
     Args:
       package: the package's `__name__`.
-      modules: for each name the module that defines it.
+      modules: for each name, the module that defines it.
 
     Returns:
-      Two functions, as PEP 562 describes them.
+      The two functions, as in PEP 562.
     """
     namespace = vars(sys.modules[package])
 
@@ -51,7 +51,7 @@ def attach(
 
 
 def method(target: str) -> Callable[..., Any]:
-    """A method that calls the function that `module:name` names, on its object.
+    """Makes a method that passes its object to the function that `module:name` names.
 
     Examples:
       >>> class Shown:

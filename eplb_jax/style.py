@@ -1,8 +1,8 @@
-"""How every picture of both packages looks: colours, and figures of matplotlib.
+"""The style of all pictures of both packages: colours and matplotlib figures.
 
-A leaf: it imports nothing of either package, and matplotlib only where a figure is
-made. Nothing global is set, neither matplotlib's rcParams nor a figure of pyplot, so
-that a caller's own settings and figures stay as they are.
+This module imports nothing from either package, and matplotlib only when a figure is
+made. It changes no global state, neither matplotlib's rcParams nor pyplot's figures,
+so the caller's own settings and figures stay as they are.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Texts, what stands behind them, and what is there only to be measured against.
+# Text, its background, and lines and areas for comparison only.
 INK, FAINT, PAPER = "#1a1a1a", "#6b6b6b", "#ffffff"
 GRID, EMPTY = "#e2e2e2", "#f0f0f0"
-# On a dark screen: of a page that asks what its reader prefers.
+# The same for dark mode, in pages that follow the reader's preference.
 DARK = {INK: "#ececec", FAINT: "#a3a3a3", PAPER: "#161616", GRID: "#383838"}
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 ORANGE, SKY, GREEN, YELLOW = "#e69f00", "#56b4e9", "#009e73", "#f0e442"
 BLUE, VERMILION, PURPLE, GREY = "#0072b2", "#d55e00", "#cc79a7", "#999999"
-# One after the other for lines whose names say nothing.
+# In this order, for lines that have no colour by name.
 LINES = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY)
 
-# By op, a pair for directions 0 and 1; INK is readable on all of them.
+# For each op, directions 0 and 1; INK is readable on all of them.
 OPS = {
     "F": ("#ffdb94", ORANGE),
     "B": ("#94d9c4", GREEN),
     "I": ("#c4e4f7", SKY),
     "W": ("#eecbdd", PURPLE),
 }
-# Lines of schedules, and of policies of expert load balancing.
+# For lines: schedules, and policies of expert load balancing.
 SCHEDULES = {
     "dualpipe": BLUE,
     "dualpipev": SKY,
@@ -45,14 +45,14 @@ SCHEDULES = {
     "gpipe": GREY,
 }
 POLICIES = {"never": GREY, "once": SKY, "upstream": ORANGE, "refine": GREEN}
-# Communication: under compute, and while compute waits for it.
+# Communication: hidden under compute, and exposed.
 HIDDEN, EXPOSED = "#b8cfe0", VERMILION
 OTHER = "#d0d0d0"  # compute that belongs to no phase
-# From bad to good, ever lighter: what is dark wants to be looked at.
+# From bad to good, ever lighter: dark cells are the ones to look at.
 SCALE = ("#67000d", "#b23a0e", VERMILION, "#f0a868", "#fbe3c8", "#fffaf2")
 
 TEXT, SMALL, TITLE = 9.0, 8.0, 11.0
-_GOLDEN = 0.61803398875  # hues of neighbours differ most
+_GOLDEN = 0.61803398875  # makes the hues of neighbours differ most
 
 Grid = Literal["", "x", "y", "both"]
 
@@ -60,12 +60,12 @@ Grid = Literal["", "x", "y", "both"]
 def figure(
     width: float, height: float, *, dpi: float = 100, layout: Any = "constrained"
 ) -> Figure:
-    """An empty figure on a canvas of its own, which shows itself in a notebook.
+    """Makes an empty figure, independent of pyplot, that displays in a notebook.
 
     Args:
       width: in inches.
       height: in inches.
-      dpi: pixels an inch.
+      dpi: pixels per inch.
       layout: see matplotlib's `Figure`.
 
     Returns:
@@ -89,13 +89,13 @@ def figure(
         ) from error
     made = Figure(figsize=(width, height), dpi=dpi, layout=layout, facecolor=PAPER)
     FigureCanvasAgg(made)
-    # A notebook asks for it where nobody has told IPython about matplotlib.
+    # For notebooks in which IPython has no display hook for matplotlib.
     made.__dict__["_repr_png_"] = functools.partial(png, made)
     return made
 
 
 def png(drawn: Figure, dpi: float = 150) -> bytes:
-    """A figure as the bytes of a PNG file."""
+    """Renders a figure as the bytes of a PNG file."""
     stream = io.BytesIO()
     drawn.savefig(stream, format="png", dpi=dpi, facecolor=PAPER)
     return stream.getvalue()
@@ -110,15 +110,15 @@ def axes(
     sharex: bool = False,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Axes, ...]:
-    """Axes of a figure in this style, row by row.
+    """Adds axes in this style to a figure, row by row.
 
     Args:
       drawn: the figure.
-      rows: of axes.
-      columns: of axes.
-      grid: the axes whose values have lines across.
-      sharex: whether all rows have the same x.
-      height_ratios: of the rows.
+      rows: number of rows.
+      columns: number of columns.
+      grid: the axes whose ticks have grid lines.
+      sharex: whether all rows share their x axis.
+      height_ratios: relative heights of the rows.
     """
     made = drawn.subplots(
         rows, columns, sharex=sharex, squeeze=False, height_ratios=height_ratios
@@ -129,7 +129,7 @@ def axes(
 
 
 def dress(plain: Axes, grid: Grid = "") -> None:
-    """Gives axes that are there already this style."""
+    """Applies this style to existing axes."""
     plain.set_facecolor(PAPER)
     plain.spines[["top", "right"]].set_visible(False)
     plain.spines[:].set(color=FAINT, linewidth=0.8)
@@ -142,17 +142,17 @@ def dress(plain: Axes, grid: Grid = "") -> None:
 
 
 def heading(drawn: Figure, text: str, below: str = "") -> None:
-    """Writes a title above a figure, from its left, and a fainter line below it."""
+    """Adds a left-aligned title to a figure, and a fainter line below it."""
     drawn.suptitle(text, x=0.01, ha="left", fontsize=TITLE, color=INK, parse_math=False)
     if below:
-        # Above the topmost axes, where the layout keeps room for it.
+        # As the title of the topmost axes, for which the layout leaves room.
         drawn.axes[0].set_title(
             below, loc="left", fontsize=TEXT, color=FAINT, parse_math=False
         )
 
 
 def legend(owner: Axes, *, above: bool = False, columns: int = 1, **options) -> None:
-    """A legend without a frame: inside the axes, or in rows above them."""
+    """Adds a legend without a frame: inside the axes, or in rows above them."""
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)} if above else {}
     owner.legend(
         **{
@@ -167,7 +167,7 @@ def legend(owner: Axes, *, above: bool = False, columns: int = 1, **options) -> 
 
 
 def rgb(colour: str) -> tuple[float, float, float]:
-    """Red, green and blue of `#rrggbb`, from 0 to 1.
+    """Returns red, green and blue of `#rrggbb`, from 0 to 1.
 
     Examples:
       >>> rgb("#ff8000")[:2]
@@ -182,13 +182,13 @@ def _hex(parts: Sequence[float]) -> str:
 
 
 def distinct(index: int) -> str:
-    """A colour for thing number `index` of many, unlike those of its neighbours."""
+    """Returns a colour for item `index` of many, unlike those of its neighbours."""
     light = 0.62 - 0.16 * (index % 3) / 2
     return _hex(colorsys.hls_to_rgb(index * _GOLDEN % 1, light, 0.62))
 
 
 def scale(part: float) -> str:
-    """The colour of `SCALE` for 0, which is bad, to 1, which is good.
+    """Returns the colour of `SCALE` for a value from 0 (bad) to 1 (good).
 
     Examples:
       >>> scale(0.0) == SCALE[0], scale(1.0) == SCALE[-1]
@@ -201,14 +201,14 @@ def scale(part: float) -> str:
 
 
 def colormap() -> Any:
-    """`SCALE` as a colormap of matplotlib; what is not a number is `EMPTY`."""
+    """Returns `SCALE` as a matplotlib colormap; NaN is `EMPTY`."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("balance", SCALE).with_extremes(bad=EMPTY)
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance as WCAG 2.2 defines it, from 0 to 1."""
+    """Returns the relative luminance as WCAG 2.2 defines it, from 0 to 1."""
     linear = [
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
         for part in rgb(colour)
@@ -217,7 +217,7 @@ def luminance(colour: str) -> float:
 
 
 def ink_on(colour: str) -> str:
-    """Which of INK and PAPER is easier to read on a colour.
+    """Returns INK or PAPER, whichever is easier to read on a colour.
 
     Examples:
       >>> ink_on(YELLOW) == INK, ink_on(BLUE) == PAPER

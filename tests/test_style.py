@@ -1,4 +1,4 @@
-"""One style for all pictures: its colours, and that nothing else names any."""
+"""One style for all pictures: its colours, and that no other module names any."""
 
 import ast
 import io
@@ -17,13 +17,13 @@ from eplb_jax import style
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dualpipe_jax", "eplb_jax")
-# What a colour may be given to: color=, facecolor=, fill= and their like.
+# Keywords that take a colour: color=, facecolor=, fill= and the like.
 TAKES_COLOUR = re.compile(r"colou?rs?$|^(c|fc|ec|fill|edge)$")
 NO_COLOUR = {"none", "auto", "inherit"}
 
 
 def colours_in(source: str) -> list[str]:
-    """Colours that a module names itself: of the form #rrggbb, or as a keyword."""
+    """Returns the colours that a module names: of the form #rrggbb, or as a keyword."""
     tree = ast.parse(source)
     documents = {
         id(node.body[0].value)
@@ -73,7 +73,7 @@ def test_only_the_style_names_colours():
 
 
 def test_a_figure_changes_nothing_global():
-    # As one who works in the dark has it.
+    # Like a user's dark theme.
     with matplotlib.rc_context({"axes.facecolor": "#000000", "text.color": "#00ff00"}):
         before = dict(matplotlib.rcParams)
         figure = style.figure(2, 1)
@@ -92,7 +92,7 @@ def test_a_figure_changes_nothing_global():
     assert tuple(pixels[0, 0, :3]) == style.rgb(style.PAPER) and not black.any()
 
 
-def test_figures_without_matplotlib_say_what_to_do(monkeypatch):
+def test_figures_without_matplotlib_name_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'dualpipe-jax\[viz\]'"):
         style.figure(2, 1)
@@ -104,7 +104,7 @@ def test_luminance_is_that_of_the_guidelines():
     assert 1.05 / (style.luminance("#767676") + 0.05) == pytest.approx(4.54, abs=0.005)
 
 
-def test_the_scale_is_ever_lighter_and_faint_text_can_be_read():
+def test_the_scale_gets_lighter_and_faint_text_is_readable():
     steps = [style.luminance(style.scale(i / 50)) for i in range(51)]
     assert all(a < b for a, b in itertools.pairwise(steps))
     assert style.scale(-1) == style.SCALE[0] and style.scale(2) == style.SCALE[-1]
@@ -118,7 +118,7 @@ def test_the_scale_is_ever_lighter_and_faint_text_can_be_read():
 
 
 @pytest.mark.parametrize("index", range(40))
-def test_many_colours_differ_and_take_readable_numbers(index):
+def test_many_colours_differ_and_numbers_on_them_are_readable(index):
     face = style.distinct(index)
     assert face not in {style.distinct(i) for i in range(index)}
     back, text = (style.luminance(c) + 0.05 for c in (face, style.ink_on(face)))

@@ -141,7 +141,7 @@ def mix_experts(
     else:
         if is_physical:
             _check_fit(expert_weights, tables, p)
-        num_slots = tables.num_slots
+        num_slots = tables.num_physical_experts
         slots = choose_physical_experts(
             experts,
             tables,
@@ -300,9 +300,9 @@ def _check_fit(
     parallel: ExpertParallel,
 ) -> None:
     held = weights.gate.shape[0]
-    if held * parallel.num_devices != tables.num_slots:
+    if held * parallel.num_devices != tables.num_physical_experts:
         raise ValueError(
             f"physical weights of {held} slots a device do not fit tables of "
-            f"{tables.num_slots} slots on {parallel.num_devices} devices; gather them "
-            "anew with physical_weights."
+            f"{tables.num_physical_experts} slots on {parallel.num_devices} devices; "
+            "gather them anew with physical_weights."
         )

@@ -69,12 +69,12 @@ def physical_weights(
         return jax.tree.map(lambda leaf: take_or_zero(leaf, expert_S), weights)
     per_device = tables.num_experts // num_devices
     # Each expert of the others has a slot, so these are the most that mine can have.
-    num_sent = tables.num_slots - tables.num_experts + per_device
+    num_sent = tables.num_physical_experts - tables.num_experts + per_device
     owner_S = jnp.where(expert_S >= 0, expert_S // per_device, num_devices)
     source_S = expert_S - owner_S * per_device
     fetch = plan_weight_gather(owner_S, source_S, num_devices, num_sent, axis_name)
 
-    slices = -(-num_sent // (tables.num_slots // num_devices))
+    slices = -(-num_sent // (tables.num_physical_experts // num_devices))
 
     def gather(leaf: jax.Array) -> jax.Array:
         count = divisor_from(math.prod(leaf.shape[1:]), slices)
@@ -244,7 +244,7 @@ def _by_slices(function, rows: jax.Array, num_results: int, count: int) -> jax.A
 def _check(weights: PyTree, tables: ExpertTables, num_devices: int) -> None:
     if tables.expert_count.ndim != 1:
         raise ValueError("tables are of several layers; pass one's, tables.layer(i).")
-    for name in ("num_slots", "num_experts"):
+    for name in ("num_physical_experts", "num_experts"):
         if num_devices < 1 or getattr(tables, name) % num_devices:
             raise ValueError(
                 f"{num_devices=} must divide {name}={getattr(tables, name)}."

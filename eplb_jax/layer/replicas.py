@@ -126,7 +126,7 @@ def balanced_shares(
       >>> balanced_shares(counts, tables, 2)[0].round().tolist()
       [1.0, 7.0]
     """
-    per_device = tables.num_slots // num_devices
+    per_device = tables.num_physical_experts // num_devices
     slots_EC = tables.logical_to_physical_map
     is_slot_EC = slots_EC >= 0
     device_EC = jnp.where(is_slot_EC, slots_EC // per_device, num_devices)
@@ -197,7 +197,7 @@ def _nearest(
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest replicas of each expert, first in their row, and their number."""
     slots_EC = tables.logical_to_physical_map
-    at_EC = slots_EC // (tables.num_slots // num_devices)
+    at_EC = slots_EC // (tables.num_physical_experts // num_devices)
     per_node = num_devices // num_nodes
     is_far_EC = (at_EC // per_node != device // per_node).astype(jnp.int32)
     distance_EC = (at_EC != device).astype(jnp.int32) + is_far_EC
@@ -220,9 +220,10 @@ def _check(
             f"tables are of {tables.expert_count.shape[0]} layers; pass one layer's, "
             "tables.layer(i)."
         )
-    if num_devices < 1 or tables.num_slots % num_devices:
+    if num_devices < 1 or tables.num_physical_experts % num_devices:
         raise ValueError(
-            f"{num_devices=} must divide the {tables.num_slots} slots of the tables."
+            f"{num_devices=} must divide the {tables.num_physical_experts} slots of "
+            "the tables."
         )
     if num_nodes < 1 or num_devices % num_nodes:
         raise ValueError(f"{num_nodes=} must divide {num_devices=}.")

@@ -1,10 +1,11 @@
-"""Placements and replays as text and figures.
+"""Placements and replays, as text and as figures.
 
 Imports: placement, recordings.
 """
 
 from eplb_jax.pictures.over_time import balancedness_figure, replay_figure
-from eplb_jax.pictures.show import placement_figure, placement_text, replay_text
+from eplb_jax.pictures.placed import placement_figure
+from eplb_jax.pictures.text import placement_text, replay_text
 
 __all__ = [
     "balancedness_figure",

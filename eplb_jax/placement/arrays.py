@@ -1,6 +1,6 @@
-"""Gathers and scatters that promise what they know, and divisions that are exact.
+"""Gathers and scatters of known indices, and divisions that round alike everywhere.
 
-Shape suffixes: R rows, N and M entries of a row.
+Shape suffixes: see `eplb_jax`; here also Y entries of another row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def take(value: jax.Array, index: jax.Array) -> jax.Array:
-    """`value[index]` of a flat array, for indices known to be inside.
+    """Takes `value[index]` of a flat array, for indices known to be inside.
 
     Args:
       value: [n].
@@ -22,7 +22,6 @@ def take(value: jax.Array, index: jax.Array) -> jax.Array:
       [...], like `value`.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> take(jnp.array([7, 8, 9]), jnp.array([[2, 0]])).tolist()
       [[9, 7]]
     """
@@ -30,11 +29,11 @@ def take(value: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def take_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """`rows[index]`, and zeros where there is no such row.
+    """Takes `rows[index]`, and zeros where there is no such row.
 
     Args:
       rows: [n, ...].
-      index: [m] int32; what is negative or not below n is no row.
+      index: [m] int32; there is no row below 0 or from n on.
 
     Returns:
       [m, ...], like `rows`.
@@ -48,7 +47,7 @@ def take_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.jit
 def put(value: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-    """`value[index] = new` in a flat array, for distinct indices known to be inside.
+    """Puts `new` at `value[index]`, flat, for distinct indices known to be inside.
 
     Args:
       value: [n].
@@ -59,7 +58,6 @@ def put(value: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
       [n].
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> put(jnp.array([7, 8, 9]), jnp.array([2, 0]), jnp.array([1, 2])).tolist()
       [2, 8, 1]
     """
@@ -72,51 +70,67 @@ def put(value: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def take_rows(value_RN: jax.Array, index_RM: jax.Array) -> jax.Array:
-    """`result[r, m] = value[r, index[r, m]]`, for indices known to be inside.
+def take_rows(value_AX: jax.Array, index_AY: jax.Array) -> jax.Array:
+    """Takes `value[r, index[r, m]]` for each r and m, indices known to be inside.
 
     Args:
-      value_RN: [rows, n].
-      index_RM: [rows, m] int32.
+      value_AX: [rows, n].
+      index_AY: [rows, m] int32.
 
     Returns:
-      [rows, m], like `value_RN`.
+      [rows, m], like `value_AX`.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> take_rows(jnp.array([[7, 8], [5, 6]]), jnp.array([[1, 1], [0, 1]])).tolist()
       [[8, 8], [5, 6]]
     """
-    return take(value_RN.reshape(-1), in_rows(index_RM, value_RN.shape[1]))
+    return take(value_AX.reshape(-1), in_rows(index_AY, value_AX.shape[1]))
 
 
 @jax.jit
-def invert(order_RN: jax.Array, value_RN: jax.Array) -> jax.Array:
-    """`result[r, order[r, n]] = value[r, n]`, for rows that are permutations.
+def invert(order_AX: jax.Array, value_AX: jax.Array) -> jax.Array:
+    """Puts `value[r, n]` at `[r, order[r, n]]`, for rows that are permutations.
 
     Args:
-      order_RN: [rows, n] int32, each row a permutation.
-      value_RN: [rows, n].
+      order_AX: [rows, n] int32, each row a permutation.
+      value_AX: [rows, n].
 
     Returns:
-      [rows, n], like `value_RN`.
+      [rows, n], like `value_AX`.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> invert(jnp.array([[2, 0, 1]]), jnp.array([[7, 8, 9]])).tolist()
       [[8, 9, 7]]
     """
-    index_RN = in_rows(order_RN, order_RN.shape[1])
-    flat = jnp.zeros(value_RN.size, value_RN.dtype)
-    return put(flat, index_RN, value_RN).reshape(value_RN.shape)
+    index_AX = in_rows(order_AX, order_AX.shape[1])
+    flat = jnp.zeros(value_AX.size, value_AX.dtype)
+    return put(flat, index_AX, value_AX).reshape(value_AX.shape)
+
+
+def count_replicas(expert_S: jax.Array, num_experts: int) -> jax.Array:
+    """Counts how many physical experts each expert has.
+
+    Args:
+      expert_S: [...] int32, -1 if empty.
+      num_experts: logical experts.
+
+    Returns:
+      [num_experts] int32.
+
+    Examples:
+      >>> count_replicas(jnp.array([2, 0, 2, -1]), 4).tolist()
+      [1, 0, 2, 0]
+    """
+    is_filled_S = (expert_S >= 0).astype(jnp.int32)
+    return jnp.zeros(num_experts, jnp.int32).at[expert_S].add(is_filled_S)
 
 
 @jax.jit
 def divide(load: jax.Array, count: jax.Array) -> jax.Array:
-    """`load / count` in float32, rounded as IEEE 754 says, on every backend.
+    """Divides in float32, rounded as IEEE 754 says, on every backend.
 
     XLA:GPU's own float32 division may be off by two units in the last place, which
-    can turn a comparison round. A float64 quotient of float32 values, rounded to
+    can reverse a comparison. A float64 quotient of float32 values, rounded to
     float32, is the correctly rounded one (53 >= 2 * 24 + 2 bits).
 
     Args:
@@ -127,7 +141,6 @@ def divide(load: jax.Array, count: jax.Array) -> jax.Array:
       [...] float32.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> divide(jnp.array([1.0, 2.0]), jnp.array([3, 4])).tolist()
       [0.3333333432674408, 0.5]
     """
@@ -136,12 +149,12 @@ def divide(load: jax.Array, count: jax.Array) -> jax.Array:
         return quotient.astype(jnp.float32)
 
 
-def in_rows(index_RN: jax.Array, row_size: int) -> jax.Array:
-    """Indices into a flat array, from indices into its rows.
+def in_rows(index_AX: jax.Array, row_size: int) -> jax.Array:
+    """Turns indices into rows into indices into the flat array.
 
     Args:
-      index_RN: [rows, n] int32, in [0, row_size).
-      row_size: entries of a row.
+      index_AX: [rows, n] int32, in [0, row_size).
+      row_size: entries per row.
 
     Returns:
       [rows, n] int32.
@@ -150,12 +163,12 @@ def in_rows(index_RN: jax.Array, row_size: int) -> jax.Array:
       >>> in_rows(jnp.array([[2], [0]]), 3).tolist()
       [[2], [3]]
     """
-    row_R = jnp.arange(index_RN.shape[0], dtype=jnp.int32)
-    return index_RN + (row_R * row_size)[:, None]
+    row_A = jnp.arange(index_AX.shape[0], dtype=jnp.int32)
+    return index_AX + (row_A * row_size)[:, None]
 
 
 def divisor_from(number: int, least: int) -> int:
-    """The smallest divisor of `number` that is `least` or more, or `number` itself."""
+    """Returns the smallest divisor of `number` from `least` on, or `number` itself."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     divisors = small + [number // d for d in reversed(small)]
     return next((d for d in divisors if d >= least), number)

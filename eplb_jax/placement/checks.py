@@ -1,7 +1,7 @@
-"""What is refused, and what it says.
+"""Checks of the arguments, and their error messages.
 
 Shapes and sizes are static and always checked. Values are checked outside jit; inside
-jit only where `check_values=True` asks for it, through `jax.experimental.checkify`.
+jit only if `check_values=True`, through `jax.experimental.checkify`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _LOADS = "weight must be finite and not negative"
 
 
 def as_loads(weight: Any, check_values: bool = False) -> jax.Array:
-    """Loads as float32 [layers, experts], checked as far as they can be.
+    """Converts loads to float32 [layers, experts] and checks what can be checked.
 
     Args:
-      weight: [layers, experts] counts or loads.
+      weight: [layers, experts] loads, such as token counts.
       check_values: also check traced values, with checkify.
 
     Returns:
@@ -61,47 +61,52 @@ def as_loads(weight: Any, check_values: bool = False) -> jax.Array:
 
 
 def as_capacity(
-    device_capacity: Any, num_gpus: int, num_slots: int, num_experts: int, debug: bool
+    device_capacity: Any,
+    num_devices: int,
+    num_physical_experts: int,
+    num_experts: int,
+    check_values: bool,
 ) -> jax.Array:
-    """Capacities as float32 [num_gpus], checked as far as they can be.
+    """Converts capacities to float32 [num_devices] and checks what can be checked.
 
     Args:
-      device_capacity: [num_gpus] relative speeds, 0 for a dead device; None: all 1.
-      num_gpus: devices.
-      num_slots: slots of all devices.
-      num_experts: logical experts; the devices alive must have a slot for each.
-      debug: also check traced values, with checkify.
+      device_capacity: [num_devices] relative speeds, 0 for a dead device; None: all 1.
+      num_devices: devices.
+      num_physical_experts: physical experts of all devices.
+      num_experts: logical experts; the devices alive must have room for all.
+      check_values: also check traced values, with checkify.
 
     Returns:
-      [num_gpus] float32.
+      [num_devices] float32.
 
     Raises:
-      ValueError: for a wrong shape, and outside jit for bad values or too few slots.
+      ValueError: for a wrong shape, and outside jit for bad values or too few devices
+        alive.
 
     Examples:
       >>> as_capacity([1, 0], 2, 8, 6, False)
       Traceback (most recent call last):
         ...
-      ValueError: device_capacity leaves 1 of num_gpus=2 devices alive, with 4 slots ...
+      ValueError: device_capacity leaves 1 of 2 devices alive, with 4 physical ...
     """
     if device_capacity is None:
-        return jnp.asarray(np.ones(num_gpus, np.float32))
+        return jnp.asarray(np.ones(num_devices, np.float32))
     if not isinstance(device_capacity, jax.Array):
         device_capacity = np.asarray(device_capacity, np.float32)
-    if device_capacity.shape != (num_gpus,):
+    if device_capacity.shape != (num_devices,):
         raise ValueError(
-            f"device_capacity has shape {device_capacity.shape}, but {num_gpus=}; "
-            "give one number a device."
+            f"device_capacity has shape {device_capacity.shape}, but there are "
+            f"{num_devices} devices; give one speed per device."
         )
-    per_gpu = num_slots // num_gpus
+    per_device = num_physical_experts // num_devices
     if is_traced(device_capacity):
-        if debug:
-            alive = (device_capacity > 0).sum() * per_gpu
+        if check_values:
+            alive = (device_capacity > 0).sum() * per_device
             is_good = jnp.all(jnp.isfinite(device_capacity) & (device_capacity >= 0))
             checkify.check(
                 is_good & (alive >= num_experts),
-                "device_capacity must be finite, not negative, and leave a slot for "
-                f"each of {num_experts} experts.",
+                "device_capacity must be finite, not negative, and leave a physical "
+                f"expert for each of {num_experts} experts.",
             )
         return device_capacity.astype(jnp.float32)
     values = np.asarray(device_capacity)
@@ -111,11 +116,11 @@ def as_capacity(
             "use 0 for a dead device."
         )
     alive = int((values > 0).sum())
-    if alive * per_gpu < num_experts:
+    if alive * per_device < num_experts:
         raise ValueError(
-            f"device_capacity leaves {alive} of {num_gpus=} devices alive, with "
-            f"{alive * per_gpu} slots for {num_experts} experts, and every expert "
-            "needs one; use more slots a device or fewer dead devices."
+            f"device_capacity leaves {alive} of {num_devices} devices alive, with "
+            f"{alive * per_device} physical experts for {num_experts} experts, and "
+            "every expert needs one; use more replicas or fewer dead devices."
         )
     return jnp.asarray(values, jnp.float32)
 
@@ -127,13 +132,13 @@ def check_sizes(
 
     Args:
       num_experts: logical experts.
-      num_replicas: slots of all devices.
+      num_replicas: physical experts per layer.
       num_groups: groups of experts.
       num_nodes: nodes.
       num_gpus: devices.
 
     Raises:
-      ValueError: saying which does not fit, and why.
+      ValueError: if one does not fit, with the reason.
 
     Examples:
       >>> check_sizes(12, 15, 4, 2, 5)
@@ -159,24 +164,24 @@ def check_sizes(
         )
     if num_replicas % num_gpus:
         raise ValueError(
-            f"{num_replicas=} must be a multiple of {num_gpus=}, since every GPU has "
-            f"equally many slots; {num_replicas - num_replicas % num_gpus + num_gpus} "
-            "would do."
+            f"{num_replicas=} must be a multiple of {num_gpus=}, since all GPUs hold "
+            "equally many; use "
+            f"num_replicas={num_replicas - num_replicas % num_gpus + num_gpus}."
         )
     if num_gpus % num_nodes:
         raise ValueError(
-            f"{num_gpus=} must be a multiple of {num_nodes=}; every node has equally "
+            f"{num_gpus=} must be a multiple of {num_nodes=}; all nodes have equally "
             "many GPUs."
         )
     if num_experts % num_groups:
         raise ValueError(
             f"{num_groups=} must divide the number of experts {num_experts}; use "
-            "num_groups=1 if the router knows no groups."
+            "num_groups=1 if the router has no groups."
         )
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is not known yet, because jax is tracing.
+    """Tells whether a value is not known yet, because jax is tracing.
 
     Args:
       value: any array.

@@ -4,8 +4,7 @@
 of experts to nodes, replicate experts within a node, pack the replicas to GPUs.
 The global policy is the same with one group and one node.
 
-Shape suffixes: L layers, E experts, G expert groups, R rows (layers times nodes),
-N replicas of a row, P slots of a layer.
+Shape suffixes: see `eplb_jax`. A row is a node of a layer.
 """
 
 from __future__ import annotations
@@ -30,24 +29,25 @@ def greedy_placement(
     num_replicas: int,
     num_groups: int,
     num_nodes: int,
-    num_gpus: int,
+    num_devices: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Upstream's hierarchical policy, bit for bit; with one group and node, global.
+    """Places experts as upstream's hierarchical policy does, bit for bit.
+
+    With one group and one node, this is upstream's global policy.
 
     Args:
       weight_LE: [layers, experts] float32 loads.
-      num_replicas: slots of a layer; a multiple of `num_gpus`.
+      num_replicas: physical experts per layer; a multiple of `num_devices`.
       num_groups: groups of experts; a multiple of `num_nodes`.
       num_nodes: nodes.
-      num_gpus: GPUs; a multiple of `num_nodes`.
+      num_devices: devices; a multiple of `num_nodes`.
 
     Returns:
-      expert: [layers, num_replicas] int32, the expert in each slot.
-      rank: [layers, num_replicas] int32, which of its replicas that is.
+      expert: [layers, num_replicas] int32, the expert of each physical expert.
+      rank: [layers, num_replicas] int32, which of that expert's replicas it is.
       count: [layers, experts] int32, replicas of each expert.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> weight = jnp.array([[8.0, 1.0, 3.0, 2.0]])
       >>> expert, rank, count = greedy_placement(weight, 6, 2, 2, 2)
       >>> expert.tolist(), rank.tolist(), count.tolist()
@@ -55,37 +55,37 @@ def greedy_placement(
     """
     num_layers, num_experts = weight_LE.shape
     per_node = num_experts // num_nodes
-    # Step 1: pack groups to nodes. With a group a node, upstream keeps their order.
+    # Step 1: pack groups to nodes. With one group per node, upstream keeps their order.
     order_LE = None
-    weight_RE = weight_LE
+    weight_AE = weight_LE
     if num_groups != num_nodes:
         order_LE = experts_by_node(weight_LE, num_groups, num_nodes)
-        weight_RE = take_rows(weight_LE, order_LE)
-    weight_RE = weight_RE.reshape(num_layers * num_nodes, per_node)
+        weight_AE = take_rows(weight_LE, order_LE)
+    weight_AE = weight_AE.reshape(num_layers * num_nodes, per_node)
 
     # Step 2: replicate experts within their node.
-    replica_RN, rank_RN, count_RE = replicate_experts(
-        weight_RE, num_replicas // num_nodes
+    replica_AX, rank_AX, count_AE = replicate_experts(
+        weight_AE, num_replicas // num_nodes
     )
 
-    # Step 3: pack replicas to the GPUs of the node.
-    load_RN = take_rows(divide(weight_RE, count_RE), replica_RN)
-    item_RN, slot_RN = pack_in_order(load_RN, num_gpus // num_nodes)
-    item_RN = invert(slot_RN, item_RN)
-    rank_LP = take_rows(rank_RN, item_RN).reshape(num_layers, num_replicas)
-    expert_LNP = take_rows(replica_RN, item_RN).reshape(num_layers, num_nodes, -1)
+    # Step 3: pack replicas to the devices of the node.
+    load_AX = take_rows(divide(weight_AE, count_AE), replica_AX)
+    item_AX, position_AX = pack_in_order(load_AX, num_devices // num_nodes)
+    item_AX = invert(position_AX, item_AX)
+    rank_LS = take_rows(rank_AX, item_AX).reshape(num_layers, num_replicas)
+    expert_LNX = take_rows(replica_AX, item_AX).reshape(num_layers, num_nodes, -1)
     first_1N1 = per_node * jnp.arange(num_nodes, dtype=jnp.int32)[None, :, None]
-    expert_LP = (expert_LNP + first_1N1).reshape(num_layers, num_replicas)
-    count_LE = count_RE.reshape(num_layers, num_experts)
+    expert_LS = (expert_LNX + first_1N1).reshape(num_layers, num_replicas)
+    count_LE = count_AE.reshape(num_layers, num_experts)
     if order_LE is not None:
-        expert_LP = take_rows(order_LE, expert_LP)
+        expert_LS = take_rows(order_LE, expert_LS)
         count_LE = invert(order_LE, count_LE)
-    return expert_LP, rank_LP, count_LE
+    return expert_LS, rank_LS, count_LE
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def experts_by_node(weight_LE: jax.Array, num_groups: int, num_nodes: int) -> jax.Array:
-    """The experts in the order of the nodes that their groups are packed to.
+    """Sorts the experts by the nodes that their groups are packed to.
 
     Args:
       weight_LE: [layers, experts] float32 loads.
@@ -97,30 +97,29 @@ def experts_by_node(weight_LE: jax.Array, num_groups: int, num_nodes: int) -> ja
       [layers, experts] int32: first the experts of node 0, then those of node 1.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> experts_by_node(jnp.array([[1.0, 2, 9, 9, 3, 3, 0, 0]]), 4, 2).tolist()
       [[2, 3, 6, 7, 4, 5, 0, 1]]
     """
     num_layers, num_experts = weight_LE.shape
-    if num_groups == num_nodes:  # upstream leaves each group with its own node
+    if num_groups == num_nodes:  # upstream keeps group i on node i
         expert_E = jnp.arange(num_experts, dtype=jnp.int32)
         return jnp.broadcast_to(expert_E, weight_LE.shape)
     group_size = num_experts // num_groups
-    weight_LGE = weight_LE.reshape(num_layers, num_groups, group_size)
-    group_LG, slot_LG = pack_in_order(sum_like_torch(weight_LGE), num_nodes)
-    first_LG1 = invert(slot_LG, group_LG)[:, :, None] * group_size
-    inside_11E = jnp.arange(group_size, dtype=jnp.int32)[None, None]
-    return (first_LG1 + inside_11E).reshape(num_layers, num_experts)
+    weight_LGX = weight_LE.reshape(num_layers, num_groups, group_size)
+    group_LG, position_LG = pack_in_order(sum_like_torch(weight_LGX), num_nodes)
+    first_LG1 = invert(position_LG, group_LG)[:, :, None] * group_size
+    inside_11X = jnp.arange(group_size, dtype=jnp.int32)[None, None]
+    return (first_LG1 + inside_11X).reshape(num_layers, num_experts)
 
 
 @jax.jit
 def sum_like_torch(value: jax.Array) -> jax.Array:
     """Sums the last axis in the order in which torch 2.13 does on x86-64.
 
-    Two groups whose loads differ in the last bit only may change places when the
-    order of the additions changes, so the order is part of the contract: eight lanes,
-    four chains of running sums in each, chains longer than sixteen summed in stages
-    (torch's `cascade_sum`); fewer than eight values are four chains of scalars.
+    Two groups whose loads differ only in the last bit may swap places if the order of
+    the additions changes, so the order is part of the contract: eight lanes, each with
+    four chains of running sums; chains longer than sixteen are summed in stages
+    (torch's `cascade_sum`). Fewer than eight values are four chains of scalars.
 
     Args:
       value: [..., n] float32.
@@ -129,7 +128,6 @@ def sum_like_torch(value: jax.Array) -> jax.Array:
       [...] float32.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> float(sum_like_torch(jnp.arange(10, dtype=jnp.float32)))
       45.0
     """
@@ -152,7 +150,7 @@ def _sum_rows(rows: list[jax.Array]) -> jax.Array:
 
 
 def _cascade(rows: list[jax.Array]) -> jax.Array | None:
-    """One chain: runs of `stride` are added up, runs of runs again, and so on."""
+    """Sums one chain: runs of `stride` values, then runs of those sums, and so on."""
     if not rows:
         return None
     power = max(4, (len(rows) - 1).bit_length() // _LEVELS)

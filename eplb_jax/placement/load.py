@@ -1,11 +1,10 @@
 """Estimates of expert load from the counts of each step, as pytrees.
 
-An estimator is a pair of pure functions and an initial state, in the manner of optax:
-a step takes the state in and gives it out, inside jit and inside `lax.scan`. States
-hold arrays only, so a checkpointer that saves pytrees saves them; `save_state` and
-`restore_state` do so in a file of their own.
+An estimator is three pure functions, in the manner of optax: a step takes a state and
+returns the next one, inside jit and inside `lax.scan`. States hold arrays only, so any
+checkpointer of pytrees can save them, as `save_state` and `restore_state` do.
 
-Shape suffixes: W windows, L layers, E experts.
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from jax import lax
 
 
 class LoadEstimator(NamedTuple):
-    """How loads are estimated; made by `sum_of_last` or `moving_average`.
+    """An estimator of loads; made by `sum_of_last` or `moving_average`.
 
     Attributes:
       init: (num_layers, num_experts) -> state.
-      observe: (state, counts [layers, experts]) -> state, after one more step. Counts
-        must be summed over the devices first, so that all of them agree.
+      observe: (state, counts [layers, experts]) -> state, after one more step. Sum the
+        counts over the devices first, so that all devices agree.
       estimate: state -> [layers, experts] float32 loads; zeros before the first step.
     """
 
@@ -39,8 +38,8 @@ class WindowState(NamedTuple):
     """State of `sum_of_last`.
 
     Attributes:
-      counts: [num_steps, layers, experts] float32, a ring.
-      num_seen: [] int32, steps observed; the ring is written at it, modulo num_steps.
+      counts: [num_steps, layers, experts] float32, a ring buffer.
+      num_seen: [] int32, steps observed; modulo num_steps, where to write next.
     """
 
     counts: jax.Array
@@ -52,7 +51,7 @@ class AverageState(NamedTuple):
 
     Attributes:
       total: [layers, experts] float32, decayed sum of counts.
-      weight: [] float32, the same sum of ones.
+      weight: [] float32, decayed sum of ones.
     """
 
     total: jax.Array
@@ -60,11 +59,11 @@ class AverageState(NamedTuple):
 
 
 def sum_of_last(num_steps: int) -> LoadEstimator:
-    """The counts of the last `num_steps` steps, added up: upstream's window.
+    """Estimates loads as the sum of the last `num_steps` steps: upstream's window.
 
     Args:
-      num_steps: length of the window, at least 1. The state holds as many copies of
-        the counts.
+      num_steps: length of the window, at least 1. The state holds the counts of all
+        these steps.
 
     Returns:
       A `LoadEstimator` with a `WindowState`.
@@ -81,7 +80,7 @@ def sum_of_last(num_steps: int) -> LoadEstimator:
       [[5.0, 1.0, 2.0]]
     """
     if num_steps < 1:
-        raise ValueError(f"{num_steps=} must be at least 1, the present step.")
+        raise ValueError(f"{num_steps=} must be at least 1; 1 is the last step only.")
 
     def init(num_layers: int, num_experts: int) -> WindowState:
         counts_WLE = jnp.zeros((num_steps, num_layers, num_experts), jnp.float32)
@@ -100,11 +99,11 @@ def sum_of_last(num_steps: int) -> LoadEstimator:
 
 
 def moving_average(decay: float) -> LoadEstimator:
-    """An exponential average of the counts, without bias from its empty start.
+    """Estimates loads as an exponential average, without bias from its empty start.
 
     Args:
-      decay: how much of the average one step leaves, in [0, 1). The average reaches
-        back about 1 / (1 - decay) steps.
+      decay: the factor that each step decays the earlier counts by, in [0, 1). The
+        average reaches back about 1 / (1 - decay) steps.
 
     Returns:
       A `LoadEstimator` with an `AverageState`.
@@ -121,7 +120,7 @@ def moving_average(decay: float) -> LoadEstimator:
       [[2.0, 2.0]]
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"{decay=} must be in [0, 1); 1 would never see a new count.")
+        raise ValueError(f"{decay=} must be in [0, 1); 0 keeps the last step only.")
 
     def init(num_layers: int, num_experts: int) -> AverageState:
         total_LE = jnp.zeros((num_layers, num_experts), jnp.float32)
@@ -141,7 +140,7 @@ def save_state(path: str | Path, state: Any) -> None:
     """Writes a state, or any pytree of arrays, to an .npz file.
 
     Args:
-      path: the file; `.npz` is appended where it is missing.
+      path: the file; its suffix becomes `.npz`.
       state: a pytree of arrays.
 
     Examples:
@@ -205,6 +204,6 @@ def _as_counts(counts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if jnp.shape(counts) != shape:
         raise ValueError(
             f"counts has shape {jnp.shape(counts)}, but the state was made for "
-            f"{shape}, [layers, experts]."
+            f"{shape}, [layers, experts]; pass counts of the same model."
         )
     return jnp.asarray(counts, jnp.float32)

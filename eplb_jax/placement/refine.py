@@ -1,9 +1,11 @@
-"""A better placement a few moves away from the present one.
+"""A better placement, a few moves away from the present one.
 
-A fresh plan moves nearly all replicas, even when the loads have hardly changed. What
-a move costs is a copy of an expert's weights over the network; what it brings falls
-quickly after the first few. So: at most `max_moves` slots of a layer change, the most
-useful first.
+A fresh plan moves nearly all replicas, even if the loads have hardly changed. A move
+costs a copy of an expert's weights over the network, and after the first few moves
+each further one gains little. So at most `max_moves` physical experts per layer move,
+the most useful first.
+
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eplb_jax.placement.checks import as_capacity, as_loads, is_traced
-from eplb_jax.placement.moves import Limits, PlacementProblem, Rules
+from eplb_jax.placement.problem import Limits, PlacementProblem, Rules
 from eplb_jax.placement.search import search
 from eplb_jax.placement.soft import normalise, per_share
 
@@ -35,45 +37,45 @@ def refine_placement(
     separate: bool = True,
     check_values: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Improves a placement by at most `max_moves` changed slots in each layer.
+    """Improves a placement by moving at most `max_moves` physical experts per layer.
 
-    Swaps replicas between devices, and gives slots of little needed replicas to
+    Swaps replicas between devices, and overwrites replicas that are little needed with
     experts that need one more, hottest device first. Experts that a dead device has
-    taken with it get a slot elsewhere before anything else is moved; replicas of one
-    expert on one device are parted next. A layer stops when no move is worth
-    `min_gain`, and a steady load causes no moves.
+    lost are placed elsewhere before anything else moves; then replicas of one expert
+    on one device are separated. A layer stops when no move gains `min_gain`, so a
+    steady load causes no moves.
 
     Args:
       weight: [layers, experts] loads to place for.
-      physical_to_logical_map: [layers, slots] int32, the present placement; -1 is an
-        empty slot.
-      num_gpus: devices; divides the number of slots.
-      max_moves: slots of a layer that may hold another expert afterwards. This and the
-        next may be traced: another budget compiles nothing anew.
-      min_gain: relative fall of the peak device load (smoothed) that a changed slot
-        must bring. 1e-6 stops at rounding and at moves that nobody would notice;
-        1e-4 spends moves only on visible imbalance.
-      device_capacity: [num_gpus] relative speeds; 0 for a dead device, whose slots
-        become -1 and count as no moves.
+      physical_to_logical_map: [layers, physical experts] int32, the present placement;
+        -1 if empty.
+      num_gpus: devices; divides the number of physical experts.
+      max_moves: physical experts moved per layer, at most: those that hold another
+        expert afterwards. This and `min_gain` may be traced: other values do not
+        recompile.
+      min_gain: relative fall of the (smoothed) peak device load that each moved
+        physical expert must bring. 1e-6 stops at rounding and at gains too small to
+        notice; 1e-4 spends moves only on visible imbalance.
+      device_capacity: [num_gpus] relative speeds; 0 for a dead device, whose physical
+        experts become -1 and count as no moves.
       home: [layers, experts] int32, home node of each expert (see `home_nodes`); its
         last replica there stays, and load served elsewhere costs `remote_price`.
       num_nodes: nodes that the devices are divided into; for `home`.
       remote_price: log of the peak load that serving all load away from home is worth.
-      separate: part replicas of one expert on one device even where that does not
-        lower the peak.
+      separate: whether to separate replicas of one expert on one device even if that
+        does not lower the peak.
       check_values: inside jit, check the loads with checkify.
 
     Returns:
-      physical_to_logical_map: [layers, slots] int32.
-      num_moves: [layers] int32, slots whose expert has to be fetched.
+      physical_to_logical_map: [layers, physical experts] int32.
+      num_moves: [layers] int32, physical experts whose weights have to be fetched.
 
     Raises:
-      ValueError: for loads, capacities or sizes that do not fit, saying which.
+      ValueError: for loads, capacities or sizes that do not fit.
 
     Examples:
       Swapping experts 0 and 2 takes two moves:
 
-      >>> import jax.numpy as jnp
       >>> old = jnp.array([[0, 1, 2, 3]])
       >>> new, moves = refine_placement([[6, 5, 2, 1]], old, 2, max_moves=2)
       >>> new.tolist(), moves.tolist()
@@ -82,9 +84,8 @@ def refine_placement(
     weight = as_loads(weight, check_values)
     old = jnp.asarray(physical_to_logical_map, jnp.int32)
     _check_refine(weight, old, num_gpus, max_moves, num_nodes)
-    num_slots, num_experts = old.shape[1], weight.shape[1]
     capacity = as_capacity(
-        device_capacity, num_gpus, num_slots, num_experts, check_values
+        device_capacity, num_gpus, old.shape[1], weight.shape[1], check_values
     )
     if home is not None:
         home = jnp.asarray(home, jnp.int32)
@@ -107,19 +108,19 @@ def refine_placement(
 def _refine(
     weight_LE: jax.Array,
     old_LS: jax.Array,
-    capacity_G: jax.Array,
+    capacity_D: jax.Array,
     home_LE: jax.Array | None,
     limits: Limits,
     rules: Rules,
 ) -> tuple[jax.Array, jax.Array]:
     home = jnp.int32(-1) if home_LE is None else home_LE
     home_LE = jnp.broadcast_to(home, weight_LE.shape)
-    per_share_G = per_share(capacity_G)
-    per_gpu = old_LS.shape[1] // capacity_G.shape[0]
-    is_alive_S = jnp.repeat(per_share_G > 0, per_gpu)
+    per_share_D = per_share(capacity_D)
+    per_device = old_LS.shape[1] // capacity_D.shape[0]
+    is_alive_S = jnp.repeat(per_share_D > 0, per_device)
     kept_LS = jnp.where(is_alive_S[None], old_LS, -1)
-    per_share_LG = jnp.broadcast_to(per_share_G, (len(old_LS), len(per_share_G)))
-    problem = PlacementProblem(normalise(weight_LE), per_share_LG, home_LE, kept_LS)
+    per_share_LD = jnp.broadcast_to(per_share_D, (len(old_LS), len(per_share_D)))
+    problem = PlacementProblem(normalise(weight_LE), per_share_LD, home_LE, kept_LS)
     new_LS, _ = search(problem, kept_LS, rules, limits)
     return new_LS, (new_LS != kept_LS).sum(axis=1, dtype=jnp.int32)
 
@@ -134,11 +135,11 @@ def _check_refine(
     if old.ndim != 2 or old.shape[0] != weight.shape[0]:
         raise ValueError(
             f"physical_to_logical_map has shape {old.shape}, but weight has "
-            f"{weight.shape[0]} layers; it must be [layers, slots]."
+            f"{weight.shape[0]} layers; it must be [layers, physical experts]."
         )
     if num_gpus < 1 or old.shape[1] % num_gpus:
         raise ValueError(
-            f"{num_gpus=} must divide the {old.shape[1]} slots of "
+            f"{num_gpus=} must divide the {old.shape[1]} physical experts of "
             "physical_to_logical_map."
         )
     if num_nodes < 1 or num_gpus % num_nodes:
@@ -151,6 +152,6 @@ def _check_refine(
         if low < -1 or high >= weight.shape[1]:
             raise ValueError(
                 f"physical_to_logical_map holds {low if low < -1 else high}, but "
-                f"weight has {weight.shape[1]} experts: the placement is of another "
-                "model, or the loads are."
+                f"weight has {weight.shape[1]} experts; pass the placement and the "
+                "loads of the same model."
             )

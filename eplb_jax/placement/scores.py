@@ -1,10 +1,10 @@
 """What each kind of move is worth: a swap, a copy, a replacement.
 
-All scores are falls of the objective per slot that a move changes; -inf where it is
-not allowed, and above `URGENT` where it mends what must not stay.
+A score is the fall of the objective per physical expert that the move changes: -inf
+where the move is not allowed, above `URGENT` where it repairs a defect.
 
-Shape suffixes, for one layer: E experts, S slots, G devices, K slots of a device,
-I slots of the hottest device. Tables are [K, G]: the long axis is the minor one.
+Shape suffixes, for one layer: see `eplb_jax`; here also J physical experts of the
+hottest device. Tables are [I, D]: the long axis is the minor one.
 """
 
 from __future__ import annotations
@@ -13,190 +13,198 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from eplb_jax.placement.moves import (
+from eplb_jax.placement.features import (
     URGENT,
     Budget,
-    Counts,
+    Effects,
     Homes,
-    PlacementProblem,
     SearchFeatures,
     phi,
 )
+from eplb_jax.placement.problem import PlacementProblem
 
 _NEVER = jnp.iinfo(jnp.int32).max
 _NOT_PREFERRED = 1 << 30
 
 
 def score_swaps(
-    view: SearchFeatures,
+    features: SearchFeatures,
     homes: Homes | None,
     budget: Budget | None,
     remote_price: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """What a swap of replica i with the best one of device g is worth.
+    """Scores swaps of each replica j of the hottest device with the best of device d.
 
     Args:
-      view: of `featurize`.
-      homes: of `find_homes`, or None.
-      budget: of `find_budget`, or None.
+      features: from `featurize`.
+      homes: from `find_homes`, or None.
+      budget: from `find_budget`, or None.
       remote_price: [] float32.
 
     Returns:
-      score: [I, G] float32.
-      slot: [I, G] int32, that best one.
+      score: [J, D] float32.
+      partner: [J, D] int32, the index of that best replica on its device.
     """
-    per_gpu, num_gpus = view.expert_KG.shape
-    per_share_h = view.per_share_G[view.hot]
-    used_h, phi_h = view.used_G[view.hot], view.phi_G[view.hot]
+    per_device, num_devices = features.expert_ID.shape
+    hot, replicas_here_ID = features.hot, features.replicas_here_ID
+    per_share_hot = features.per_share_D[hot]
+    used_hot, phi_hot = features.used_D[hot], features.phi_D[hot]
     # sum(phi) is convex in what a swap moves, and nearly symmetric about the amount
-    # that makes both devices equally hot: of the replicas of device g, the one whose
-    # swap comes nearest to that amount is the best. So phi is not needed K * I * G
-    # times; the slot number rides in the low bits of the distance.
-    ideal_G = (used_h - view.used_G) / jnp.maximum(per_share_h + view.per_share_G, 1e-9)
-    moved_KIG = view.load_I[None, :, None] - view.load_KG[:, None]
-    distance_KIG = jnp.abs(moved_KIG - ideal_G[None, None])
-    slot_bits = (per_gpu - 1).bit_length()
-    slot_K11 = jnp.arange(per_gpu, dtype=jnp.int32)[:, None, None]
-    key_KIG = lax.bitcast_convert_type(distance_KIG, jnp.int32)
-    key_KIG = (key_KIG >> slot_bits << slot_bits) | slot_K11
-    # Pairs of replicas on one device: how many a swap parts, less those it makes.
-    here_KG = (view.expert_KG[:, None] == view.expert_I[None, :, None]).any(axis=1)
-    parts_IG = (view.twins_KG[:, view.hot] > 1).astype(jnp.int32)[:, None]
-    parts_IG -= (view.there_IG > 0).astype(jnp.int32)
-    parts_KG = (view.twins_KG > 1).astype(jnp.int32) - here_KG.astype(jnp.int32)
-    parts_KIG = parts_KG[:, None] + parts_IG[None]
-    is_allowed_KIG = view.is_filled_KG[:, None] & (parts_KIG >= 0)
+    # that makes both devices equally hot: of the replicas of device d, the one whose
+    # swap comes nearest to that amount is the best. So phi is not needed I * J * D
+    # times. The replica's index takes the low bits of the distance.
+    ideal_D = (used_hot - features.used_D) / jnp.maximum(
+        per_share_hot + features.per_share_D, 1e-9
+    )
+    moved_IJD = features.load_J[None, :, None] - features.load_ID[:, None]
+    distance_IJD = jnp.abs(moved_IJD - ideal_D[None, None])
+    index_bits = (per_device - 1).bit_length()
+    index_I11 = jnp.arange(per_device, dtype=jnp.int32)[:, None, None]
+    key_IJD = lax.bitcast_convert_type(distance_IJD, jnp.int32)
+    key_IJD = (key_IJD >> index_bits << index_bits) | index_I11
+    # Pairs of replicas on one device: how many a swap separates, less those it makes.
+    same_IJD = features.expert_ID[:, None] == features.expert_J[None, :, None]
+    is_on_hot_ID = same_IJD.any(axis=1)
+    parts_JD = (replicas_here_ID[:, hot] > 1).astype(jnp.int32)[:, None]
+    parts_JD -= (features.replicas_there_JD > 0).astype(jnp.int32)
+    parts_ID = (replicas_here_ID > 1).astype(jnp.int32) - is_on_hot_ID.astype(jnp.int32)
+    parts_IJD = parts_ID[:, None] + parts_JD[None]
+    is_allowed_IJD = features.is_filled_ID[:, None] & (parts_IJD >= 0)
     if homes is not None:
-        j_stays_KG = homes.is_last_KG & (homes.away_j_KG > 0)
-        i_stays_IG = homes.is_last_KG[:, view.hot][:, None] & (homes.away_i_IG > 0)
-        is_allowed_KIG &= ~j_stays_KG[:, None] & ~i_stays_IG[None]
-    is_less_liked = view.to_part & (parts_KIG <= 0)
-    key_KIG = jnp.where(is_less_liked, key_KIG | _NOT_PREFERRED, key_KIG)
-    key_IG = jnp.where(is_allowed_KIG, key_KIG, _NEVER).min(axis=0)
-    gpu_1G = jnp.arange(num_gpus, dtype=jnp.int32)[None]
-    is_valid_IG = (key_IG != _NEVER) & (gpu_1G != view.hot) & view.is_filled_I[:, None]
-    is_valid_IG &= ~view.is_missing
-    slot_IG = jnp.where(is_valid_IG, key_IG & ((1 << slot_bits) - 1), 0)
+        i_stays_ID = homes.is_last_ID & (homes.away_hot_ID > 0)
+        j_stays_JD = homes.is_last_ID[:, hot][:, None] & (homes.away_there_JD > 0)
+        is_allowed_IJD &= ~i_stays_ID[:, None] & ~j_stays_JD[None]
+    is_not_preferred_IJD = features.to_separate & (parts_IJD <= 0)
+    key_IJD = jnp.where(is_not_preferred_IJD, key_IJD | _NOT_PREFERRED, key_IJD)
+    key_JD = jnp.where(is_allowed_IJD, key_IJD, _NEVER).min(axis=0)
+    device_1D = jnp.arange(num_devices, dtype=jnp.int32)[None]
+    is_valid_JD = (
+        (key_JD != _NEVER) & (device_1D != hot) & features.is_filled_J[:, None]
+    )
+    is_valid_JD &= ~features.is_missing
+    partner_JD = jnp.where(is_valid_JD, key_JD & ((1 << index_bits) - 1), 0)
 
-    def pick(value_KG: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(value_KG, slot_IG, axis=0)
+    def pick(value_ID: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(value_ID, partner_JD, axis=0)
 
-    load_IG = pick(view.load_KG)
-    moved_IG = view.load_I[:, None] - load_IG
-    gain_IG = phi_h - phi(used_h - moved_IG * per_share_h)
-    phi_IG = phi(view.used_G[None] + moved_IG * view.per_share_G[None])
-    score_IG = (gain_IG + view.phi_G[None] - phi_IG) * view.scale
+    load_JD = pick(features.load_ID)
+    moved_JD = features.load_J[:, None] - load_JD
+    gain_JD = phi_hot - phi(used_hot - moved_JD * per_share_hot)
+    phi_JD = phi(features.used_D[None] + moved_JD * features.per_share_D[None])
+    score_JD = (gain_JD + features.phi_D[None] - phi_JD) * features.scale
     if homes is not None:
-        more_i_IG = homes.away_i_IG - homes.away_KG[:, view.hot][:, None]
-        more_j_IG = pick(homes.away_j_KG - homes.away_KG)
-        remote_IG = more_i_IG * view.load_I[:, None] + more_j_IG * load_IG
-        score_IG -= remote_price * remote_IG
-    cost_IG = 2
+        more_j_JD = homes.away_there_JD - homes.away_ID[:, hot][:, None]
+        more_i_JD = pick(homes.away_hot_ID - homes.away_ID)
+        remote_JD = more_j_JD * features.load_J[:, None] + more_i_JD * load_JD
+        score_JD -= remote_price * remote_JD
+    changes_JD = 2
     if budget is not None:
-        will_i_IG = pick(view.expert_KG) != budget.original_KG[:, view.hot][:, None]
-        will_j_IG = view.expert_I[:, None] != pick(budget.original_KG)
-        cost_IG = will_i_IG.astype(jnp.int32) + will_j_IG.astype(jnp.int32)
-        was_IG = budget.changed_KG[:, view.hot][:, None] + pick(budget.changed_KG)
-        cost_IG -= was_IG
-        is_valid_IG &= cost_IG <= budget.left
-    score_IG /= jnp.maximum(cost_IG, 1).astype(jnp.float32)
-    is_parting_IG = view.to_part & (parts_IG + pick(parts_KG) > 0)
-    score_IG += jnp.where(is_parting_IG, URGENT, 0.0)
-    return jnp.where(is_valid_IG, score_IG, -jnp.inf), slot_IG
+        new_j_JD = pick(features.expert_ID) != budget.original_ID[:, hot][:, None]
+        new_i_JD = features.expert_J[:, None] != pick(budget.original_ID)
+        changes_JD = new_j_JD.astype(jnp.int32) + new_i_JD.astype(jnp.int32)
+        was_JD = budget.changed_ID[:, hot][:, None] + pick(budget.changed_ID)
+        changes_JD -= was_JD
+        is_valid_JD &= changes_JD <= budget.left
+    score_JD /= jnp.maximum(changes_JD, 1).astype(jnp.float32)
+    separates_JD = features.to_separate & (parts_JD + pick(parts_ID) > 0)
+    score_JD += jnp.where(separates_JD, URGENT, 0.0)
+    return jnp.where(is_valid_JD, score_JD, -jnp.inf), partner_JD
 
 
 def score_copies(
-    view: SearchFeatures,
-    counts: Counts,
+    features: SearchFeatures,
+    effects: Effects,
     homes: Homes | None,
     budget: Budget | None,
     remote_price: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """What a copy of expert i over the least needed replica of device g is worth.
+    """Scores copies of each expert j over the least needed replica of device d.
 
     Args:
-      view: of `featurize`.
-      counts: of `count`.
-      homes: of `find_homes`, or None.
-      budget: of `find_budget`, or None.
+      features: from `featurize`.
+      effects: from `find_effects`.
+      homes: from `find_homes`, or None.
+      budget: from `find_budget`, or None.
       remote_price: [] float32.
 
     Returns:
-      score: [I, G] float32.
-      slot: [G] int32, that replica.
+      score: [J, D] float32.
+      overwritten: [D] int32, the index of that replica on its device.
     """
-    used_1G, per_share_1G = view.used_G[None], view.per_share_G[None]
-    one_more_I = counts.one_more_E[view.expert_I]
-    kept_KG = used_1G + (one_more_I.max() - view.load_KG) * per_share_1G
-    rise_KG = jnp.where(counts.is_free_KG, counts.harm_KG + phi(kept_KG), jnp.inf)
-    slot_1G = jnp.argmin(rise_KG, axis=0, keepdims=True).astype(jnp.int32)
+    used_1D, per_share_1D = features.used_D[None], features.per_share_D[None]
+    one_more_J = effects.one_more_E[features.expert_J]
+    kept_ID = used_1D + (one_more_J.max() - features.load_ID) * per_share_1D
+    rise_ID = jnp.where(effects.is_free_ID, effects.harm_ID + phi(kept_ID), jnp.inf)
+    overwritten_1D = jnp.argmin(rise_ID, axis=0, keepdims=True).astype(jnp.int32)
 
-    def pick(value_KG: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(value_KG, slot_1G, axis=0)
+    def pick(value_ID: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(value_ID, overwritten_1D, axis=0)
 
-    load_1G = pick(view.load_KG)
-    phi_IG = phi(used_1G + (one_more_I[:, None] - load_1G) * per_share_1G)
-    gain_IG = counts.relief_E[view.expert_I][:, None] - pick(counts.harm_KG)
-    score_IG = (gain_IG + view.phi_G[None] - phi_IG) * view.scale
-    is_valid_IG = pick(counts.is_free_KG) & (per_share_1G > 0) & (view.there_IG == 0)
-    is_valid_IG &= view.is_filled_I[:, None]
+    load_1D = pick(features.load_ID)
+    phi_JD = phi(used_1D + (one_more_J[:, None] - load_1D) * per_share_1D)
+    gain_JD = effects.relief_E[features.expert_J][:, None] - pick(effects.harm_ID)
+    score_JD = (gain_JD + features.phi_D[None] - phi_JD) * features.scale
+    is_valid_JD = pick(effects.is_free_ID) & (per_share_1D > 0)
+    is_valid_JD &= features.replicas_there_JD == 0
+    is_valid_JD &= features.is_filled_J[:, None]
     if homes is not None:
-        made_IG = homes.made_E[view.expert_I][:, None]
-        made_IG += homes.away_i_IG * one_more_I[:, None]
-        score_IG -= remote_price * (made_IG + pick(homes.left_KG))
+        remote_JD = homes.added_E[features.expert_J][:, None]
+        remote_JD += homes.away_there_JD * one_more_J[:, None]
+        score_JD -= remote_price * (remote_JD + pick(homes.removed_ID))
     if budget is not None:
-        cost_IG = (view.expert_I[:, None] != pick(budget.original_KG)).astype(jnp.int32)
-        cost_IG -= pick(budget.changed_KG)
-        is_valid_IG &= cost_IG <= budget.left
-    score_IG += jnp.where(view.is_missing, URGENT, 0.0)
-    return jnp.where(is_valid_IG, score_IG, -jnp.inf), slot_1G[0]
+        is_new_JD = features.expert_J[:, None] != pick(budget.original_ID)
+        changes_JD = is_new_JD.astype(jnp.int32) - pick(budget.changed_ID)
+        is_valid_JD &= changes_JD <= budget.left
+    score_JD += jnp.where(features.is_missing, URGENT, 0.0)
+    return jnp.where(is_valid_JD, score_JD, -jnp.inf), overwritten_1D[0]
 
 
 def score_replacements(
     problem: PlacementProblem,
-    view: SearchFeatures,
-    counts: Counts,
+    features: SearchFeatures,
+    effects: Effects,
     homes: Homes | None,
     budget: Budget | None,
     remote_price: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """What another expert is worth in the slot that the hottest device needs least.
+    """Scores each expert in place of the hottest device's least needed replica.
 
     Args:
-      problem: what is to be placed, one layer.
-      view: of `featurize`.
-      counts: of `count`.
-      homes: of `find_homes`, or None.
-      budget: of `find_budget`, or None.
+      problem: of one layer.
+      features: from `featurize`.
+      effects: from `find_effects`.
+      homes: from `find_homes`, or None.
+      budget: from `find_budget`, or None.
       remote_price: [] float32.
 
     Returns:
       score: [E] float32.
-      slot: [] int32, that slot of the hottest device.
+      replaced: [] int32, the index of that replica on the hottest device.
     """
-    used_h, per_share_h = view.used_G[view.hot], view.per_share_G[view.hot]
-    is_twin_I = view.twins_KG[:, view.hot] > 1
-    left_I = counts.harm_KG[:, view.hot] + phi(used_h - view.load_I * per_share_h)
-    left_I = jnp.where(view.to_part & ~is_twin_I, jnp.inf, left_I)
-    left_I = jnp.where(
-        counts.is_free_KG[:, view.hot] & view.is_filled_I, left_I, jnp.inf
+    hot = features.hot
+    used_hot, per_share_hot = features.used_D[hot], features.per_share_D[hot]
+    is_duplicate_J = features.replicas_here_ID[:, hot] > 1
+    left_J = effects.harm_ID[:, hot] + phi(used_hot - features.load_J * per_share_hot)
+    left_J = jnp.where(features.to_separate & ~is_duplicate_J, jnp.inf, left_J)
+    left_J = jnp.where(
+        effects.is_free_ID[:, hot] & features.is_filled_J, left_J, jnp.inf
     )
-    slot = jnp.argmin(left_I).astype(jnp.int32)
-    load = view.load_I[slot]
+    replaced = jnp.argmin(left_J).astype(jnp.int32)
+    load = features.load_J[replaced]
 
-    phi_E = phi(used_h + (counts.one_more_E - load) * per_share_h)
-    gain_E = counts.relief_E - counts.harm_KG[slot, view.hot]
-    score_E = (gain_E + view.phi_G[view.hot] - phi_E) * view.scale
+    phi_E = phi(used_hot + (effects.one_more_E - load) * per_share_hot)
+    gain_E = effects.relief_E - effects.harm_ID[replaced, hot]
+    score_E = (gain_E + features.phi_D[hot] - phi_E) * features.scale
     expert_E = jnp.arange(score_E.shape[0], dtype=jnp.int32)
-    is_here_E = (expert_E[:, None] == view.expert_I[None]).any(axis=1)
-    is_valid_E = ~is_here_E & jnp.isfinite(left_I[slot]) & ~view.is_missing
+    is_here_E = (expert_E[:, None] == features.expert_J[None]).any(axis=1)
+    is_valid_E = ~is_here_E & jnp.isfinite(left_J[replaced]) & ~features.is_missing
     if homes is not None:
         is_away_E = (problem.home >= 0) & (problem.home != homes.hot_node)
-        made_E = homes.made_E + jnp.where(is_away_E, counts.one_more_E, 0.0)
-        score_E -= remote_price * (made_E + homes.left_KG[slot, view.hot])
+        remote_E = homes.added_E + jnp.where(is_away_E, effects.one_more_E, 0.0)
+        score_E -= remote_price * (remote_E + homes.removed_ID[replaced, hot])
     if budget is not None:
-        cost_E = (expert_E != budget.original_KG[slot, view.hot]).astype(jnp.int32)
-        cost_E -= budget.changed_KG[slot, view.hot]
-        is_valid_E &= cost_E <= budget.left
-    score_E += jnp.where(view.to_part, URGENT, 0.0)
-    return jnp.where(is_valid_E, score_E, -jnp.inf), slot
+        is_new_E = expert_E != budget.original_ID[replaced, hot]
+        changes_E = is_new_E.astype(jnp.int32) - budget.changed_ID[replaced, hot]
+        is_valid_E &= changes_E <= budget.left
+    score_E += jnp.where(features.to_separate, URGENT, 0.0)
+    return jnp.where(is_valid_E, score_E, -jnp.inf), replaced

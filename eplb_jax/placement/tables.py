@@ -1,37 +1,38 @@
-"""The maps of a placement as one pytree, for routers inside jit.
+"""A placement as one pytree: which physical expert is which, in both directions.
 
-All shapes are static: they depend on the numbers of layers, experts and slots and on
-`max_replicas`, and not on where the replicas are. A new placement is new values for
-the same program.
+All shapes are static: they depend on the numbers of layers, experts and physical
+experts and on `max_replicas`, not on where the replicas are. A new placement is new
+values for the same program.
+
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from eplb_jax.placement.checks import is_traced
 from eplb_jax.placement.hashing import mix_bits
-from eplb_jax.placement.placement import placement_maps
+from eplb_jax.placement.maps import maps_of_placement
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ExpertTables:
-    """Which slot holds which expert, in both directions.
+class ExpertTables(NamedTuple):
+    """The three maps of a placement, under upstream's names.
 
-    The leading axis of layers may be missing: `tables.layer(i)`, or what `lax.scan`
-    and `jax.vmap` hand to their body, is the tables of one layer.
+    The leading axis of layers may be missing: `tables.layer(i)`, and what `lax.scan`
+    and `jax.vmap` pass to their body, are the tables of one layer.
 
     Attributes:
-      physical_to_logical_map: [layers, slots] int32, the expert in each slot; -1 for
-        an empty one.
-      logical_to_physical_map: [layers, experts, max_replicas] int32, the slots of each
-        expert; -1 where it has no more.
+      physical_to_logical_map: [layers, physical experts] int32, the expert that each
+        is a replica of; -1 if empty.
+      logical_to_physical_map: [layers, experts, max_replicas] int32, the physical
+        experts of each expert; -1 where it has no more.
       expert_count: [layers, experts] int32, replicas of each expert.
     """
 
@@ -42,18 +43,18 @@ class ExpertTables:
     @classmethod
     def from_placement(
         cls,
-        physical_to_logical_map: jax.Array,
+        physical_to_logical_map: ArrayLike,
         num_logical_experts: int,
         max_replicas: int | None = None,
     ) -> ExpertTables:
-        """The tables of a placement, replicas of an expert in slot order.
+        """Makes the other two maps, with the replicas of an expert in order.
 
         Args:
-          physical_to_logical_map: [layers, slots] or [slots] int32, -1 for an empty
-            slot.
+          physical_to_logical_map: [layers, physical experts] or [physical experts]
+            int32, -1 if empty.
           num_logical_experts: logical experts.
-          max_replicas: width of the second map; None: what always suffices,
-            slots - experts + 1. Placements that replace each other in one program
+          max_replicas: width of the second map; None: always sufficient, physical
+            experts - experts + 1. Placements that replace each other in one program
             need the same width.
 
         Returns:
@@ -61,7 +62,7 @@ class ExpertTables:
 
         Raises:
           ValueError: for a wrong rank or width, and outside jit if an expert has no
-            slot, or more than `max_replicas`.
+            replica, or more than `max_replicas`.
 
         Examples:
           >>> tables = ExpertTables.from_placement(jnp.array([1, 0, 1, 2]), 3)
@@ -72,33 +73,32 @@ class ExpertTables:
         if placement.ndim not in (1, 2):
             raise ValueError(
                 f"physical_to_logical_map has shape {placement.shape}; it must be "
-                "[layers, slots] or [slots]."
+                "[layers, physical experts] or [physical experts]."
             )
-        num_slots = placement.shape[-1]
+        num_physical_experts = placement.shape[-1]
         if max_replicas is None:
-            max_replicas = num_slots - num_logical_experts + 1
+            max_replicas = num_physical_experts - num_logical_experts + 1
         if max_replicas < 1:
             raise ValueError(
-                f"{max_replicas=} must be at least 1; {num_slots} slots hold "
-                f"{num_logical_experts=} only if there are as many."
+                f"{max_replicas=} must be at least 1, and {num_physical_experts=} at "
+                f"least {num_logical_experts=}; every expert needs a replica."
             )
-        layered = placement.reshape(-1, num_slots)
-        maps = placement_maps(layered, num_logical_experts, max_replicas)
+        layered = placement.reshape(-1, num_physical_experts)
+        tables = cls(*maps_of_placement(layered, num_logical_experts, max_replicas))
         if placement.ndim == 1:
-            maps = jax.tree.map(lambda leaf: leaf[0], maps)
-        tables = cls(*maps)
+            tables = jax.tree.map(lambda leaf: leaf[0], tables)
         if not is_traced(placement):
             tables.validate()
         return tables
 
     @property
-    def num_slots(self) -> int:
-        """Slots of a layer."""
+    def num_physical_experts(self) -> int:
+        """Physical experts per layer."""
         return self.physical_to_logical_map.shape[-1]
 
     @property
     def num_experts(self) -> int:
-        """Logical experts of a layer."""
+        """Logical experts per layer."""
         return self.expert_count.shape[-1]
 
     @property
@@ -107,7 +107,7 @@ class ExpertTables:
         return self.logical_to_physical_map.shape[-1]
 
     def layer(self, index: int | jax.Array) -> ExpertTables:
-        """The tables of one layer.
+        """Returns the tables of one layer.
 
         Args:
           index: the layer; may be traced.
@@ -125,10 +125,10 @@ class ExpertTables:
         )
 
     def add_replicas(self, tokens_per_physical_expert: jax.Array) -> jax.Array:
-        """Counts of experts from counts of their slots; for the tables of one layer.
+        """Adds up the counts of each expert's replicas; for the tables of one layer.
 
         Args:
-          tokens_per_physical_expert: [slots].
+          tokens_per_physical_expert: [physical experts].
 
         Returns:
           [experts], of the same dtype.
@@ -139,51 +139,52 @@ class ExpertTables:
           [20, 40]
         """
         expert_S = self.physical_to_logical_map
-        # One past the end for an empty slot: -1 would be the last expert.
+        # One past the end if empty: -1 would be the last expert.
         expert_S = jnp.where(expert_S >= 0, expert_S, self.num_experts)
         total_E = jnp.zeros(self.num_experts, tokens_per_physical_expert.dtype)
         return total_E.at[expert_S].add(tokens_per_physical_expert, mode="drop")
 
     def is_valid(self) -> jax.Array:
-        """Whether the maps agree and every expert has a slot; may be called in jit.
+        """Tells whether the maps agree and every expert has a replica; works in jit.
 
         Returns:
           [layers] bool, or [] for the tables of one layer.
 
         Examples:
-          >>> import dataclasses
           >>> tables = ExpertTables.from_placement(jnp.array([[0, 1], [1, 0]]), 2)
           >>> wrong = tables.physical_to_logical_map.at[1].set(jnp.array([1, 1]))
-          >>> tables = dataclasses.replace(tables, physical_to_logical_map=wrong)
-          >>> tables.is_valid().tolist()
+          >>> tables._replace(physical_to_logical_map=wrong).is_valid().tolist()
           [True, False]
         """
-        return _is_valid(*_leaves(self))
+        return _is_valid(*self)
 
     def validate(self) -> None:
-        """Raises unless every expert has a slot and the maps agree; not for jit.
+        """Raises unless the maps agree and every expert has a replica; not for jit.
 
         Raises:
-          ValueError: naming the first layer and expert at which they do not.
+          ValueError: naming the first layer and expert for which that is not so.
 
         Examples:
           >>> ExpertTables.from_placement(jnp.array([0, 0, 1]), 3)
           Traceback (most recent call last):
             ...
-          ValueError: Expert 2 of layer 0 has no slot; ...
+          ValueError: Expert 2 of layer 0 has no replica; ...
         """
-        maps = tuple(np.asarray(leaf) for leaf in _leaves(self))
+        maps = tuple(np.asarray(leaf) for leaf in self)
         if maps[0].ndim == 1:
             maps = tuple(leaf[None] for leaf in maps)
-        slots, count = maps[1], maps[2]
-        if slots.shape[:-1] != count.shape or maps[0].shape[:-1] != count.shape[:-1]:
+        physical, count = maps[1], maps[2]
+        if physical.shape[:-1] != count.shape or maps[0].shape[:-1] != count.shape[:-1]:
             shapes = ", ".join(str(leaf.shape) for leaf in maps)
-            raise ValueError(f"The shapes of the three maps do not agree: {shapes}.")
+            raise ValueError(
+                f"The shapes of the three maps do not agree: {shapes}; make them from "
+                "one placement with ExpertTables.from_placement."
+            )
         for what, where, remedy in (
-            ("has no slot", count < 1, "every expert needs one: plan again"),
+            ("has no replica", count < 1, "every expert needs one: plan again"),
             (
-                f"has more than max_replicas={slots.shape[-1]} replicas",
-                count > slots.shape[-1],
+                f"has more than max_replicas={self.max_replicas} replicas",
+                count > self.max_replicas,
                 "make the tables wider",
             ),
         ):
@@ -198,10 +199,10 @@ class ExpertTables:
             )
 
     def checksum(self) -> jax.Array:
-        """A number that differs if the tables do, so that ranks can compare.
+        """Hashes the tables, so that ranks can compare theirs.
 
-        Ranks that plan for themselves and disagree compute wrong outputs without
-        any error; comparing `lax.pmin` and `lax.pmax` of this over the mesh tells.
+        Ranks that plan independently and disagree compute wrong outputs without any
+        error. They agree if `lax.pmin` and `lax.pmax` of this over the mesh are equal.
 
         Returns:
           [layers] uint32, or [] for the tables of one layer.
@@ -215,32 +216,25 @@ class ExpertTables:
         return _checksum(self.physical_to_logical_map, self.logical_to_physical_map)
 
 
-def _leaves(tables: ExpertTables) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return (
-        tables.physical_to_logical_map,
-        tables.logical_to_physical_map,
-        tables.expert_count,
-    )
-
-
 @jax.jit
 def _is_valid(
-    expert_S: jax.Array, slots_EC: jax.Array, count_E: jax.Array
+    expert_S: jax.Array, physical_ER: jax.Array, count_E: jax.Array
 ) -> jax.Array:
     if expert_S.ndim == 2:
-        return jax.vmap(_is_valid)(expert_S, slots_EC, count_E)
-    num_slots, (num_experts, max_replicas) = expert_S.shape[0], slots_EC.shape
-    rank_1C = jnp.arange(max_replicas, dtype=jnp.int32)[None]
-    is_used_EC = rank_1C < count_E[:, None]
+        return jax.vmap(_is_valid)(expert_S, physical_ER, count_E)
+    num_physical_experts = expert_S.shape[0]
+    num_experts, max_replicas = physical_ER.shape
+    rank_1R = jnp.arange(max_replicas, dtype=jnp.int32)[None]
+    is_used_ER = rank_1R < count_E[:, None]
     expert_E1 = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
-    is_inside_EC = (slots_EC >= 0) & (slots_EC < num_slots)
-    slots_EC = jnp.where(is_inside_EC, slots_EC, -1)
-    is_right_EC = is_inside_EC & (expert_S[slots_EC] == expert_E1)
-    named_S = jnp.zeros(num_slots, jnp.int32)
-    named_S = named_S.at[slots_EC].add(is_inside_EC.astype(jnp.int32))
+    is_inside_ER = (physical_ER >= 0) & (physical_ER < num_physical_experts)
+    physical_ER = jnp.where(is_inside_ER, physical_ER, -1)
+    is_right_ER = is_inside_ER & (expert_S[physical_ER] == expert_E1)
+    named_S = jnp.zeros(num_physical_experts, jnp.int32)
+    named_S = named_S.at[physical_ER].add(is_inside_ER.astype(jnp.int32))
     return (
-        (is_used_EC == (slots_EC >= 0)).all()
-        & (is_right_EC == is_used_EC).all()
+        (is_used_ER == (physical_ER >= 0)).all()
+        & (is_right_ER == is_used_ER).all()
         & (named_S == (expert_S >= 0).astype(jnp.int32)).all()
         & (count_E >= 1).all()
         & (count_E <= max_replicas).all()
@@ -248,10 +242,10 @@ def _is_valid(
 
 
 @jax.jit
-def _checksum(expert: jax.Array, slots: jax.Array) -> jax.Array:
-    flat_slots = slots.reshape(*slots.shape[:-2], -1)
-    flat = jnp.concatenate([expert, flat_slots], axis=-1)
-    place = jnp.arange(flat.shape[-1], dtype=jnp.uint32)
-    place = place.reshape((1,) * (flat.ndim - 1) + (-1,))
-    mixed = mix_bits(mix_bits(place) ^ lax.bitcast_convert_type(flat, jnp.uint32))
+def _checksum(expert: jax.Array, physical: jax.Array) -> jax.Array:
+    flat_physical = physical.reshape(*physical.shape[:-2], -1)
+    flat = jnp.concatenate([expert, flat_physical], axis=-1)
+    position = jnp.arange(flat.shape[-1], dtype=jnp.uint32)
+    position = position.reshape((1,) * (flat.ndim - 1) + (-1,))
+    mixed = mix_bits(mix_bits(position) ^ lax.bitcast_convert_type(flat, jnp.uint32))
     return mixed.sum(axis=-1, dtype=jnp.uint32)

@@ -1,13 +1,14 @@
-"""Recorded loads: reading files of them, and replaying them against policies.
+"""Recorded loads: reads files of them, and replays them against policies.
 
 Imports: placement.
 """
 
-from eplb_jax.recordings.files import Recording as Recording, read_loads
+from eplb_jax.recordings.files import Recording, read_loads
 from eplb_jax.recordings.replays import Outcome, in_order as in_order, replay
 
 __all__ = [
     "Outcome",
+    "Recording",
     "read_loads",
     "replay",
 ]

@@ -1,7 +1,7 @@
 """Recorded expert loads: .npz, .npy, and JSON with `logical_count`.
 
 A recording is a sequence of windows, each [layers, experts]: the arrays of an .npz
-file one after the other, or the leading axis of a single array. JSON is what SGLang
+file in order, or the leading axis of a single array. JSON is the format that SGLang
 reads as `--init-expert-location` (`sgl-project/sglang`,
 `python/sglang/srt/eplb/expert_location.py`): an object with `logical_count`, which is
 [layers, experts] or [steps, layers, experts].
@@ -20,8 +20,8 @@ class Recording(NamedTuple):
     """Loads of a model in one or more windows of time.
 
     Attributes:
-      names: of the windows.
-      counts: [windows, layers, experts] float64.
+      names: names of the windows.
+      counts: [windows, layers, experts] float64 loads.
     """
 
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ def read_loads(path: str | Path) -> Recording:
 
     Raises:
       ValueError: if the file does not exist, cannot be read, has another suffix, or
-        holds something else.
+        does not hold loads.
 
     Examples:
       >>> import tempfile

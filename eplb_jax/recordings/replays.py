@@ -1,10 +1,10 @@
-"""What balancing would have brought: recorded windows, planned on one, run on the next.
+"""Replays recorded windows: what each balancing strategy would have gained.
 
 A plan is always older than the load that it meets. So every strategy here plans on
-window i and is scored on window i + 1, and counts the replicas that devices had to
-fetch for it.
+window i and is scored on window i + 1, and the replicas that devices had to fetch are
+counted.
 
-Shape suffixes: W windows, L layers, E experts, S slots of a layer.
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from eplb_jax.placement import (
 
 
 class Outcome(NamedTuple):
-    """What one strategy came to; a step goes from window i to window i + 1.
+    """The outcome of one strategy; a step goes from window i to window i + 1.
 
     Attributes:
       balancedness: [steps], mean over layers with load.
       worst: [steps], the least balanced of these layers.
-      moved: [steps], part of the slots whose expert a device had to fetch before the
-        step; the first plan counts from experts in order.
+      moved: [steps], fraction of the physical experts that devices had to fetch before
+        the step; before the first plan, experts are in order.
     """
 
     balancedness: np.ndarray
@@ -38,12 +38,12 @@ class Outcome(NamedTuple):
 
 
 def in_order(num_layers: int, num_experts: int, num_replicas: int) -> np.ndarray:
-    """The placement without a plan: slot s holds expert s modulo their number.
+    """Returns the placement without a plan: physical expert s is expert s mod experts.
 
     Args:
       num_layers: layers.
       num_experts: logical experts.
-      num_replicas: slots of a layer.
+      num_replicas: physical experts per layer.
 
     Returns:
       [layers, num_replicas] int32.
@@ -61,33 +61,34 @@ def replay(
     num_replicas: int,
     num_groups: int,
     num_nodes: int,
-    num_gpus: int,
+    num_devices: int,
     *,
     policy: Policy = "swaps",
     max_moves: int | None = None,
 ) -> dict[str, Outcome]:
-    """Walks recorded windows with four strategies.
+    """Runs four strategies over recorded windows.
 
     Strategies:
       - `"never"`: experts in order, no plan at all.
       - `"once"`: a plan by `policy` on the first window, kept.
-      - `"upstream"`: upstream's policy afresh on every window.
+      - `"upstream"`: a fresh plan by upstream's policy on every window.
       - `"refine"`: the plan of `"once"`, then `refine_placement` on every window.
 
     Args:
       counts: [windows, layers, experts] loads; at least two windows.
-      num_replicas: slots of a layer.
+      num_replicas: physical experts per layer.
       num_groups: groups of experts.
       num_nodes: nodes.
-      num_gpus: GPUs.
-      policy: of the first plan of `"once"` and `"refine"`.
-      max_moves: of `"refine"`, per layer and window; None: a sixth of the slots.
+      num_devices: devices.
+      policy: for the first plan of `"once"` and `"refine"`.
+      max_moves: for `"refine"`, physical experts moved per layer and window, at most;
+        None: a sixth.
 
     Returns:
       An `Outcome` for each strategy.
 
     Raises:
-      ValueError: for fewer than two windows, and as `rebalance_experts`.
+      ValueError: for fewer than two windows, and as for `rebalance_experts`.
 
     Examples:
       >>> counts = np.array([[[8, 1, 1, 2]], [[1, 8, 1, 2]], [[1, 8, 1, 2]]])
@@ -104,14 +105,14 @@ def replay(
         max_moves = num_replicas // 6
     has_load_L = counts.sum(axis=(0, 2)) > 0
     windows = counts[:, has_load_L].astype(np.float32)
-    sizes = (num_replicas, num_groups, num_nodes, num_gpus)
+    sizes = (num_replicas, num_groups, num_nodes, num_devices)
     start = in_order(windows.shape[1], windows.shape[2], num_replicas)
 
     def plan(weight: np.ndarray, policy: Policy) -> Any:
         return rebalance_experts(weight, *sizes, policy=policy).physical_to_logical_map
 
     def refine(weight: np.ndarray, old: Any) -> Any:
-        return refine_placement(weight, old, num_gpus, max_moves=max_moves)[0]
+        return refine_placement(weight, old, num_devices, max_moves=max_moves)[0]
 
     first = plan(windows[0], policy)
     strategies = {
@@ -125,8 +126,8 @@ def replay(
         steps, placement = [], start
         for i in range(len(windows) - 1):
             old, placement = placement, next_placement(i, placement)
-            score_L = np.asarray(balancedness(windows[i + 1], placement, num_gpus))
-            moves_L = np.asarray(count_moves(old, placement, num_gpus))
+            score_L = np.asarray(balancedness(windows[i + 1], placement, num_devices))
+            moves_L = np.asarray(count_moves(old, placement, num_devices))
             steps.append((score_L.mean(), score_L.min(), moves_L.mean() / num_replicas))
         outcomes[name] = Outcome(
             *(np.array(column) for column in zip(*steps, strict=True))

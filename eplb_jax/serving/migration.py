@@ -84,7 +84,7 @@ def migrate(
             return rows_IF[source_S]
 
     else:
-        num_sent = old_tables.num_slots
+        num_sent = old_tables.num_physical_experts
         fetch = plan_weight_gather(owner_S, source_S, num_devices, num_sent, axis_name)
 
         def bring(rows_IF: jax.Array) -> jax.Array:
@@ -135,7 +135,7 @@ def _sources(
     old: ExpertTables, new: ExpertTables, num_devices: int
 ) -> tuple[jax.Array, jax.Array]:
     """For each slot that changes, the device to fetch from and the slot there."""
-    per_device = old.num_slots // num_devices
+    per_device = old.num_physical_experts // num_devices
     expert_S = new.physical_to_logical_map
     slot_S = jnp.arange(len(expert_S), dtype=jnp.int32)
     slots_SC = old.logical_to_physical_map[expert_S]
@@ -165,8 +165,11 @@ def _check(
             f"old_tables and new_tables have shapes {shapes[0]} and {shapes[1]}; both "
             "must be of one layer, and made with the same slots and max_replicas."
         )
-    if num_devices < 1 or old.num_slots % num_devices:
-        raise ValueError(f"{num_devices=} must divide num_slots={old.num_slots}.")
+    if num_devices < 1 or old.num_physical_experts % num_devices:
+        raise ValueError(
+            f"{num_devices=} must divide the tables' {old.num_physical_experts} "
+            "physical experts."
+        )
     if num_slices < 1:
         raise ValueError(f"{num_slices=} must be at least 1; 1 moves all at once.")
-    check_held(weights, old.num_slots, num_devices, "slots")
+    check_held(weights, old.num_physical_experts, num_devices, "slots")

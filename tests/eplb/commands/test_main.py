@@ -9,7 +9,14 @@ import pytest
 from eplb_jax.commands.main import main
 from eplb_jax.recordings.files import read_loads
 from eplb_jax.recordings.replays import replay
-from tests.eplb.placement.cases import EXPERTS, GPUS, LAYERS, SIZES, SLOTS, lognormal
+from tests.eplb.placement.cases import (
+    DEVICES,
+    EXPERTS,
+    LAYERS,
+    REPLICAS,
+    SIZES,
+    lognormal,
+)
 
 LOADS = str(Path(__file__).parents[2] / "data" / "eplb_loads_deepseek_v3.npz")
 OPTIONS = ("--replicas", "--groups", "--nodes", "--gpus")
@@ -52,13 +59,13 @@ def test_every_format_reads_the_same(counts, tmp_path):
 def test_rebalance_prints_a_table_and_a_placement(loads, capsys):
     assert main(["rebalance", loads, *CLUSTER, "--layer", "1"]) == 0
     out = capsys.readouterr().out
-    assert "32 experts in 48 slots of 12 GPUs on 4 nodes, policy auto" in out
+    assert "32 experts, 48 replicas on 12 GPUs of 4 nodes, policy auto" in out
     assert "3 of 3 layers have load" in out
     assert "load away from home" in out
     placement = out[out.index("Layer 1") :].splitlines()[2:]
-    assert len(placement) == GPUS
+    assert len(placement) == DEVICES
     experts = [int(e.strip("*")) for row in placement for e in row.split()[4:]]
-    assert len(experts) == SLOTS
+    assert len(experts) == REPLICAS
     assert set(experts) == set(range(EXPERTS))
 
 
@@ -69,7 +76,7 @@ def test_rebalance_json_and_files(loads, counts, tmp_path, capsys, policy):
     out, figure = tmp_path / "maps.json", tmp_path / "placement.png"
     argv = ["rebalance", loads, *CLUSTER, "--policy", policy]
     summary = run_json(capsys, *argv, "--out", str(out), "--figure", str(figure))
-    assert summary["num_replicas"] == SLOTS
+    assert summary["num_replicas"] == REPLICAS
     assert summary["with_experts_in_order"]["mean"] > 0
     assert (
         summary["balancedness"]["worst"]
@@ -78,7 +85,7 @@ def test_rebalance_json_and_files(loads, counts, tmp_path, capsys, policy):
     )
     placement = json.loads(out.read_text())["physical_to_logical_map"]
     assert placement == summary["physical_to_logical_map"]
-    assert np.shape(placement) == (LAYERS, SLOTS)
+    assert np.shape(placement) == (LAYERS, REPLICAS)
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert main([*argv, "--out", str(tmp_path / "maps.npz")]) == 0
     with np.load(tmp_path / "maps.npz") as maps:
@@ -100,7 +107,7 @@ def test_one_window_of_the_recorded_loads(capsys):
     summary = run_json(capsys, *argv, "--window", "prefill_in2048")
     assert summary["num_replicas"] == 288
     assert len(summary["layers"]) == 58  # three are dense
-    # anchors: global greedy on these loads
+    # Upstream's global policy on these loads.
     assert summary["balancedness"]["mean"] == pytest.approx(0.9935, abs=1e-4)
 
 
@@ -114,7 +121,7 @@ def test_replay(loads, counts, tmp_path, capsys):
     assert list(strategies) == ["never", "once", "upstream", "refine"]
     assert strategies["never"]["moved"] == [0, 0, 0]
     assert strategies["once"]["moved"][1] == 0
-    assert 0 < strategies["refine"]["moved"][1] <= 4 / SLOTS
+    assert 0 < strategies["refine"]["moved"][1] <= 4 / REPLICAS
     assert (
         strategies["once"]["balancedness"][0]
         == (strategies["refine"]["balancedness"][0])
@@ -148,7 +155,7 @@ def test_refining_beats_planning_once_when_loads_drift():
         (["rebalance", LOADS, "--gpus", "0"], "num_gpus=0 must be a positive int"),
         (["rebalance", LOADS, "--gpus", "7", "--replicas", "260"], "multiple of"),
         (["rebalance", LOADS, "--out", "x.csv"], "must end in .npz or .json"),
-        (["rebalance", LOADS, "--capacity", "1"], "knows no device_capacity"),
+        (["rebalance", LOADS, "--capacity", "1"], "takes no device_capacity"),
     ],
 )
 def test_bad_arguments(argv, message, capsys, monkeypatch, tmp_path):

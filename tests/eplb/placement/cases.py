@@ -8,9 +8,10 @@ import numpy as np
 from eplb_jax.placement.placement import rebalance_experts
 
 LAYERS, EXPERTS = 3, 32
-# num_replicas, num_groups, num_nodes, num_gpus: four slots a GPU, three GPUs a node.
+# num_replicas, num_groups, num_nodes, num_gpus: four physical experts per GPU, three
+# GPUs per node.
 SIZES = (48, 8, 4, 12)
-SLOTS, GROUPS, NODES, GPUS = SIZES
+REPLICAS, GROUPS, NODES, DEVICES = SIZES
 
 
 def lognormal(seed, *shape, sigma=1.0):
@@ -20,7 +21,7 @@ def lognormal(seed, *shape, sigma=1.0):
 
 @functools.cache
 def traced(policy):
-    """`rebalance_experts` under jit, nothing checked, and how often it was traced."""
+    """Returns jitted `rebalance_experts`, values unchecked, and its traces."""
     traces = []
 
     @jax.jit

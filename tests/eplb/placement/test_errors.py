@@ -1,4 +1,4 @@
-"""What is refused says which and why; inside jit it is checked where that is asked."""
+"""Errors name argument and reason; inside jit, values are checked on request."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ from jax.experimental import checkify
 
 from eplb_jax.placement.placement import rebalance_experts
 from eplb_jax.placement.refine import refine_placement
-from eplb_jax.placement.tables import ExpertTables
 from tests.eplb.placement.cases import lognormal, traced
 
 WEIGHT = np.random.default_rng(0).lognormal(0, 1, (2, 12)).astype(np.float32)
@@ -31,10 +30,10 @@ GOOD = {"num_replicas": 16, "num_groups": 4, "num_nodes": 2, "num_gpus": 8}
         ({"policy": "soft", "num_groups": 3}, "num_nodes=2 must divide num_groups=3"),
         ({"policy": "hierarchical", "num_groups": 3}, "use policy='global' or 'swaps'"),
         ({"max_replicas": 0}, "max_replicas=0 must be at least 1"),
-        ({"device_capacity": [1] * 8}, "knows no device_capacity"),
+        ({"device_capacity": [1] * 8}, "takes no device_capacity"),
         (
             {"policy": "soft", "device_capacity": [1] * 4},
-            r"device_capacity has shape \(4,\), but num_gpus=8",
+            r"device_capacity has shape \(4,\), but there are 8 devices",
         ),
         (
             {"policy": "soft", "device_capacity": [1] * 7 + [-1]},
@@ -42,7 +41,7 @@ GOOD = {"num_replicas": 16, "num_groups": 4, "num_nodes": 2, "num_gpus": 8}
         ),
         (
             {"policy": "swaps", "device_capacity": [1] * 5 + [0] * 3},
-            "leaves 5 of num_gpus=8 devices alive, with 10 slots for 12 experts",
+            "leaves 5 of 8 devices alive, with 10 physical experts for 12 experts",
         ),
     ],
 )
@@ -73,7 +72,7 @@ def test_rank(shape):
         rebalance_experts(np.ones(shape), **GOOD)
 
 
-def test_too_narrow_a_map_is_refused():
+def test_a_map_that_is_too_narrow_is_refused():
     weight = np.ones((2, 12))
     weight[0, 3] = 1000
     maps = rebalance_experts(weight, **GOOD, max_replicas=3)
@@ -88,7 +87,7 @@ def with_value(weight, bad):
     return weight
 
 
-def test_traced_values_are_checked_where_asked():
+def test_traced_values_are_checked_on_request():
     def place(weight):
         return rebalance_experts(weight, **GOOD, check_values=True)[0]
 
@@ -100,7 +99,7 @@ def test_traced_values_are_checked_where_asked():
 
 
 @pytest.mark.slow
-def test_traced_widths_and_capacities_are_checked_where_asked():
+def test_traced_widths_and_capacities_are_checked_on_request():
     def place(weight, capacity):
         return rebalance_experts(
             weight,
@@ -117,31 +116,31 @@ def test_traced_widths_and_capacities_are_checked_where_asked():
     hot = even.at[0, 3].set(1000.0)
     assert "max_replicas=2 is too small" in checked(hot, alive)[0].get()
     dead = alive.at[:3].set(0.0)
-    assert "leave a slot for each of 12 experts" in checked(even, dead)[0].get()
+    assert "leave a physical expert for each of 12" in checked(even, dead)[0].get()
     error, maps = checked(with_value(even, np.nan), alive)
     assert "weight must be finite and not negative" in error.get()
     assert set(np.asarray(maps[0][1])) == set(range(12))  # still a placement
 
 
 @pytest.mark.parametrize("policy", ["hierarchical", "global"])
-def test_unchecked_garbage_still_gives_a_placement(policy):
-    # Inside jit nothing is checked unless asked; no slot may hold what is no expert.
+def test_unchecked_bad_values_still_give_a_placement(policy):
+    # Inside jit values are not checked by default; the result must still be valid.
     place, _ = traced(policy)
     for bad in (np.nan, -3.0, np.inf):
         weight = with_value(lognormal(0), bad)
-        ExpertTables(*place(weight, None, None)).validate()
+        place(weight, None, None).validate()
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_gpus": 5}, "num_gpus=5 must divide the 16 slots"),
+        ({"num_gpus": 5}, "num_gpus=5 must divide the 16 physical experts"),
         ({"max_moves": -1}, "max_moves=-1 must not be negative"),
         ({"num_nodes": 3}, "num_gpus=8 must be a multiple of num_nodes=3"),
         ({"weight": WEIGHT[:1]}, "but weight has 1 layers"),
         ({"weight": WEIGHT[:, :11]}, "holds 11, but weight has 11 experts"),
         ({"weight": -WEIGHT}, "weight must be finite and not negative"),
-        ({"device_capacity": [0] * 8}, "leaves 0 of num_gpus=8 devices alive"),
+        ({"device_capacity": [0] * 8}, "leaves 0 of 8 devices alive"),
     ],
 )
 def test_refinement(changes, message):
@@ -153,7 +152,7 @@ def test_refinement(changes, message):
 
 
 def test_a_plan_that_fails_leaves_the_old_tables_alone():
-    tables = ExpertTables(*rebalance_experts(WEIGHT, **GOOD))
+    tables = rebalance_experts(WEIGHT, **GOOD)
     before = jax.tree.map(np.array, tables)
     with pytest.raises(ValueError, match="not negative"):
         refine_placement(-WEIGHT, tables.physical_to_logical_map, 8, max_moves=4)

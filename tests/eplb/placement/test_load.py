@@ -48,7 +48,7 @@ def test_before_the_first_step_there_is_no_load():
 
 
 @pytest.mark.parametrize("estimator", [sum_of_last(4), moving_average(0.9)])
-def test_a_restored_state_goes_on_as_if_nothing_had_happened(estimator, tmp_path):
+def test_a_restored_state_continues_like_the_original(estimator, tmp_path):
     state, _ = run(estimator, COUNTS[:6])
     save_state(tmp_path / "state.npz", state)
     restored = restore_state(tmp_path / "state.npz", estimator.init(3, 5))

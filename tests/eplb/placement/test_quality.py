@@ -1,4 +1,4 @@
-"""The measures, against loops over slots, and the bound, against all placements."""
+"""The measures against loops over experts; the bound against all placements."""
 
 import itertools
 
@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from eplb_jax.placement.placement import placement_maps, rebalance_experts
 from eplb_jax.placement.quality import (
     balancedness,
     balancedness_bound,
@@ -30,11 +29,11 @@ def test_loads_and_balancedness_against_a_loop(rng):
     capacity = np.array([1.0, 0.5, 2.0, 0.0], np.float32)
     placement[:, 9:] = -1
     load = np.zeros((3, 4))
-    for layer, slot in itertools.product(range(3), range(12)):
-        expert = placement[layer, slot]
+    for layer, physical in itertools.product(range(3), range(12)):
+        expert = placement[layer, physical]
         if expert >= 0:
             count = (placement[layer] == expert).sum()
-            load[layer, slot // 3] += weight[layer, expert] / count
+            load[layer, physical // 3] += weight[layer, expert] / count
     # rtol: float32 quotients and sums against float64 ones
     np.testing.assert_allclose(device_loads(weight, placement, 4), load, rtol=1e-6)
     plain = load.mean(axis=1) / load.max(axis=1)
@@ -51,24 +50,26 @@ def test_a_layer_without_load_is_balanced():
     assert balancedness_bound(np.zeros((1, 2)), 4, 2).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("num_experts, num_slots, num_gpus", [(2, 6, 3), (3, 5, 5)])
-def test_no_placement_exceeds_the_bound(rng, num_experts, num_slots, num_gpus):
+@pytest.mark.parametrize(
+    "num_experts, num_replicas, num_devices", [(2, 6, 3), (3, 5, 5)]
+)
+def test_no_placement_exceeds_the_bound(rng, num_experts, num_replicas, num_devices):
     every = np.array(
         [
             placement
-            for placement in itertools.product(range(num_experts), repeat=num_slots)
+            for placement in itertools.product(range(num_experts), repeat=num_replicas)
             if len(set(placement)) == num_experts
         ]
     )
     score = jax.jit(balancedness, static_argnums=2)
     weight = rng.lognormal(0, 2, (20, num_experts)).astype(np.float32)
-    bound = np.asarray(balancedness_bound(weight, num_slots, num_gpus))
+    bound = np.asarray(balancedness_bound(weight, num_replicas, num_devices))
     weights = [np.broadcast_to(row, (len(every), num_experts)) for row in weight]
-    best = np.array([score(row, every, num_gpus).max() for row in weights])
+    best = np.array([score(row, every, num_devices).max() for row in weights])
     assert (best <= bound * (1 + 1e-6)).all()  # rounding of float32 sums
     is_reached = best >= bound * (1 - 1e-6)
-    # With one slot a GPU nothing but the heaviest replica matters.
-    assert is_reached.all() if num_slots == num_gpus else is_reached.any()
+    # With one physical expert per device only the heaviest replica matters.
+    assert is_reached.all() if num_replicas == num_devices else is_reached.any()
 
 
 def test_moves_and_duplicates_against_multisets(rng):
@@ -100,18 +101,6 @@ def test_remote_share(rng):
     np.testing.assert_allclose(share, [5 / 16], rtol=1e-6)  # one float32 division
 
 
-def test_maps_of_a_placement_agree_with_upstreams_maps():
-    weight = np.random.default_rng(1).lognormal(0, 1, (4, 12)).astype(np.float32)
-    maps = rebalance_experts(weight, 16, 4, 2, 8)
-    again = placement_maps(maps.physical_to_logical_map, 12, 5)
-    np.testing.assert_array_equal(again.expert_count, maps.expert_count)
-    # Upstream orders the replicas of an expert by when they were made, not by slot.
-    ordered = np.sort(np.asarray(maps.logical_to_physical_map), axis=-1)
-    np.testing.assert_array_equal(
-        np.sort(np.asarray(again.logical_to_physical_map), axis=-1), ordered
-    )
-
-
-def test_what_cannot_be_divided_is_refused():
+def test_a_placement_that_cannot_be_divided_is_refused():
     with pytest.raises(ValueError, match=r"shape \(1, 5\) cannot be divided among"):
         balancedness([[1.0, 2.0]], np.zeros((1, 5), int), 2)

@@ -50,7 +50,7 @@ def check_equal(maps, expected):
     np.testing.assert_array_equal(count, expected[2])
 
 
-# Of these sizes the quick tier has others that are much like them.
+# The quick tier has other sizes much like these.
 SLOW = ("4", "5", "7", "8", "9", "10")
 
 
@@ -79,9 +79,9 @@ def test_equals_upstream(case):
 SHAPES = [
     (3, 60, 72, 12, 3, 12),
     (2, 8, 8, 2, 2, 8),  # nothing to replicate, nothing to pack
-    (3, 16, 34, 1, 17, 17),  # global, two slots a GPU
+    (3, 16, 34, 1, 17, 17),  # global, two physical experts per GPU
     (1, 5, 40, 5, 1, 1),  # one node, one GPU
-    (1, 300, 400, 20, 10, 20),  # layers with one row a node
+    (1, 300, 400, 20, 10, 20),  # one layer with a row per node
 ]
 
 
@@ -126,7 +126,7 @@ def test_replication(num_experts, num_extra, kind):
         np.testing.assert_array_equal(one, other)
 
 
-def test_replication_heeds_the_limit():
+def test_replication_respects_limits():
     weight = jnp.array([[9.0, 1.0, 1.0], [9.0, 1.0, 1.0]])
     _, _, count = replicate_experts(weight, 6, [jnp.array([2, 3])])
     assert count.tolist() == [[2, 2, 2], [3, 2, 1]]
@@ -181,7 +181,7 @@ def test_policies_by_name():
         (("auto", 8, 4), ("hierarchical", 8, 4)),
         (("auto", 8, 3), ("global", 8, 3)),
         (("global", 8, 4), ("global", 1, 1)),
-        (("global", 5, 4), ("global", 1, 1)),  # 5 does not divide: no groups here
+        (("global", 5, 4), ("global", 1, 1)),  # 5 does not divide; groups are ignored
     ]
     for one, other in same:
         one, other = (

@@ -1,6 +1,6 @@
-"""Loads of a DeepSeek-V3 deployment: the figures promised, and the page's output.
+"""Loads of a DeepSeek-V3 deployment: the promised figures, and docs/eplb.md's output.
 
-Each test holds what shares its programs, which are the costly part.
+Checks that need the same programs share a test, since compiling them takes longest.
 """
 
 import re
@@ -22,7 +22,7 @@ DENSE = 3  # the first layers have no experts
 
 
 def check_command(name, capsys):
-    """Runs a command of docs/eplb.md; `...` stands for the rest of its output."""
+    """Runs a command of docs/eplb.md, where `...` is the rest of the output."""
     text = (ROOT / "docs" / "eplb.md").read_text()
     block = re.search(
         rf"^\$ python -m eplb_jax ({name} .*)\n((?:.*\n)*?)```", text, re.M
@@ -35,8 +35,8 @@ def check_command(name, capsys):
     assert is_cut or printed == shown
 
 
-def scores(weight, placement, num_gpus=32):
-    return np.asarray(balancedness(weight, placement, num_gpus))[DENSE:]
+def scores(weight, placement, num_devices=32):
+    return np.asarray(balancedness(weight, placement, num_devices))[DENSE:]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Refinement: the budget is kept, each move pays, the dead are buried."""
+"""Refinement: it keeps its budget, its moves pay, and it leaves dead devices."""
 
 import jax
 import numpy as np
@@ -8,7 +8,14 @@ from eplb_jax.placement.placement import rebalance_experts
 from eplb_jax.placement.quality import balancedness, count_duplicates, count_moves
 from eplb_jax.placement.refine import refine_placement
 from eplb_jax.placement.soft import home_nodes
-from tests.eplb.placement.cases import EXPERTS, GPUS, LAYERS, SIZES, SLOTS, lognormal
+from tests.eplb.placement.cases import (
+    DEVICES,
+    EXPERTS,
+    LAYERS,
+    REPLICAS,
+    SIZES,
+    lognormal,
+)
 
 
 @pytest.fixture
@@ -19,15 +26,15 @@ def drifted():
     return old_weight * lognormal(1, sigma=0.5), placement
 
 
-@pytest.mark.parametrize("max_moves", [0, 1, 2, 3, 7, 20, SLOTS])
+@pytest.mark.parametrize("max_moves", [0, 1, 2, 3, 7, 20, REPLICAS])
 def test_the_budget_is_kept_and_moves_pay(drifted, max_moves):
     weight, old = drifted
-    new, moves = refine_placement(weight, old, GPUS, max_moves=max_moves)
+    new, moves = refine_placement(weight, old, DEVICES, max_moves=max_moves)
     changed = (np.asarray(new) != np.asarray(old)).sum(axis=1)
     assert moves.tolist() == changed.tolist()
     assert changed.max() <= max_moves
-    assert (np.asarray(count_moves(old, new, GPUS)) <= changed).all()
-    was, now = (np.asarray(balancedness(weight, p, GPUS)) for p in (old, new))
+    assert (np.asarray(count_moves(old, new, DEVICES)) <= changed).all()
+    was, now = (np.asarray(balancedness(weight, p, DEVICES)) for p in (old, new))
     assert (now >= was).all()
     for layer in np.asarray(new):
         assert set(layer) == set(range(EXPERTS))
@@ -39,8 +46,8 @@ def test_more_moves_are_no_worse(drifted):
     weight, old = drifted
 
     def score(budget):
-        new, _ = refine_placement(weight, old, GPUS, max_moves=budget)
-        return np.asarray(balancedness(weight, new, GPUS)).mean()
+        new, _ = refine_placement(weight, old, DEVICES, max_moves=budget)
+        return np.asarray(balancedness(weight, new, DEVICES)).mean()
 
     scores = [score(budget) for budget in (0, 4, 8, 16, 32)]
     assert scores == sorted(scores)
@@ -49,8 +56,8 @@ def test_more_moves_are_no_worse(drifted):
 
 def test_a_steady_load_causes_no_moves(drifted):
     weight, old = drifted
-    first, _ = refine_placement(weight, old, GPUS, max_moves=SLOTS)
-    again, moves = refine_placement(weight, first, GPUS, max_moves=SLOTS)
+    first, _ = refine_placement(weight, old, DEVICES, max_moves=REPLICAS)
+    again, moves = refine_placement(weight, first, DEVICES, max_moves=REPLICAS)
     assert moves.tolist() == [0] * LAYERS
     np.testing.assert_array_equal(first, again)
 
@@ -59,32 +66,41 @@ def test_a_greater_least_gain_makes_fewer_moves(drifted):
     weight, old = drifted
 
     def count(gain):
-        _, moves = refine_placement(weight, old, GPUS, max_moves=SLOTS, min_gain=gain)
-        return np.asarray(moves)[is_apart].sum()
+        _, moves = refine_placement(
+            weight, old, DEVICES, max_moves=REPLICAS, min_gain=gain
+        )
+        return np.asarray(moves)[is_separate].sum()
 
-    # Parting replicas on one device is no matter of gain.
-    is_apart = np.asarray(count_duplicates(old, GPUS)) == 0
-    assert is_apart.any()
+    # Replicas on one device are separated regardless of the gain.
+    is_separate = np.asarray(count_duplicates(old, DEVICES)) == 0
+    assert is_separate.any()
     counts = [count(gain) for gain in (1e-6, 1e-3, 1e-2, 1.0)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1] == 0
 
 
-def test_shared_devices_are_parted():
-    old = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1))
+def test_replicas_on_one_device_are_separated():
+    old = np.tile(np.arange(REPLICAS) % EXPERTS, (LAYERS, 1))
     old[:, 1] = old[:, 0]
     old[:, EXPERTS] = 1  # expert 1 keeps a replica
-    parted, _ = refine_placement(np.ones((LAYERS, EXPERTS)), old, GPUS, max_moves=4)
-    assert not np.asarray(count_duplicates(parted, GPUS)).any()
+    separated, _ = refine_placement(
+        np.ones((LAYERS, EXPERTS)), old, DEVICES, max_moves=4
+    )
+    assert not np.asarray(count_duplicates(separated, DEVICES)).any()
 
 
 @pytest.mark.slow
-def test_shared_devices_are_left_where_asked():
-    old = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1))
+def test_replicas_on_one_device_stay_on_request():
+    old = np.tile(np.arange(REPLICAS) % EXPERTS, (LAYERS, 1))
     old[:, 1] = old[:, 0]
     old[:, EXPERTS] = 1  # expert 1 keeps a replica
     left, moves = refine_placement(
-        np.ones((LAYERS, EXPERTS)), old, GPUS, max_moves=4, separate=False, min_gain=0.5
+        np.ones((LAYERS, EXPERTS)),
+        old,
+        DEVICES,
+        max_moves=4,
+        separate=False,
+        min_gain=0.5,
     )
     assert moves.tolist() == [0] * LAYERS
     np.testing.assert_array_equal(left, old)
@@ -92,10 +108,10 @@ def test_shared_devices_are_left_where_asked():
 
 def test_the_experts_of_a_dead_device_come_back(drifted):
     weight, old = drifted
-    capacity = np.ones(GPUS, np.float32)
+    capacity = np.ones(DEVICES, np.float32)
     capacity[7] = 0
     new, moves = refine_placement(
-        weight, old, GPUS, max_moves=6, device_capacity=capacity
+        weight, old, DEVICES, max_moves=6, device_capacity=capacity
     )
     new = np.asarray(new)
     assert (new[:, 28:32] == -1).all()
@@ -103,9 +119,9 @@ def test_the_experts_of_a_dead_device_come_back(drifted):
         assert set(layer) - {-1} == set(range(EXPERTS))
     assert np.asarray(moves).max() <= 6
     more, _ = refine_placement(
-        weight, new, GPUS, max_moves=SLOTS, device_capacity=capacity
+        weight, new, DEVICES, max_moves=REPLICAS, device_capacity=capacity
     )
-    score = np.asarray(balancedness(weight, more, GPUS, capacity))
+    score = np.asarray(balancedness(weight, more, DEVICES, capacity))
     assert score.min() > 0.95
 
 
@@ -113,15 +129,15 @@ def test_a_device_that_comes_back_is_filled(drifted):
     weight, old = drifted
     gone = np.array(old)
     gone[:, 28:32] = -1
-    capacity = np.ones(GPUS, np.float32)
+    capacity = np.ones(DEVICES, np.float32)
     capacity[7] = 0
     gone, _ = refine_placement(
-        weight, gone, GPUS, max_moves=SLOTS, device_capacity=capacity
+        weight, gone, DEVICES, max_moves=REPLICAS, device_capacity=capacity
     )
-    back, _ = refine_placement(weight, gone, GPUS, max_moves=SLOTS)
+    back, _ = refine_placement(weight, gone, DEVICES, max_moves=REPLICAS)
     filled = (np.asarray(back)[:, 28:32] >= 0).sum(axis=1)
     assert (filled >= 1).all()
-    score = np.asarray(balancedness(weight, back, GPUS))
+    score = np.asarray(balancedness(weight, back, DEVICES))
     assert score.min() > 0.95
 
 
@@ -132,10 +148,16 @@ def test_the_last_replica_at_home_stays():
     old = rebalance_experts(weight, *SIZES, policy="hierarchical")[0]
     later = weight * lognormal(4)
     new, _ = refine_placement(
-        later, old, GPUS, max_moves=SLOTS, home=home, num_nodes=4, remote_price=0.0
+        later,
+        old,
+        DEVICES,
+        max_moves=REPLICAS,
+        home=home,
+        num_nodes=4,
+        remote_price=0.0,
     )
     new, home = np.asarray(new), np.asarray(home)
-    node = np.arange(SLOTS) // 12
+    node = np.arange(REPLICAS) // 12
     for layer, expert in np.ndindex(LAYERS, EXPERTS):
         assert home[layer, expert] in node[new[layer] == expert]
     assert (new != np.asarray(old)).any()
@@ -147,10 +169,10 @@ def test_same_in_jit_and_under_vmap(drifted):
 
     def refine(weight, old, capacity):
         return refine_placement(
-            weight, old, GPUS, max_moves=8, device_capacity=capacity
+            weight, old, DEVICES, max_moves=8, device_capacity=capacity
         )
 
-    capacity = np.ones(GPUS, np.float32)
+    capacity = np.ones(DEVICES, np.float32)
     two = np.stack([weight, weight[::-1]])
     both = jax.jit(jax.vmap(refine, (0, None, None)))(two, old, capacity)
     for i in range(2):

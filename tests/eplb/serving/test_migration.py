@@ -144,7 +144,7 @@ def test_bad_arguments():
         (
             (weights, old, old),
             {"num_devices": 5},
-            "num_devices=5 must divide num_slots=24",
+            "num_devices=5 must divide the tables' 24 physical experts",
         ),
         ((weights, old, old), {"num_slices": 0}, "num_slices=0 must be at least 1"),
         (
