@@ -64,7 +64,7 @@ class ServeConfig:
       prefill_tokens: of one prefill on a device, even; None: as many as
         `prompts_per_device` of the longest ones have.
       route: see `eplb_jax.ExpertParallel`.
-      payload: see `eplb_jax.layer.dispatch.send`.
+      payload: see `eplb_jax.layer.dispatch.dispatch_tokens`.
       buffer_factor: see `DeepSeek`; what finds no room counts as zero. None: nothing
         is ever lost.
       rebalance: None: experts stay where they are.
@@ -213,6 +213,6 @@ class ServeConfig:
             num_nodes=self.num_nodes,
             num_rows=num_rows,
             payload=self.payload,
-            weigh="tokens",
+            apply_scores="after",
             route=self.route,
         )
