@@ -192,7 +192,7 @@ class ServeConfig:
         return ExpertBalancer(
             num_layers=self.num_moe_layers,
             num_experts=self.architecture.num_experts,
-            num_slots=self.num_slots,
+            num_physical_experts=self.num_slots,
             num_devices=self.num_devices,
             estimator=moving_average(plan.decay),
             layers_per_plan=plan.layers_per_plan,
