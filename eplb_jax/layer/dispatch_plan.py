@@ -3,8 +3,7 @@
 Every device computes the same plan from one gather of counts, [devices, physical
 experts] integers; the ids of tokens are never exchanged.
 
-Shape suffixes: see `eplb_jax`; here C choices of all tokens, C = T * K, I physical
-experts of this device, M rows of the buffer that the experts read.
+Shape suffixes: see `eplb_jax`; here C choices of all tokens, C = T * K.
 """
 
 from __future__ import annotations

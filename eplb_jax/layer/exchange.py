@@ -6,7 +6,7 @@ which is correct but slow, for tests and for development without GPUs.
 
 The way back is the same function with the segments reversed, and so is the transpose.
 
-Shape suffixes: see `eplb_jax`; here M rows received.
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations

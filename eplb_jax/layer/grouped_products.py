@@ -7,7 +7,8 @@ sizes, so empty rows of a buffer cost nothing. On GPUs tokamax's kernels are use
 tokamax is installed.
 
 Shape suffixes: see `eplb_jax`; here I groups, one per physical expert of this device,
-and B rows of a block. F and H are the features that go in and come out.
+and B rows of a block. F and H are those of a gate or up product; in a down product they
+change places.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Plain functions and arrays, for any router and any module system.
 
-Shape suffixes: see `eplb_jax`; here M rows that arrive at a device, C = T * K choices.
+Shape suffixes: see `eplb_jax`; here C choices of all tokens, C = T * K.
 """
 
 from __future__ import annotations

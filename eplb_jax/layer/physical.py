@@ -6,7 +6,7 @@ runs, each physical expert's weights are gathered from the device that keeps the
 transpose sums the gradients of all replicas on that device, so checkpoints do not
 depend on the placement.
 
-Shape suffixes: see `eplb_jax`; here I physical experts of this device, M rows sent.
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ _gather_slices.defvjp(_gather_forward, _gather_backward)
 
 
 def _by_slices(function, rows: jax.Array, num_results: int, count: int) -> jax.Array:
-    """Applies `function`, [rows, F] to [results, F], to `count` slices of the features.
+    """Applies `function`, [rows, n] to [results, n], to `count` slices of the features.
 
     The result starts as some of the rows and not as zeros, although all of it is
     overwritten: XLA allocates zeros when a step starts, and holds them until here.

@@ -5,8 +5,7 @@ the expert, else from one that has. All of them change at once, a slice of the f
 at a time: each slice is read everywhere before it is written anywhere. So moves need no
 order in which no expert is lost, and the buffers hold a slice, not a second copy.
 
-Shape suffixes: see `eplb_jax`; here I physical experts of this device, and F all
-weights of an expert, flat.
+Shape suffixes: see `eplb_jax`; here V values of an expert, flat.
 """
 
 from __future__ import annotations
@@ -80,29 +79,29 @@ def migrate(
     is_filled_I = (expert_S >= 0).reshape(num_devices, -1)[me]
     if axis_name is None:
 
-        def gather(rows_IF: jax.Array) -> jax.Array:
-            return rows_IF[source_S]
+        def gather(rows_IV: jax.Array) -> jax.Array:
+            return rows_IV[source_S]
 
     else:
         num_sent = old_tables.num_slots
         plan = plan_weight_gather(owner_S, source_S, num_devices, num_sent, axis_name)
 
-        def gather(rows_IF: jax.Array) -> jax.Array:
-            return gather_weight_rows(rows_IF, plan, axis_name, transport)
+        def gather(rows_IV: jax.Array) -> jax.Array:
+            return gather_weight_rows(rows_IV, plan, axis_name, transport)
 
     def change(leaf: jax.Array) -> jax.Array:
-        flat_IF = leaf.reshape(len(leaf), -1)
-        num_features = flat_IF.shape[1]
+        flat_IV = leaf.reshape(len(leaf), -1)
+        num_features = flat_IV.shape[1]
         size = num_features // divisor_from(num_features, num_slices)
 
-        def step(i: jax.Array, flat_IF: jax.Array) -> jax.Array:
-            old_IF = lax.dynamic_slice_in_dim(flat_IF, i * size, size, axis=1)
-            new_IF = jnp.where(is_changed_I[:, None], gather(old_IF), old_IF)
-            new_IF = jnp.where(is_filled_I[:, None], new_IF, jnp.zeros((), leaf.dtype))
-            return lax.dynamic_update_slice_in_dim(flat_IF, new_IF, i * size, axis=1)
+        def step(i: jax.Array, flat_IV: jax.Array) -> jax.Array:
+            old_IV = lax.dynamic_slice_in_dim(flat_IV, i * size, size, axis=1)
+            new_IV = jnp.where(is_changed_I[:, None], gather(old_IV), old_IV)
+            new_IV = jnp.where(is_filled_I[:, None], new_IV, jnp.zeros((), leaf.dtype))
+            return lax.dynamic_update_slice_in_dim(flat_IV, new_IV, i * size, axis=1)
 
-        flat_IF = lax.fori_loop(0, num_features // size, step, flat_IF)
-        return flat_IF.reshape(leaf.shape)
+        flat_IV = lax.fori_loop(0, num_features // size, step, flat_IV)
+        return flat_IV.reshape(leaf.shape)
 
     return jax.tree.map(change, weights)
 

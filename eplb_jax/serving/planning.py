@@ -1,6 +1,6 @@
 """Which layers are planned, and their new tables: array arithmetic, inside jit.
 
-Shape suffixes: see `eplb_jax`; here P layers of a plan, I physical experts of a device.
+Shape suffixes: see `eplb_jax`; here P layers of a plan.
 """
 
 from __future__ import annotations
