@@ -26,7 +26,8 @@ class ExpertParallel:
       num_rows: rows of a device's buffer; None: as many as can arrive, see
         `plan_dispatch`.
       transport: see `exchange`.
-      payload: see `dispatch_tokens`.
+      payload: `"plain"` sends tokens as they are, `"fp8"` as float8_e4m3fn with a
+        float32 scale for every 128 channels.
       remat: whether the backward pass recomputes the experts from the rows that
         arrived, so that only these are kept.
       apply_scores: whether router weights are applied before or after the experts'

@@ -69,7 +69,7 @@ def physical_weights(
     if axis_name is None or num_devices == 1:
         return jax.tree.map(lambda leaf: take_or_zero(leaf, expert_S), weights)
     per_device = tables.num_experts // num_devices
-    # Each expert of another device has a replica; so many can be this device's at most.
+    # Each expert of another device needs a replica; all the rest may be this device's.
     num_sent = tables.num_slots - tables.num_experts + per_device
     owner_S = jnp.where(expert_S >= 0, expert_S // per_device, num_devices)
     source_S = expert_S - owner_S * per_device

@@ -1,8 +1,8 @@
 """Which replica of its expert each choice of a token goes to.
 
 The result depends only on values that are the same on every device, the tables and
-gathered counts, and on the device's position. Equal tokens at equal positions go to
-equal replicas, and so does a step that is run again.
+gathered counts, and on the device's position. Equal tokens at equal positions go to the
+same replicas, and a step that is run again gives the same result.
 
 Shape suffixes: see `eplb_jax`; here C choices of all tokens, C = T * K.
 """

@@ -44,8 +44,8 @@ class ExpertBalancer(BalancerSettings):
 
     A layer is planned if its balancedness, for the estimated load, is below `below`,
     and changed if that gains at least `min_gain`: a steady load causes no moves. If a
-    device has capacity 0, its experts are moved to others at once and regardless of
-    `max_moves`; the device must go on serving until it has none left.
+    device has capacity 0, its experts move to other devices at once, regardless of
+    `every` and `max_moves`; it must go on serving until it has none left.
 
     Attributes:
       num_layers: MoE layers.
@@ -54,8 +54,8 @@ class ExpertBalancer(BalancerSettings):
       num_devices: must divide the number of physical experts.
       estimator: estimates the load from the counts of steps.
       every: steps from one plan to the next.
-      layers_per_plan: maximal number of layers that are planned, and change, in one
-        step; the other layers take their turn later. None: all.
+      layers_per_plan: most layers that are planned, and change, in one step; the other
+        layers take their turn later. None: all.
       max_moves: physical experts of a layer that one plan may change. It bounds the
         bytes that a step sends: weights of `layers_per_plan * max_moves` experts.
         None: a twelfth of the physical experts, and at least two.
@@ -142,7 +142,7 @@ class ExpertBalancer(BalancerSettings):
           The state with these capacities.
 
         Raises:
-          ValueError: outside jit, for values that are not finite or negative, and if
+          ValueError: outside jit, for values that are negative or not finite, and if
             the remaining devices have too few physical experts.
 
         Examples:
@@ -154,7 +154,7 @@ class ExpertBalancer(BalancerSettings):
         """
         capacity = self._as_capacity(capacity)
         if not is_traced(capacity) and not is_traced(state.capacity):
-            # On the old one's devices: another sharding would recompile the step.
+            # With the old sharding: another one would recompile the step.
             capacity = jax.device_put(capacity, state.capacity.sharding)
         return state._replace(capacity=capacity)
 

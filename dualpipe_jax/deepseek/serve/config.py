@@ -64,7 +64,7 @@ class ServeConfig:
       prefill_tokens: of one prefill on a device, even; None: as many as
         `prompts_per_device` of the longest ones have.
       route: see `eplb_jax.ExpertParallel`.
-      payload: see `eplb_jax.layer.dispatch.dispatch_tokens`.
+      payload: see `eplb_jax.ExpertParallel`.
       buffer_factor: see `DeepSeek`; what finds no room counts as zero. None: nothing
         is ever lost.
       rebalance: None: experts stay where they are.
