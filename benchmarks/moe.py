@@ -1,8 +1,8 @@
-"""What the MoE layer's parts cost on CPU, and what placements do to its buffers.
+"""The cost of the MoE layer's parts on CPU, and how placements affect its buffers.
 
 Run: JAX_PLATFORMS=cpu python benchmarks/moe.py [--quick]
 
-Times are CPU time of the process, the two rivals in turn, medians.
+Times are medians of the process's CPU time; the rivals run in turn.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from eplb_jax.layer.grouped_products import grouped_matmul, num_block_rows
 from eplb_jax.layer.replicas import balanced_shares
 
 LOADS = Path(__file__).parent.parent / "tests/data/eplb_loads_deepseek_v3.npz"
-DEVICES, SLOTS = 32, 288
+DEVICES, PHYSICAL = 32, 288
 
 
 def cpu_seconds(fn, *args):
@@ -33,14 +33,14 @@ def cpu_seconds(fn, *args):
 
 
 def even_sizes(rows, groups):
-    """Every row picks a group at random."""
+    """Group sizes if every row picks a group at random."""
     parts = np.ones(groups) / groups
     sizes = np.random.default_rng(0).multinomial(rows, parts)
     return jnp.asarray(sizes, jnp.int32)
 
 
 def time_products(runs, rows=4096, groups=32, d=512, f=1024):
-    """Forward and backward, ours, XLA's, and a plain product of as many rows."""
+    """Forward and backward of ours, of XLA's, and of one dense product."""
     x = jax.random.normal(jax.random.key(0), (rows, d))
     weight = jax.random.normal(jax.random.key(1), (groups, d, f)) / d**0.5
     sizes = even_sizes(rows, groups)
@@ -66,27 +66,27 @@ def time_products(runs, rows=4096, groups=32, d=512, f=1024):
 
 
 def buffers():
-    """Largest over mean device load, for each way to place and to choose: [layers]."""
+    """Largest over mean device load, by placement and replica choice: [layers]."""
     with np.load(LOADS) as file:
         planned, came = file["prefill_in1024"][3:], file["prefill_in2048"][3:]
     in_order = np.tile(np.arange(256, dtype=np.int32), (len(came), 1))
-    fresh = rebalance_experts(came, SLOTS, 1, 1, DEVICES, policy="global")[0]
-    stale = rebalance_experts(planned, SLOTS, 1, 1, DEVICES, policy="global")[0]
-    swaps = rebalance_experts(planned, SLOTS, 1, 1, DEVICES, policy="swaps")[0]
+    fresh = rebalance_experts(came, PHYSICAL, 1, 1, DEVICES, policy="global")[0]
+    stale = rebalance_experts(planned, PHYSICAL, 1, 1, DEVICES, policy="global")[0]
+    swaps = rebalance_experts(planned, PHYSICAL, 1, 1, DEVICES, policy="swaps")[0]
 
     def largest(placement, is_balanced):
         maps = ExpertTables.from_placement(placement, 256, 33)
         even = came[..., None] / np.asarray(maps.expert_count)[..., None]
-        slots = np.asarray(maps.logical_to_physical_map)
-        shares = np.broadcast_to(even, slots.shape)
+        replicas = np.asarray(maps.logical_to_physical_map)
+        shares = np.broadcast_to(even, replicas.shape)
         if is_balanced:
             share = jax.vmap(lambda c, t: balanced_shares(c, t, DEVICES))
             shares = np.asarray(jax.jit(share)(came, maps))
-        per_device = maps.num_physical_experts // DEVICES
+        per_device = placement.shape[1] // DEVICES
         loads = np.zeros((len(came), DEVICES))
-        layer = np.broadcast_to(np.arange(len(came))[:, None, None], slots.shape)
-        used = slots >= 0
-        np.add.at(loads, (layer[used], slots[used] // per_device), shares[used])
+        layer = np.broadcast_to(np.arange(len(came))[:, None, None], replicas.shape)
+        used = replicas >= 0
+        np.add.at(loads, (layer[used], replicas[used] // per_device), shares[used])
         return loads.max(axis=1) / loads.mean(axis=1)
 
     return {
@@ -113,12 +113,12 @@ def main():
         ratio = seconds / times["grouped_matmul"]
         print(f"  {name:20} {seconds:7.3f}   {ratio:5.1f} x ours")
     print("\nrows multiplied / rows, 4096 tokens, 64 experts")
-    for k in (1, 8):
-        sizes = even_sizes(4096 * k, 64)
-        print(f"  k={k}: {int(num_block_rows(sizes)) / (4096 * k):.3f}")
+    for top_k in (1, 8):
+        sizes = even_sizes(4096 * top_k, 64)
+        print(f"  top_k={top_k}: {int(num_block_rows(sizes)) / (4096 * top_k):.3f}")
     print(
         "\nbuffer for no overflow / mean load, recorded prefill loads, "
-        f"{SLOTS} slots on {DEVICES} devices: mean and worst of 58 layers"
+        f"{PHYSICAL} physical experts on {DEVICES} devices: mean and worst of 58 layers"
     )
     for name, ratio in buffers().items():
         print(f"  {name:32} {ratio.mean():.3f}  {ratio.max():.3f}")

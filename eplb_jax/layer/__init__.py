@@ -6,7 +6,6 @@ Imports: placement.
 from typing import TYPE_CHECKING
 
 from eplb_jax import lookup
-from eplb_jax.layer.dispatch import Payload as Payload
 from eplb_jax.layer.exchange import Transport as Transport
 from eplb_jax.layer.grouped_products import grouped_matmul
 from eplb_jax.layer.kernels import (
@@ -16,12 +15,15 @@ from eplb_jax.layer.kernels import (
 )
 from eplb_jax.layer.mixture import (
     EXCHANGED as EXCHANGED,
-    ONE_DEVICE as ONE_DEVICE,
-    ExpertParallel,
     ExpertWeights,
-    Route as Route,
     mix_experts,
 )
+from eplb_jax.layer.parallel import (
+    ONE_DEVICE as ONE_DEVICE,
+    ExpertParallel,
+    Route as Route,
+)
+from eplb_jax.layer.payload import Payload as Payload
 from eplb_jax.layer.physical import (
     check_held as check_held,
     count_gathered_experts as count_gathered_experts,

@@ -1,6 +1,7 @@
-"""The devices that exchange something: those of a mesh axis, or groups of them.
+"""Collectives over a mesh axis, or over groups of its devices.
 
-One mesh axis serves both for all devices and for the two hops of a way by node.
+With groups, one mesh axis serves the exchange between all devices as well as the two
+hops of a route by node.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """A mesh axis cut into groups of one size, each of which keeps to itself.
+    """A mesh axis divided into groups of one size; collectives stay inside a group.
 
     Attributes:
       axis_name: the mesh axis.
-      members: for each group the devices, in the order in which they count.
+      members: the devices of each group, in the group's order.
     """
 
     axis_name: str
@@ -29,7 +30,7 @@ class Groups:
 
     @classmethod
     def nodes(cls, axis_name: str, num_devices: int, num_nodes: int) -> Groups:
-        """The devices of each node, which lie side by side.
+        """Returns one group per node; a node's devices are consecutive.
 
         Examples:
           >>> Groups.nodes("ep", 4, 2).members
@@ -40,7 +41,7 @@ class Groups:
 
     @classmethod
     def across_nodes(cls, axis_name: str, num_devices: int, num_nodes: int) -> Groups:
-        """The devices that have the same place in their nodes.
+        """Returns one group per position in a node: its devices in all nodes.
 
         Examples:
           >>> Groups.across_nodes("ep", 4, 2).members
@@ -50,12 +51,12 @@ class Groups:
         return cls(axis_name, tuple(map(tuple, devices.tolist())))
 
     @functools.cached_property
-    def places(self) -> np.ndarray:
-        """[devices] int32, the place of each in its group."""
+    def positions(self) -> np.ndarray:
+        """[devices] int32, the position of each device in its group."""
         members = np.array(self.members)
-        places = np.empty(members.size, np.int32)
-        places[members] = np.arange(members.shape[1], dtype=np.int32)[None]
-        return places
+        positions = np.empty(members.size, np.int32)
+        positions[members] = np.arange(members.shape[1], dtype=np.int32)[None]
+        return positions
 
 
 # A mesh axis, or groups of its devices.
@@ -63,26 +64,26 @@ Axis: TypeAlias = "str | Groups"
 
 
 def axis_index(axis: Axis) -> jax.Array:
-    """[] int32, the place of this device among those that it exchanges with."""
+    """Returns this device's position on the axis, or in its group; [] int32."""
     if isinstance(axis, str):
         return lax.axis_index(axis)
-    return jnp.asarray(axis.places)[lax.axis_index(axis.axis_name)]
+    return jnp.asarray(axis.positions)[lax.axis_index(axis.axis_name)]
 
 
 def all_gather(x: jax.Array, axis: Axis) -> jax.Array:
-    """[devices, ...], everyone's `x`."""
+    """Gathers `x` from all devices of the axis or group: [devices, ...]."""
     name, groups = _split(axis)
     return lax.all_gather(x, name, axis_index_groups=groups)
 
 
 def psum(x: jax.Array, axis: Axis) -> jax.Array:
-    """The sum of everyone's `x`."""
+    """Sums `x` over the devices of the axis or group."""
     name, groups = _split(axis)
     return lax.psum(x, name, axis_index_groups=groups)
 
 
 def ragged_all_to_all(*args: jax.Array, axis: Axis) -> jax.Array:
-    """`lax.ragged_all_to_all`."""
+    """Calls `lax.ragged_all_to_all` on the axis or group."""
     name, groups = _split(axis)
     return lax.ragged_all_to_all(*args, axis_name=name, axis_index_groups=groups)
 

@@ -1,13 +1,12 @@
-"""Rows of different numbers between all pairs of devices, inside `jax.shard_map`.
+"""A ragged all-to-all of rows, for use inside `jax.shard_map`.
 
-On GPUs this is `jax.lax.ragged_all_to_all`, which moves just the rows that are meant.
+On GPUs this is `jax.lax.ragged_all_to_all`, which moves only the rows that are sent.
 XLA:CPU has no such collective; there every device gathers all rows and picks its own,
-which is right and slow, and meant for tests and for development without GPUs.
+which is correct but slow, for tests and for development without GPUs.
 
-The way back is the same function with the segments turned round, and so is the
-transpose of the way there.
+The way back is the same function with the segments reversed, and so is the transpose.
 
-Shape suffixes: D devices, N rows sent, M rows received.
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
@@ -29,20 +28,29 @@ Transport = Literal["auto", "ragged", "gather"]
 class Segments(NamedTuple):
     """Which rows go where; the same values on all devices of the axis.
 
+    Row i of each table is what device i passes to `jax.lax.ragged_all_to_all` under
+    that name.
+
     Attributes:
-      sizes: [devices, devices] int32, rows that device i sends to device j.
-      starts: [devices, devices] int32, the first of them among the rows of device i.
-      places: [devices, devices] int32, where they come to lie at device j. Segments at
-        one device do not overlap, and lie in the order of the devices they are from.
+      send_sizes: [devices, devices] int32, rows that device i sends to device j.
+      input_offsets: [devices, devices] int32, the first of them among the rows of
+        device i.
+      output_offsets: [devices, devices] int32, the first of them among the rows that
+        device j receives. Segments received from different devices do not overlap, and
+        are in the order of these devices.
     """
 
-    sizes: jax.Array
-    starts: jax.Array
-    places: jax.Array
+    send_sizes: jax.Array
+    input_offsets: jax.Array
+    output_offsets: jax.Array
 
     def reversed(self) -> Segments:
-        """The segments of the way back."""
-        return Segments(self.sizes.T, self.places.T, self.starts.T)
+        """Returns the segments of the way back."""
+        return Segments(
+            send_sizes=self.send_sizes.T,
+            input_offsets=self.output_offsets.T,
+            output_offsets=self.input_offsets.T,
+        )
 
 
 def exchange(
@@ -56,14 +64,14 @@ def exchange(
 
     Args:
       rows: [rows, ...], this device's.
-      segments: who sends what to whom.
+      segments: which of them go where.
       num_received: rows of the result.
       axis_name: the mesh axis, or groups of its devices.
       transport: `"ragged"` is `lax.ragged_all_to_all`, `"gather"` works on every
         backend, `"auto"` is the former when lowered for CUDA and the latter elsewhere.
 
     Returns:
-      [num_received, ...]; zero where no segment lies.
+      [num_received, ...]; zero outside the segments.
 
     Raises:
       ValueError: for an unknown transport.
@@ -74,11 +82,12 @@ def exchange(
       >>> from jax.sharding import AxisType, PartitionSpec as P
       >>> mesh = jax.make_mesh((2,), ("ep",), axis_types=(AxisType.Auto,))
       >>> table = lambda *rows: jnp.array(rows)
-      >>> segments = Segments(table([0, 2], [0, 0]), table([0, 0], [0, 0]),
-      ...                     table([0, 0], [0, 2]))
-      >>> send = lambda rows: exchange(rows, segments, 3, "ep")
-      >>> sent = jax.shard_map(send, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-      >>> jax.jit(sent)(jnp.array([1.0, 2.0, 3.0, 4.0])).tolist()
+      >>> segments = Segments(send_sizes=table([0, 2], [0, 0]),
+      ...                     input_offsets=table([0, 0], [0, 0]),
+      ...                     output_offsets=table([0, 0], [0, 2]))
+      >>> local = lambda rows: exchange(rows, segments, 3, "ep")
+      >>> mapped = jax.shard_map(local, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+      >>> jax.jit(mapped)(jnp.array([1.0, 2.0, 3.0, 4.0])).tolist()
       [0.0, 0.0, 0.0, 1.0, 2.0, 0.0]
     """
     if transport not in get_args(Transport):
@@ -139,10 +148,10 @@ def _by_ragged(
     return ragged_all_to_all(
         rows,
         room,
-        segments.starts[me],
-        segments.sizes[me],
-        segments.places[me],
-        segments.sizes[:, me],
+        segments.input_offsets[me],
+        segments.send_sizes[me],
+        segments.output_offsets[me],
+        segments.send_sizes[:, me],
         axis=axis_name,
     )
 
@@ -153,12 +162,12 @@ def _by_gather(
     me = axis_index(axis_name)
     all_rows = all_gather(rows, axis_name)
     row_M = jnp.arange(num_received, dtype=jnp.int32)
-    place_D = segments.places[:, me]
-    # An empty segment shares its place with the next one, which is the one meant.
-    from_M = jnp.searchsorted(place_D, row_M, side="right").astype(jnp.int32) - 1
-    inside_M = row_M - place_D[from_M]
-    is_sent_M = (from_M >= 0) & (inside_M < segments.sizes[:, me][from_M])
-    index_M = from_M * rows.shape[0] + segments.starts[:, me][from_M] + inside_M
-    index_M = jnp.where(is_sent_M, index_M, -1)
+    offset_D = segments.output_offsets[:, me]
+    # An empty segment shares its offset with the next one, which is the one to find.
+    from_M = jnp.searchsorted(offset_D, row_M, side="right").astype(jnp.int32) - 1
+    inside_M = row_M - offset_D[from_M]
+    is_sent_M = (from_M >= 0) & (inside_M < segments.send_sizes[:, me][from_M])
+    index_M = from_M * rows.shape[0] + segments.input_offsets[:, me][from_M]
+    index_M = jnp.where(is_sent_M, index_M + inside_M, -1)
     flat = all_rows.reshape(-1, *rows.shape[1:])
     return take_or_zero(flat, index_M)

@@ -1,12 +1,14 @@
 """A matrix product per group of rows: what the experts of one device compute.
 
-`jax.lax.ragged_dot` says the same, but XLA makes it a dense product over all groups,
-on CPU and (jax 0.10) on GPU: as many times the work as there are groups. Here the
-groups are walked in blocks of rows, with trip counts that depend on the group sizes:
-room that a buffer holds for rows that did not come costs nothing. On GPUs tokamax's
-kernels do the work where tokamax is installed.
+`jax.lax.ragged_dot` has the same meaning, but XLA compiles it to a dense product over
+all groups, on CPU and (jax 0.10) on GPU: the work times the number of groups. Here a
+loop goes over the groups in blocks of rows, with trip counts that depend on the group
+sizes, so empty rows of a buffer cost nothing. On GPUs tokamax's kernels are used if
+tokamax is installed.
 
-Shape suffixes: M rows, G groups, D and F features, B rows of a block.
+Shape suffixes: see `eplb_jax`; here I groups, one per physical expert of this device,
+and B rows of a block. F and H are those of a gate or up product; in a down product they
+change places.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from eplb_jax.layer.varying import vary_alike
 
 Implementation = Literal["auto", "blocks", "tokamax", "xla"]
 
-# Rows of a block: large ones while they last, for the speed of the product, and small
-# ones for the rest of a group: half a small block is wasted per group, on average.
+# Rows of a block: large ones while they fit, for the speed of the product, then small
+# ones for the rest of a group; on average half a small block is wasted per group.
 _BLOCKS = (128, 16)
 
 
@@ -38,18 +40,18 @@ def grouped_matmul(
 ) -> jax.Array:
     """Multiplies each group of rows with the matrix of its group.
 
-    The first `group_sizes[0]` rows are of group 0, the next `group_sizes[1]` of group
-    1, and so on. Rows after the last group are padding: whatever they hold, even NaN,
-    reaches no result and no gradient, and their own result is zero. Products are
-    added in float32.
+    The first `group_sizes[0]` rows are group 0, the next `group_sizes[1]` are group 1,
+    and so on. Rows after the last group are padding: their values, even NaN, reach no
+    result and no gradient, and their own result is zero. Products accumulate in
+    float32.
 
     Implementations:
-      - `"blocks"`: our own loops, on any backend.
+      - `"blocks"`: loops over blocks of rows, on any backend.
       - `"tokamax"`: `tokamax.ragged_dot`, with kernels for GPUs. Inside `jax.shard_map`
-        they need check_vma=False, as all Pallas kernels without type annotations.
-      - `"xla"`: `jax.lax.ragged_dot`, dense in most of XLA's backends.
+        they need check_vma=False, like all Pallas kernels without type annotations.
+      - `"xla"`: `jax.lax.ragged_dot`, dense on most of XLA's backends.
       - `"auto"`: when lowered for CUDA, `"tokamax"` if it is installed and has a kernel
-        for the case (a process with GPUs warns if it has not), else `"blocks"`.
+        for the case (a process with GPUs warns if it has none), else `"blocks"`.
 
     Args:
       x: [rows, d] floating point.
@@ -61,8 +63,8 @@ def grouped_matmul(
       [rows, f], of the dtype of `x`.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, for an unknown implementation,
-        and for `"tokamax"` where it is not installed.
+      ValueError: for shapes or dtypes that do not match, for an unknown implementation,
+        and for `"tokamax"` if it is not installed.
 
     Examples:
       >>> x = jnp.array([[1.0], [2.0], [3.0], [jnp.nan]])
@@ -80,7 +82,7 @@ def grouped_matmul(
 
 
 def num_block_rows(group_sizes: jax.Array) -> jax.Array:
-    """Rows that `"blocks"` multiplies, its rounding up included.
+    """Counts the rows that `"blocks"` multiplies, including its rounding up.
 
     Args:
       group_sizes: [groups] int32.
@@ -115,68 +117,68 @@ _by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
 
 
 def _product(
-    x_MD: jax.Array, weight: jax.Array, sizes_G: jax.Array, contract: int
+    x_MF: jax.Array, weight: jax.Array, sizes_I: jax.Array, contract: int
 ) -> jax.Array:
-    """Rows times the matrix of their group, or its transpose, the padding zero."""
-    num_rows, room = x_MD.shape[0], _BLOCKS[-1]
+    """Multiplies rows with their group's matrix or its transpose; zero for padding."""
+    num_rows, room = x_MF.shape[0], _BLOCKS[-1]
     num_out = weight.shape[3 - contract]
-    ends_G = jnp.cumsum(sizes_G)
-    # The last block of a group runs on into the next group, which comes later and
-    # writes its own rows over it; that of the last group runs into the padding.
-    x_MD = jnp.pad(x_MD, ((0, room), (0, 0)))
+    ends_I = jnp.cumsum(sizes_I)
+    # The last block of a group extends into the next group, which is computed later and
+    # overwrites these rows; that of the last group extends into the padding.
+    x_MF = jnp.pad(x_MF, ((0, room), (0, 0)))
 
-    def group(g: jax.Array, y_MF: jax.Array) -> jax.Array:
+    def group(g: jax.Array, y_MH: jax.Array) -> jax.Array:
         weight_g = lax.dynamic_index_in_dim(weight, g, keepdims=False)
 
-        def block(row: jax.Array, size: int, y_MF: jax.Array) -> jax.Array:
-            x_BD = lax.dynamic_slice_in_dim(x_MD, row, size)
-            y_BF = lax.dot_general(
-                x_BD,
+        def block(row: jax.Array, size: int, y_MH: jax.Array) -> jax.Array:
+            x_BF = lax.dynamic_slice_in_dim(x_MF, row, size)
+            y_BH = lax.dot_general(
+                x_BF,
                 weight_g,
                 (((1,), (contract - 1,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
             return lax.dynamic_update_slice_in_dim(
-                y_MF, y_BF.astype(x_MD.dtype), row, 0
+                y_MH, y_BH.astype(x_MF.dtype), row, 0
             )
 
-        return _for_blocks(num_rows, ends_G[g] - sizes_G[g], sizes_G[g], block, y_MF)
+        return _for_blocks(num_rows, ends_I[g] - sizes_I[g], sizes_I[g], block, y_MH)
 
-    y_MF = jnp.zeros((num_rows + room, num_out), x_MD.dtype)
-    y_MF, _ = vary_alike(y_MF, x_MD)
-    y_MF = lax.fori_loop(0, len(sizes_G), group, y_MF)[:num_rows]
-    return _mask(y_MF, ends_G[-1])
+    y_MH = jnp.zeros((num_rows + room, num_out), x_MF.dtype)
+    y_MH, _ = vary_alike(y_MH, x_MF)
+    y_MH = lax.fori_loop(0, len(sizes_I), group, y_MH)[:num_rows]
+    return _mask(y_MH, ends_I[-1])
 
 
 def _outer(
-    x_MD: jax.Array, dy_MF: jax.Array, sizes_G: jax.Array, dtype: Any
+    x_MF: jax.Array, dy_MH: jax.Array, sizes_I: jax.Array, dtype: Any
 ) -> jax.Array:
-    """x.T @ dy over the rows of each group."""
-    num_rows = x_MD.shape[0]
-    ends_G = jnp.cumsum(sizes_G)
-    x_MD, dy_MF = (jnp.pad(v, ((0, _BLOCKS[-1]), (0, 0))) for v in (x_MD, dy_MF))
-    shape = (len(sizes_G), x_MD.shape[1], dy_MF.shape[1])
+    """Computes x.T @ dy over the rows of each group."""
+    num_rows = x_MF.shape[0]
+    ends_I = jnp.cumsum(sizes_I)
+    x_MF, dy_MH = (jnp.pad(v, ((0, _BLOCKS[-1]), (0, 0))) for v in (x_MF, dy_MH))
+    shape = (len(sizes_I), x_MF.shape[1], dy_MH.shape[1])
 
-    def group(g: jax.Array, dw_GDF: jax.Array) -> jax.Array:
-        def block(row: jax.Array, size: int, dw_DF: jax.Array) -> jax.Array:
-            # Both, since 0 times the NaN of a neighbour is NaN.
-            x_BD, dy_BF = (
-                _mask(lax.dynamic_slice_in_dim(v, row, size), ends_G[g] - row)
-                for v in (x_MD, dy_MF)
+    def group(g: jax.Array, dw_IFH: jax.Array) -> jax.Array:
+        def block(row: jax.Array, size: int, dw_FH: jax.Array) -> jax.Array:
+            # Both are masked: 0 times a NaN of the next group would be NaN.
+            x_BF, dy_BH = (
+                _mask(lax.dynamic_slice_in_dim(v, row, size), ends_I[g] - row)
+                for v in (x_MF, dy_MH)
             )
-            return dw_DF + lax.dot_general(
-                x_BD,
-                dy_BF,
+            return dw_FH + lax.dot_general(
+                x_BF,
+                dy_BH,
                 (((0,), (0,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
 
-        dw_DF, _ = vary_alike(jnp.zeros(shape[1:], jnp.float32), x_MD)
-        dw_DF = _for_blocks(num_rows, ends_G[g] - sizes_G[g], sizes_G[g], block, dw_DF)
-        return lax.dynamic_update_index_in_dim(dw_GDF, dw_DF.astype(dtype), g, 0)
+        dw_FH, _ = vary_alike(jnp.zeros(shape[1:], jnp.float32), x_MF)
+        dw_FH = _for_blocks(num_rows, ends_I[g] - sizes_I[g], sizes_I[g], block, dw_FH)
+        return lax.dynamic_update_index_in_dim(dw_IFH, dw_FH.astype(dtype), g, 0)
 
-    dw_GDF, _ = vary_alike(jnp.zeros(shape, dtype), x_MD)
-    return lax.fori_loop(0, shape[0], group, dw_GDF)
+    dw_IFH, _ = vary_alike(jnp.zeros(shape, dtype), x_MF)
+    return lax.fori_loop(0, shape[0], group, dw_IFH)
 
 
 def _for_blocks(
@@ -186,7 +188,7 @@ def _for_blocks(
     block: Callable[[jax.Array, int, jax.Array], jax.Array],
     carry: jax.Array,
 ) -> jax.Array:
-    # A buffer that is shorter than a block holds no whole one.
+    # A buffer shorter than a block has no whole block.
     sizes = [size for size in _BLOCKS[:-1] if size <= capacity] + [_BLOCKS[-1]]
     for size in sizes:
         is_last = size == _BLOCKS[-1]
@@ -207,7 +209,7 @@ def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.
     product = functools.partial(
         tokamax.ragged_dot, _mask(x, num_rows), weight, group_sizes
     )
-    # Its own choice may be the dense product. Its Triton kernels also compile for a
+    # tokamax's default may be the dense product. Its Triton kernels also compile for a
     # mesh without GPUs; which kernels an installation has depends on its version.
     try:
         y = product(implementation="triton")
@@ -226,9 +228,9 @@ def _by_xla(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Arra
     return _mask(y.astype(x.dtype), num_rows)
 
 
-def _mask(value_MD: jax.Array, num_rows: jax.Array) -> jax.Array:
-    row_M1 = jnp.arange(value_MD.shape[0], dtype=jnp.int32)[:, None]
-    return jnp.where(row_M1 < num_rows, value_MD, jnp.zeros((), value_MD.dtype))
+def _mask(value_M: jax.Array, num_rows: jax.Array) -> jax.Array:
+    row_M1 = jnp.arange(value_M.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.where(row_M1 < num_rows, value_M, jnp.zeros((), value_M.dtype))
 
 
 def _check(
@@ -247,16 +249,16 @@ def _check(
         )
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"x of shape {x.shape} and weight of shape {weight.shape} do not fit; they "
-            "must be [rows, d] and [groups, d, f]."
+            f"x of shape {x.shape} and weight of shape {weight.shape} do not match; "
+            "they must be [rows, d] and [groups, d, f]."
         )
     if group_sizes.shape != weight.shape[:1]:
         raise ValueError(
             f"group_sizes has shape {group_sizes.shape}, but weight has "
-            f"{weight.shape[0]} groups; give one size a group."
+            f"{weight.shape[0]} groups; pass one size per group."
         )
     if x.dtype != weight.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"x is {x.dtype} and weight {weight.dtype}; both must be of one floating "
+            f"x is {x.dtype} and weight is {weight.dtype}; both must have one floating "
             "dtype."
         )

@@ -1,4 +1,4 @@
-"""tokamax's kernels where a program is compiled for CUDA, other code elsewhere."""
+"""tokamax's kernels in programs compiled for CUDA, and other code elsewhere."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from jax import lax
 
 
 def has_tokamax() -> bool:
-    """Whether tokamax is installed."""
+    """Returns whether tokamax is installed."""
     return importlib.util.find_spec("tokamax") is not None
 
 
 def load_tokamax() -> Any:
-    """The module tokamax, which must be installed.
+    """Imports tokamax, which must be installed.
 
-    It reads its settings with absl, which would read the command line, take our
-    options for its own and end the process. Who uses absl has had it read by now.
+    tokamax reads its settings with absl, which would parse this program's command line,
+    reject its options and end the process. So absl's flags are marked as parsed;
+    programs that use absl have parsed them by now.
     """
     import tokamax  # pyright: ignore[reportMissingImports]
     from absl import flags
@@ -40,19 +41,19 @@ def on_cuda(
     *args: Any,
     keep: bool = False,
 ) -> Any:
-    """Calls one function when lowered for CUDA with tokamax there, else the other.
+    """Calls `kernel` when lowered for CUDA with tokamax installed, else `otherwise`.
 
     Args:
-      kernel: what calls tokamax; it raises NotImplementedError or ValueError where
-        tokamax has no kernel for the case, and `otherwise` takes its place (a process
-        with GPUs warns).
+      kernel: a function that calls tokamax. If it raises NotImplementedError or
+        ValueError, because tokamax has no kernel for the case, `otherwise` takes its
+        place (a process with GPUs warns).
       otherwise: the same function of `args` without kernels.
-      *args: arrays; those of integers have no derivative.
-      keep: for the backward pass, keep what the kernel wants kept, beside `args`; else
-        what it needs beside them is computed again, as `otherwise` always does.
+      *args: arrays; integer arrays have no derivative.
+      keep: whether to keep the kernel's residuals for the backward pass, in addition to
+        `args`; else they are computed again, as those of `otherwise` always are.
 
     Returns:
-      What the chosen function returns.
+      The result of the function that was called.
 
     Examples:
       >>> on_cuda(lambda x: x + 2, lambda x: x + 1, jax.numpy.zeros(2)).tolist()
@@ -66,12 +67,15 @@ def on_cuda(
 
 @dataclasses.dataclass(eq=False)
 class _Choice:
-    """What a call has to say to its backward pass; see `on_cuda`.
+    """What a call's forward pass hands to its backward pass; see `on_cuda`.
 
     Attributes:
-      keep: see there; set to False where there is no kernel.
+      kernel: see `on_cuda`.
+      otherwise: see `on_cuda`.
+      keep: see `on_cuda`; set to False if there is no kernel.
+      is_cross_compiling: whether the forward pass was traced in `cross_compiling`.
       pullback: the structure of the kernel's pullback, set when the forward pass is
-        traced, which is before the backward pass is.
+        traced, which happens before the backward pass is traced.
     """
 
     kernel: Callable[..., Any]
@@ -82,8 +86,9 @@ class _Choice:
 
     def make(self, kernel: Callable[..., Any], otherwise: Callable[..., Any], *args):
         def attempt(*args: Any) -> Any:
-            # Traced on every host, GPUs or not; what tokamax says then depends on its
-            # version. A backward pass is traced where `cross_compiling` may have ended.
+            # Traced on every host, with or without GPUs; which error tokamax raises
+            # depends on its version. A backward pass may be traced after the block of
+            # `cross_compiling` has ended.
             cross = self.is_cross_compiling
             try:
                 with cross_compiling() if cross else contextlib.nullcontext():
@@ -100,7 +105,7 @@ class _Choice:
         return lax.platform_dependent(*args, cuda=attempt, default=otherwise)
 
 
-# AD would go through the choice, and keep what either side keeps.
+# Plain AD would differentiate both branches, and keep the residuals of both.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _on_cuda(choice: _Choice, args: tuple[Any, ...]) -> Any:
     return choice.make(choice.kernel, choice.otherwise, *args)
@@ -118,12 +123,12 @@ def _forward(choice: _Choice, args: tuple[Any, ...]) -> Any:
             with cross_compiling():
                 shapes = jax.eval_shape(by_kernel, *args)[1]
         except (NotImplementedError, ValueError):
-            choice.keep = False  # there is no kernel to keep something for
+            choice.keep = False  # there is no kernel, so no residuals of one
     if not choice.keep:
         return _on_cuda(choice, args), (args, ())
 
     def without(*args: Any) -> Any:
-        # Nothing is kept, in the shapes of what would be.
+        # Zeros in place of the kernel's residuals: both branches return one structure.
         return choice.otherwise(*args), [jnp.zeros(k.shape, k.dtype) for k in shapes]
 
     result, kept = choice.make(by_kernel, without, *args)
@@ -146,7 +151,7 @@ def _backward(choice: _Choice, saved: Any, ct: Any) -> Any:
 
     by_kernel = pull_kept if choice.keep else again(choice.kernel)
     cts = iter(choice.make(by_kernel, again(choice.otherwise), args, kept, ct))
-    # None stands for the zeros of integers.
+    # None is the zero cotangent of an integer array.
     return (tuple(next(cts) if _is_float(arg) else None for arg in args),)
 
 
@@ -154,7 +159,7 @@ _on_cuda.defvjp(_forward, _backward)
 
 
 def _pullback_of(function: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """As `jax.vjp`, for the arguments that are not integers."""
+    """Calls `jax.vjp` with respect to the arguments that are not integers."""
 
     def of_floats(*floats: Any) -> Any:
         rest = iter(floats)
@@ -169,11 +174,11 @@ def _is_float(arg: Any) -> bool:
 
 @contextlib.contextmanager
 def cross_compiling():
-    """Within it, tokamax gives its kernels though this process has no GPU.
+    """Enables tokamax's kernels in a process that has no GPU.
 
-    For a compile-only mesh; on a process with GPUs, and without tokamax, it does
-    nothing. `jax.jit` traces late: the block must hold the call of `lower`, or stand
-    inside the function.
+    For programs compiled for a compile-only mesh; in a process with GPUs, or without
+    tokamax, it does nothing. `jax.jit` traces late: the block must contain the call of
+    `lower`, or be inside the jitted function.
     """
     if not has_tokamax() or jax.default_backend() == "gpu":
         yield
@@ -183,6 +188,6 @@ def cross_compiling():
 
 
 def _is_cross_compiling() -> bool:
-    if importlib.util.find_spec("tokamax") is None:
+    if not has_tokamax():
         return False
     return bool(load_tokamax().config.cross_compile.value)

@@ -1,12 +1,14 @@
-"""Experts mixed as a router says: dispatch, grouped products, and the way back.
+"""A mixture of experts for given routing: dispatch, grouped products, combine.
 
 Plain functions and arrays, for any router and any module system.
+
+Shape suffixes: see `eplb_jax`; here C choices of all tokens, C = T * K.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +16,18 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from eplb_jax.layer.axes import Axis, Groups, all_gather, axis_index, psum
-from eplb_jax.layer.dispatch import (
-    Payload,
-    combine,
-    dispatch_choices,
-    fetch,
-    plan_dispatch,
-    send,
-)
-from eplb_jax.layer.exchange import Transport
+from eplb_jax.layer.choices import combine_choices, dispatch_choices
+from eplb_jax.layer.dispatch import combine, dispatch_tokens
+from eplb_jax.layer.dispatch_plan import plan_dispatch
 from eplb_jax.layer.grouped_products import Implementation, grouped_matmul
+from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.physical import physical_weights
-from eplb_jax.layer.replicas import ReplicaChoice, choose_physical_experts
+from eplb_jax.layer.replicas import choose_physical_experts
 from eplb_jax.layer.routing import ROUTING
 from eplb_jax.placement import ExpertTables
 
-Route = Literal["direct", "by_node"]
-
-# Names of what a layer must keep so that computing it again exchanges nothing: for
-# `jax.checkpoint_policies.save_only_these_names(*EXCHANGED)`.
+# Names of the values that a layer must keep so that its recomputation exchanges
+# nothing: `jax.checkpoint_policies.save_only_these_names(*EXCHANGED)`.
 EXCHANGED = (ROUTING, "moe_plan", "moe_rows")
 
 
@@ -50,47 +45,6 @@ class ExpertWeights(NamedTuple):
     down: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class ExpertParallel:
-    """How a layer's slots are divided among devices.
-
-    Attributes:
-      axis_name: mesh axis, inside `jax.shard_map`; None: one device.
-      num_devices: its size.
-      num_nodes: nodes that its devices are divided among, in order; for
-        `replica_choice="nearest"`.
-      replica_choice: see `choose_physical_experts`.
-      num_rows: rows of a device's buffer; None: as many as can come, see
-        `plan_dispatch`.
-      transport: see `exchange`.
-      payload: see `send`.
-      remat: keep the rows that came to the experts, and compute what is inside these
-        again in the backward pass.
-      weigh: where results get the weights of their choices. `"experts"` sends these
-        along; `"tokens"` sends nothing more, but a backward pass would have to keep
-        all results: for serving.
-      route: `"direct"` sends a token to each of its slots. `"by_node"` sends it once to
-        each node that has any of them, to the device with the sender's place there,
-        which hands it on inside its node and adds up what comes back (DeepSeek-V3
-        report, arXiv:2412.19437, section 3.2.2): fewer bytes between nodes, and more
-        exchanges.
-    """
-
-    axis_name: str | None = None
-    num_devices: int = 1
-    num_nodes: int = 1
-    replica_choice: ReplicaChoice = "spread"
-    num_rows: int | None = None
-    transport: Transport = "auto"
-    payload: Payload = "plain"
-    remat: bool = False
-    weigh: Literal["experts", "tokens"] = "experts"
-    route: Route = "direct"
-
-
-ONE_DEVICE = ExpertParallel()
-
-
 def mix_experts(
     x: jax.Array,
     experts: jax.Array,
@@ -102,29 +56,29 @@ def mix_experts(
     is_physical: bool = False,
     implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each token's experts, weighted and added.
+    """Computes the weighted sum of each token's experts.
 
     Args:
       x: [tokens, d]; inside `jax.shard_map` this device's.
-      experts: [tokens, k] int32 logical experts; -1 for a token that is padding.
-      weights: [tokens, k] float32.
+      experts: [tokens, top_k] int32 logical experts; -1 for a token that is padding.
+      weights: [tokens, top_k] float32 router weights.
       expert_weights: this device's share of the logical experts, or, with
-        `is_physical`, those of its slots.
-      tables: of one layer; None: slot i is expert i.
-      parallel: how slots are divided among devices.
-      is_physical: whether `expert_weights` were gathered before.
+        `is_physical`, those of its physical experts.
+      tables: the tables of one layer; None: physical expert i is expert i.
+      parallel: how physical experts are divided among devices.
+      is_physical: whether `expert_weights` are gathered already.
       implementation: see `grouped_matmul`.
 
     Returns:
       outputs: [tokens, d], of the dtype of `x`.
-      tokens_per_physical_expert: [slots] int32, see `MoEStats`.
+      tokens_per_physical_expert: [physical experts] int32, see `MoEStats`.
       overflow: [] int32, see `MoEStats`.
 
     Raises:
-      ValueError: for tables, weights and devices that do not fit.
+      ValueError: for tables, weights and devices that do not fit each other.
 
     Examples:
-      Two experts, of which the second does all the work of two tokens:
+      Two experts, of which the second computes both tokens:
 
       >>> ones = jnp.ones((2, 4, 4))
       >>> scale = jnp.array([1.0, 2.0])[:, None, None]
@@ -136,13 +90,13 @@ def mix_experts(
     """
     p = parallel
     if tables is None:
-        slots = experts
-        num_slots = expert_weights.gate.shape[0] * p.num_devices
+        physical_experts = experts
+        num_physical_experts = expert_weights.gate.shape[0] * p.num_devices
     else:
         if is_physical:
             _check_fit(expert_weights, tables, p)
-        num_slots = tables.num_physical_experts
-        slots = choose_physical_experts(
+        num_physical_experts = tables.num_physical_experts
+        physical_experts = choose_physical_experts(
             experts,
             tables,
             choice=p.replica_choice,
@@ -158,51 +112,61 @@ def mix_experts(
                 axis_name=p.axis_name,
                 transport=p.transport,
             )
-    # A router sees padding too, and may have made NaN of it.
+    # The router sees padding too, and its weights may be NaN there.
     weights = jnp.where(experts >= 0, weights, 0.0)
-    mix = _mix_by_node if p.route == "by_node" and p.num_nodes > 1 else _mix_slots
+    mix = _mix_by_node if p.route == "by_node" and p.num_nodes > 1 else _mix_directly
     return mix(
-        x, slots, weights, expert_weights, num_slots, p, p.axis_name, implementation
+        x,
+        physical_experts,
+        weights,
+        expert_weights,
+        num_physical_experts,
+        p,
+        p.axis_name,
+        implementation,
     )
 
 
 def _mix_by_node(
     x: jax.Array,
-    slots: jax.Array,
+    physical_experts: jax.Array,
     weights: jax.Array,
     expert_weights: ExpertWeights,
-    num_slots: int,
+    num_physical_experts: int,
     p: ExpertParallel,
     axis: Axis | None,
     implementation: Implementation,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `_mix_slots`, over the devices of all nodes: a token is sent to nodes, as to
-    slots, and a node's devices do the same with the slots that it has.
+    """Like `_mix_directly`, in two hops: to nodes, then inside each node.
+
+    The first hop is a dispatch to nodes as if they were experts; the second one is
+    `_mix_directly` over the devices of a node.
     """
     assert isinstance(axis, str)
-    num_nodes, per_node = p.num_nodes, num_slots // p.num_nodes
+    num_nodes, per_node = p.num_nodes, num_physical_experts // p.num_nodes
     across = Groups.across_nodes(axis, p.num_devices, num_nodes)
     node = Groups.nodes(axis, p.num_devices, num_nodes)
     way = {"axis_name": across, "transport": p.transport}
     plan = plan_dispatch(
-        _nodes_of(slots, per_node, num_nodes),
+        _nodes_of(physical_experts, per_node, num_nodes),
         num_nodes,
         num_devices=num_nodes,
         axis_name=across,
     )
     plan = checkpoint_name(plan, "moe_plan")
     with jax.named_scope("dispatch"):
-        rows = send(x, plan, payload=p.payload, **way)
-        # From 1, since an empty row is zero.
-        known = jnp.concatenate([(slots + 1).astype(jnp.float32), weights], axis=1)
-        known = send(known, plan, **way)
-        rows, known = checkpoint_name((rows, known), "moe_rows")
-    slot_MK, weight_MK = jnp.split(known, 2, axis=1)
-    slot_MK = slot_MK.astype(jnp.int32) - 1 - axis_index(across) * per_node
-    is_here_MK = (slot_MK >= 0) & (slot_MK < per_node)
-    results, counts_S, overflow = _mix_slots(
+        rows = dispatch_tokens(x, plan, payload=p.payload, **way)
+        # Counted from 1, since an empty row is zero.
+        physical_TK = (physical_experts + 1).astype(jnp.float32)
+        routing = jnp.concatenate([physical_TK, weights], axis=1)
+        routing = dispatch_tokens(routing, plan, **way)
+        rows, routing = checkpoint_name((rows, routing), "moe_rows")
+    physical_MK, weight_MK = jnp.split(routing, 2, axis=1)
+    physical_MK = physical_MK.astype(jnp.int32) - 1 - axis_index(across) * per_node
+    is_here_MK = (physical_MK >= 0) & (physical_MK < per_node)
+    results, count_I, overflow = _mix_directly(
         rows,
-        jnp.where(is_here_MK, slot_MK, -1),
+        jnp.where(is_here_MK, physical_MK, -1),
         jnp.where(is_here_MK, weight_MK, 0.0),
         expert_weights,
         per_node,
@@ -212,7 +176,7 @@ def _mix_by_node(
     )
     with jax.named_scope("combine"):
         outputs = combine(results, plan, len(x), **way).astype(x.dtype)
-    tokens_per_physical_expert = all_gather(counts_S, across).reshape(-1)
+    tokens_per_physical_expert = all_gather(count_I, across).reshape(-1)
     return (
         outputs,
         tokens_per_physical_expert,
@@ -220,34 +184,38 @@ def _mix_by_node(
     )
 
 
-def _nodes_of(slots_TK: jax.Array, per_node: int, num_nodes: int) -> jax.Array:
-    """[T, n] int32, the nodes that a token's slots are on, each once; -1 for none."""
-    node_TK = jnp.where(slots_TK < 0, -1, slots_TK // per_node)
-    num_choices = slots_TK.shape[1]
-    if num_nodes < num_choices:
+def _nodes_of(physical_TK: jax.Array, per_node: int, num_nodes: int) -> jax.Array:
+    """The nodes of a token's physical experts, each once; -1 elsewhere.
+
+    Returns:
+      [tokens, n] int32, n the smaller of top_k and the number of nodes.
+    """
+    node_TK = jnp.where(physical_TK < 0, -1, physical_TK // per_node)
+    top_k = physical_TK.shape[1]
+    if num_nodes < top_k:
         node_N = jnp.arange(num_nodes, dtype=jnp.int32)
-        is_asked_TN = (node_TK[:, :, None] == node_N[None, None]).any(axis=1)
-        return jnp.where(is_asked_TN, node_N[None], -1)
+        is_used_TN = (node_TK[:, :, None] == node_N[None, None]).any(axis=1)
+        return jnp.where(is_used_TN, node_N[None], -1)
     is_same_TKK = node_TK[:, :, None] == node_TK[:, None]
-    is_before_KK = np.tri(num_choices, k=-1, dtype=bool)
+    is_before_KK = np.tri(top_k, k=-1, dtype=bool)
     is_again_TK = (is_same_TKK & is_before_KK[None]).any(axis=2)
     return jnp.where(is_again_TK, -1, node_TK)
 
 
-def _mix_slots(
+def _mix_directly(
     x: jax.Array,
-    slots: jax.Array,
+    physical_experts: jax.Array,
     weights: jax.Array,
     expert_weights: ExpertWeights,
-    num_slots: int,
+    num_physical_experts: int,
     p: ExpertParallel,
     axis: Axis | None,
     implementation: Implementation,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `mix_experts`, for choices of slots of the devices of an axis."""
+    """Like `mix_experts`, for choices of physical experts of the devices of an axis."""
     plan = plan_dispatch(
-        slots,
-        num_slots,
+        physical_experts,
+        num_physical_experts,
         num_devices=p.num_devices,
         axis_name=axis,
         num_rows=p.num_rows,
@@ -262,10 +230,10 @@ def _mix_slots(
             rows, weight, plan.group_sizes, implementation=implementation
         )
 
-    sends_weights = p.weigh == "experts"
+    is_before = p.apply_scores == "before"
     with jax.named_scope("dispatch"):
-        rows, weights_M1 = send(x, plan, payload=p.payload, **way), None
-        if sends_weights:
+        rows, weights_M1 = dispatch_tokens(x, plan, payload=p.payload, **way), None
+        if is_before:
             weights_M1 = dispatch_choices(weights.reshape(-1, 1), plan, **way)
         rows, weights_M1 = checkpoint_name((rows, weights_M1), "moe_rows")
 
@@ -274,8 +242,8 @@ def _mix_slots(
     ) -> jax.Array:
         hidden = jax.nn.silu(multiply(rows, e.gate)) * multiply(rows, e.up)
         if weights_M1 is not None:
-            # Here and not where the results are added up: their gradient would need all
-            # results again, which are several times as wide.
+            # Here and not after the last product: there, the gradient of the weights
+            # would need the outputs again, which are several times as wide.
             hidden = (hidden.astype(jnp.float32) * weights_M1).astype(hidden.dtype)
         return multiply(hidden, e.down)
 
@@ -284,12 +252,13 @@ def _mix_slots(
             run = jax.checkpoint(run)
         results = run(rows, weights_M1, expert_weights)
     with jax.named_scope("combine"):
-        if sends_weights:
+        if is_before:
             outputs = combine(results, plan, len(x), **way)
         else:
-            choice_TKD = fetch(results, plan, **way).reshape(*slots.shape, -1)
-            # No product of matrices, which would not be fused with the gather.
-            outputs = (choice_TKD.astype(jnp.float32) * weights[..., None]).sum(axis=1)
+            choice_CF = combine_choices(results, plan, **way)
+            choice_TKF = choice_CF.reshape(*physical_experts.shape, -1)
+            # Not a matrix product, which would not be fused with the gather.
+            outputs = (choice_TKF.astype(jnp.float32) * weights[..., None]).sum(axis=1)
         outputs = outputs.astype(x.dtype)
     return outputs, plan.tokens_per_physical_expert, plan.overflow
 
@@ -302,7 +271,7 @@ def _check_fit(
     held = weights.gate.shape[0]
     if held * parallel.num_devices != tables.num_physical_experts:
         raise ValueError(
-            f"physical weights of {held} slots a device do not fit tables of "
-            f"{tables.num_physical_experts} slots on {parallel.num_devices} devices; "
-            "gather them anew with physical_weights."
+            f"weights of {held} physical experts per device do not fit tables of "
+            f"{tables.num_physical_experts} physical experts on {parallel.num_devices} devices; "
+            "gather them with physical_weights and these tables."
         )

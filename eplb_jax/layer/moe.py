@@ -1,4 +1,4 @@
-"""A mixture of experts as a Flax NNX module: router, routed and shared experts."""
+"""The mixture of experts as a Flax NNX module: router, routed and shared experts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from flax import nnx
 from jax import lax
 
 from eplb_jax.layer.grouped_products import Implementation
-from eplb_jax.layer.mixture import (
-    ONE_DEVICE,
-    ExpertParallel,
-    ExpertWeights,
-    mix_experts,
-)
+from eplb_jax.layer.mixture import ExpertWeights, mix_experts
+from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.routing import (
     Routing,
     sequence_balance_loss,
@@ -26,19 +22,23 @@ from eplb_jax.placement import ExpertTables
 
 
 class RouterBias(nnx.Variable):
-    """What only the choice of experts sees; changed by `update_bias`, not by AD."""
+    """The bias that affects only the selection of experts; see `update_bias`.
+
+    It is not a parameter: it has no gradient, and the training step replaces it.
+    """
 
 
 class MoEStats(NamedTuple):
-    """What a layer has to tell, the same on all devices of the expert axis.
+    """Statistics of a layer's call, the same on all devices of the expert axis.
 
     Attributes:
-      tokens_per_expert: [experts] int32, tokens that chose each expert: what the load
-        estimators of `eplb_jax.placement.load` take.
-      tokens_per_physical_expert: [slots] int32, tokens that each slot was to compute.
-      overflow: [] int32, choices that found no room in a buffer and count as zero.
+      tokens_per_expert: [experts] int32, tokens that chose each expert; input of load
+        estimators and of `update_bias`.
+      tokens_per_physical_expert: [physical experts] int32, tokens that were assigned to
+        each physical expert.
+      overflow: [] int32, choices that did not fit into a buffer; they count as zero.
       balance_loss: [] float32, `sequence_balance_loss`, mean over this device's
-        sequences; 1 is even.
+        sequences (so it may differ between devices); 1 is even.
     """
 
     tokens_per_expert: jax.Array
@@ -50,10 +50,11 @@ class MoEStats(NamedTuple):
 class MoE(nnx.Module):
     """Router, routed experts and shared experts.
 
-    Parameters are logical: one copy of each expert, whatever the placement. On a mesh
-    the module runs inside `jax.shard_map`, with the leaves of `experts` divided along
-    their first axis and everything else replicated. Differentiating the mapped function
-    adds up the gradients of what is replicated; who differentiates inside it has to.
+    Parameters are logical: one copy of each expert, whatever the placement is. On a
+    mesh the module runs inside `jax.shard_map`, with the leaves of `experts` divided
+    along their first axis and everything else replicated. Differentiating the mapped
+    function sums the gradients of replicated parameters over devices; callers that
+    differentiate inside it must sum these themselves.
 
     Attributes:
       router: [d, experts] float32 parameter.
@@ -63,15 +64,17 @@ class MoE(nnx.Module):
       shared: `ExpertWeights` of parameters, one wide expert; or None.
 
     Examples:
-      Eight experts in ten slots, two of them for second replicas:
+      Eight experts as ten physical experts; experts 0 and 1 have two replicas:
 
-      >>> layer = MoE(16, 32, num_experts=8, k=2, rngs=nnx.Rngs(0))
-      >>> slots = jnp.array([0, 1, 2, 3, 4, 5, 6, 7, 0, 1])
-      >>> tables = ExpertTables.from_placement(slots, 8)
+      >>> layer = MoE(16, 32, num_experts=8, top_k=2, rngs=nnx.Rngs(0))
+      >>> placement = jnp.array([0, 1, 2, 3, 4, 5, 6, 7, 0, 1])
+      >>> tables = ExpertTables.from_placement(placement, 8)
       >>> step = nnx.jit(lambda layer, x, tables: layer(x, tables))
       >>> y, stats = step(layer, jnp.ones((3, 5, 16)), tables)
-      >>> y.shape, stats.tokens_per_physical_expert.shape, int(stats.tokens_per_expert.sum())
-      ((3, 5, 16), (10,), 30)
+      >>> y.shape, int(stats.tokens_per_expert.sum())
+      ((3, 5, 16), 30)
+      >>> stats.tokens_per_physical_expert.shape
+      (10,)
     """
 
     def __init__(
@@ -80,41 +83,42 @@ class MoE(nnx.Module):
         hidden: int,
         *,
         num_experts: int,
-        k: int,
+        top_k: int,
         num_shared: int = 0,
         router: Literal["sigmoid", "softmax"] = "sigmoid",
         num_groups: int = 1,
         topk_groups: int = 1,
-        normalize: bool = True,
-        scaling: float = 1.0,
+        route_norm: bool = True,
+        route_scale: float = 1.0,
         parallel: ExpertParallel = ONE_DEVICE,
         implementation: Implementation = "auto",
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Makes the parameters.
+        """Initializes the parameters.
 
         Args:
           dim: features of a token, d.
           hidden: features inside an expert.
           num_experts: routed experts.
-          k: experts a token.
+          top_k: routed experts per token.
           num_shared: experts that every token goes to, with weight 1.
           router: `"sigmoid"` is DeepSeek-V3's, see `sigmoid_group_top_k`; `"softmax"`
             is `softmax_top_k`.
-          num_groups: of the sigmoid router.
-          topk_groups: of the sigmoid router.
-          normalize: whether a token's weights add up to 1, before `scaling`.
-          scaling: what they are multiplied with.
-          parallel: how the slots are divided among devices.
+          num_groups: groups of experts, for the sigmoid router.
+          topk_groups: groups that a token may use, for the sigmoid router.
+          route_norm: whether a token's router weights are normalized to sum to 1,
+            before `route_scale`.
+          route_scale: factor of the router weights.
+          parallel: how the physical experts are divided among devices.
           implementation: see `grouped_matmul`.
           dtype: of the experts' arithmetic; None: that of the input.
           param_dtype: of the experts' parameters. The router's are float32.
-          rngs: for `params`.
+          rngs: provides the key stream `params`.
 
         Raises:
-          ValueError: for sizes that do not fit.
+          ValueError: for sizes that do not fit each other.
         """
         if router not in ("sigmoid", "softmax"):
             raise ValueError(f"{router=} must be 'sigmoid' or 'softmax'.")
@@ -125,9 +129,9 @@ class MoE(nnx.Module):
                 f"parallel.num_devices={parallel.num_devices} must divide "
                 f"{num_experts=}."
             )
-        self.num_experts, self.k, self.kind = num_experts, k, router
+        self.num_experts, self.top_k, self.kind = num_experts, top_k, router
         self.num_groups, self.topk_groups = num_groups, topk_groups
-        self.normalize, self.scaling = normalize, scaling
+        self.route_norm, self.route_scale = route_norm, route_scale
         self.parallel = parallel
         self.implementation: Implementation = implementation
         self.dtype = dtype
@@ -147,15 +151,15 @@ class MoE(nnx.Module):
 
         self.experts: Any = nnx.data(make(num_experts, hidden))
         self.shared = nnx.data(make(1, hidden * num_shared) if num_shared else None)
-        # So that a router that does not fit is refused now.
+        # Raises now if the router's sizes do not fit each other.
         jax.eval_shape(self.route, jax.ShapeDtypeStruct((1, dim), jnp.float32))
 
     def route(self, x: jax.Array, *, check_values: bool = False) -> Routing:
-        """The router's choice for tokens [..., d], in float32.
+        """Routes tokens, in float32.
 
         Args:
           x: [..., d].
-          check_values: inside jit, refuse logits that are not finite, see
+          check_values: inside jit, reject logits that are not finite, see
             `softmax_top_k`.
 
         Returns:
@@ -167,15 +171,15 @@ class MoE(nnx.Module):
             precision=lax.Precision.HIGHEST,
         )
         options = {
-            "normalize": self.normalize,
-            "scaling": self.scaling,
+            "route_norm": self.route_norm,
+            "route_scale": self.route_scale,
             "check_values": check_values,
         }
         if self.bias is None:
-            return softmax_top_k(logits, self.k, **options)
+            return softmax_top_k(logits, self.top_k, **options)
         return sigmoid_group_top_k(
             logits,
-            self.k,
+            self.top_k,
             bias=self.bias[...],
             num_groups=self.num_groups,
             topk_groups=self.topk_groups,
@@ -195,16 +199,16 @@ class MoE(nnx.Module):
 
         Args:
           x: [..., d]; with a sequence axis before d if the balance loss is used.
-          tables: of this layer; None: slot i is expert i. New tables of the same shapes
-            compile nothing anew.
-          physical: weights of this device's slots, from `physical_weights`, where they
-            are kept from step to step (serving); None: gathered here (training).
-          is_padding: [...] bool, tokens to leave out: whatever they hold, even NaN, it
-            reaches no output, gradient or count; their own output is zero.
+          tables: of this layer; None: physical expert i is expert i. New tables of the
+            same shapes do not recompile anything.
+          physical: weights of this device's physical experts, from `physical_weights`,
+            if they are kept between steps (serving); None: gathered here (training).
+          is_padding: [...] bool, tokens to leave out: their values, even NaN, reach no
+            output, gradient or count; their own output is zero.
           check_values: see `route`.
 
         Returns:
-          outputs: like `x`.
+          outputs: of the shape and dtype of `x`.
           stats: a `MoEStats`.
 
         Raises:
@@ -217,7 +221,8 @@ class MoE(nnx.Module):
             )
         if physical is not None and tables is None:
             raise ValueError(
-                "physical weights need the tables that say whose they are."
+                "physical weights need the tables by which they were gathered; pass "
+                "tables."
             )
         if is_padding is not None:
             x = jnp.where(is_padding[..., None], jnp.zeros((), x.dtype), x)
@@ -232,8 +237,8 @@ class MoE(nnx.Module):
             held = ExpertWeights(*(leaf[...] for leaf in self.experts))
         outputs, tokens_per_physical_expert, overflow = mix_experts(
             tokens,
-            experts.reshape(-1, self.k),
-            routing.weights.reshape(-1, self.k),
+            experts.reshape(-1, self.top_k),
+            routing.weights.reshape(-1, self.top_k),
             held,
             tables,
             self.parallel,
@@ -245,8 +250,8 @@ class MoE(nnx.Module):
             outputs += (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
         counts = tokens_per_physical_expert
         if tables is not None:
-            # Each choice has one slot, and all devices know the slots' counts.
+            # Each choice has one physical expert, whose count is that of all devices.
             counts = tables.add_replicas(tokens_per_physical_expert)
-        loss = sequence_balance_loss(routing.scores, self.k, is_padding).mean()
+        loss = sequence_balance_loss(routing.scores, self.top_k, is_padding).mean()
         stats = MoEStats(counts, tokens_per_physical_expert, overflow, loss)
         return outputs.reshape(x.shape).astype(x.dtype), stats

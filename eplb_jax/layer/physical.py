@@ -1,12 +1,12 @@
-"""The weights of a device's slots, from the weights of the experts.
+"""The weights of a device's physical experts, gathered from those of the experts.
 
-Training keeps one copy of each expert, divided among the devices of the expert axis.
-Where an expert is computed, and how often, is the placement's business: before the
-layer runs, each slot fetches its expert's weights. The transpose of that adds the
-gradients of all replicas up where the expert lives, and a checkpoint never hears of
-slots.
+Training keeps one copy of each logical expert, divided among the devices of the expert
+axis; the placement says where, and how often, an expert is computed. Before the layer
+runs, each physical expert's weights are gathered from the device that keeps them. The
+transpose sums the gradients of all replicas on that device, so checkpoints do not
+depend on the placement.
 
-Shape suffixes: E experts, S slots, D devices, I slots of this device, N rows sent.
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ def physical_weights(
     axis_name: str | None = None,
     transport: Transport = "auto",
 ) -> PyTree:
-    """Gathers the weights of this device's slots; differentiable.
+    """Gathers the weights of this device's physical experts; differentiable.
 
-    A device may have to send an expert to every slot that is not another expert's only
-    one. For that unlikely case there must be a buffer, so where it would be larger than
-    the result, the features travel in slices, one after the other.
+    In the worst case a device sends its experts to every physical expert that is not
+    the only replica of another device's expert. The buffer must have room for that; if
+    it would be larger than the result, the features are sent in slices, one after the
+    other.
 
     Args:
       weights: pytree whose leaves are [experts of this device, ...]: all experts on
         one device, else the experts divided among the devices in order.
-      tables: of one layer.
-      num_devices: devices that the slots, and the experts, are divided among.
+      tables: the tables of one layer.
+      num_devices: devices that the experts, logical and physical, are divided among.
       axis_name: mesh axis of the devices, inside `jax.shard_map`; None on one device.
       transport: see `exchange`.
 
     Returns:
-      Pytree of [slots of this device, ...]; zeros in an empty slot.
+      Pytree of [physical experts of this device, ...]; zeros for an empty one.
 
     Raises:
-      ValueError: for devices that divide the slots or the experts unevenly, and for
-        leaves without this device's experts.
+      ValueError: if the devices do not divide the physical or the logical experts, and
+        if a leaf does not hold this device's experts.
 
     Examples:
       >>> tables = ExpertTables.from_placement(jnp.array([1, 0, 1]), 2)
@@ -68,35 +69,35 @@ def physical_weights(
     if axis_name is None or num_devices == 1:
         return jax.tree.map(lambda leaf: take_or_zero(leaf, expert_S), weights)
     per_device = tables.num_experts // num_devices
-    # Each expert of the others has a slot, so these are the most that mine can have.
+    # Each expert of another device needs a replica; all the rest may be this device's.
     num_sent = tables.num_physical_experts - tables.num_experts + per_device
     owner_S = jnp.where(expert_S >= 0, expert_S // per_device, num_devices)
     source_S = expert_S - owner_S * per_device
-    fetch = plan_weight_gather(owner_S, source_S, num_devices, num_sent, axis_name)
+    plan = plan_weight_gather(owner_S, source_S, num_devices, num_sent, axis_name)
 
     slices = -(-num_sent // (tables.num_physical_experts // num_devices))
 
     def gather(leaf: jax.Array) -> jax.Array:
         count = divisor_from(math.prod(leaf.shape[1:]), slices)
-        return _fetch_slices(leaf, fetch, count, axis_name, transport)
+        return _gather_slices(leaf, plan, count, axis_name, transport)
 
     return jax.tree.map(gather, weights)
 
 
 class WeightGatherPlan(NamedTuple):
-    """Which rows of which device each slot of this device is filled with.
+    """Which device and row each of this device's physical experts is gathered from.
 
     Attributes:
       segments: rows from device to device.
       sent: [rows sent] int32, rows of this device in the order in which they are sent;
-        out of range where nothing is.
-      place: [slots of this device] int32, the received row of each slot; out of range
-        for a slot that takes none.
+        then out of range.
+      received: [physical experts of this device] int32, the received row of each; out
+        of range for one that takes no row.
     """
 
     segments: Segments
     sent: jax.Array
-    place: jax.Array
+    received: jax.Array
 
 
 def plan_weight_gather(
@@ -106,12 +107,13 @@ def plan_weight_gather(
     num_sent: int,
     axis_name: str,
 ) -> WeightGatherPlan:
-    """Plans a fetch of one row for each slot; call in `jax.shard_map`.
+    """Plans a gather of one row per physical expert; call in `jax.shard_map`.
 
     Args:
-      owner: [slots] int32, the device that has the row; num_devices for none.
-      source: [slots] int32, which of that device's rows it is.
-      num_devices: devices that the slots are divided among.
+      owner: [physical experts] int32, the device that has the row; num_devices for a
+        physical expert that takes none.
+      source: [physical experts] int32, which of that device's rows it is.
+      num_devices: devices that the physical experts are divided among.
       num_sent: rows that a device sends at most.
       axis_name: mesh axis of the devices.
 
@@ -121,29 +123,30 @@ def plan_weight_gather(
     none = jnp.iinfo(jnp.int32).max
     sizes_DD = count_gathered_experts(owner, num_devices)
     segments = Segments(
-        sizes_DD,
-        jnp.cumsum(sizes_DD, axis=1) - sizes_DD,
-        jnp.cumsum(sizes_DD, axis=0) - sizes_DD,
+        send_sizes=sizes_DD,
+        input_offsets=jnp.cumsum(sizes_DD, axis=1) - sizes_DD,
+        output_offsets=jnp.cumsum(sizes_DD, axis=0) - sizes_DD,
     )
     me = lax.axis_index(axis_name)
-    slot_N = jnp.argsort(owner != me, stable=True)[:num_sent]
-    sent_N = jnp.where(owner[slot_N] == me, source[slot_N], none)
-    # Rows arrive by owner; the slots that take none are last in that order.
+    physical_M = jnp.argsort(owner != me, stable=True)[:num_sent]
+    sent_M = jnp.where(owner[physical_M] == me, source[physical_M], none)
+    # Rows arrive by owner; physical experts that take none are last in that order.
     owner_I = owner.reshape(num_devices, -1)[me]
     order_I = jnp.argsort(owner_I, stable=True)
-    arrived_I = jnp.arange(len(order_I), dtype=jnp.int32)
-    place_I = jnp.zeros_like(arrived_I).at[order_I].set(arrived_I)
+    position_I = jnp.arange(len(order_I), dtype=jnp.int32)
+    received_I = jnp.zeros_like(position_I).at[order_I].set(position_I)
     return WeightGatherPlan(
-        segments, sent_N, jnp.where(owner_I < num_devices, place_I, none)
+        segments, sent_M, jnp.where(owner_I < num_devices, received_I, none)
     )
 
 
 def count_gathered_experts(owner: jax.Array, num_devices: int) -> jax.Array:
-    """How many rows each device sends to each.
+    """Counts the rows that each device sends to each other.
 
     Args:
-      owner: [slots] int32, the device that has the row of a slot; num_devices for none.
-      num_devices: devices that the slots are divided among.
+      owner: [physical experts] int32, the device that has the row; num_devices for a
+        physical expert that takes none.
+      num_devices: devices that the physical experts are divided among.
 
     Returns:
       [devices, devices] int32, from device to device.
@@ -154,77 +157,77 @@ def count_gathered_experts(owner: jax.Array, num_devices: int) -> jax.Array:
 
 
 def gather_weight_rows(
-    rows: jax.Array, fetch: WeightGatherPlan, axis_name: str, transport: Transport
+    rows: jax.Array, plan: WeightGatherPlan, axis_name: str, transport: Transport
 ) -> jax.Array:
-    """Fills the slots of this device as planned; differentiable.
+    """Gathers a row for each of this device's physical experts; differentiable.
 
     Args:
       rows: [rows, ...], this device's.
-      fetch: of `plan_weight_gather`.
+      plan: from `plan_weight_gather`.
       axis_name: mesh axis of the devices.
       transport: see `exchange`.
 
     Returns:
-      [slots of this device, ...]; zeros in a slot that takes no row.
+      [physical experts of this device, ...]; zeros for one that takes no row.
     """
-    num_slots = len(fetch.place)
-    sent = take_or_zero(rows, fetch.sent)
-    received = exchange(sent, fetch.segments, num_slots, axis_name, transport)
-    return take_or_zero(received, fetch.place)
+    num_received = len(plan.received)
+    sent = take_or_zero(rows, plan.sent)
+    received = exchange(sent, plan.segments, num_received, axis_name, transport)
+    return take_or_zero(received, plan.received)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _fetch_slices(
+def _gather_slices(
     rows: jax.Array,
-    fetch: WeightGatherPlan,
+    plan: WeightGatherPlan,
     count: int,
     axis_name: str,
     transport: Transport,
 ) -> jax.Array:
-    """`gather_weight_rows` with a `count`-th of the features at a time."""
+    """Applies `gather_weight_rows` to the features in `count` slices, one by one."""
 
-    def bring(part: jax.Array) -> jax.Array:
-        return gather_weight_rows(part, fetch, axis_name, transport)
+    def gather(part: jax.Array) -> jax.Array:
+        return gather_weight_rows(part, plan, axis_name, transport)
 
-    return _by_slices(bring, rows, len(fetch.place), count)
+    return _by_slices(gather, rows, len(plan.received), count)
 
 
-def _fetch_forward(
+def _gather_forward(
     rows: jax.Array,
-    fetch: WeightGatherPlan,
+    plan: WeightGatherPlan,
     count: int,
     axis_name: str,
     transport: Transport,
 ) -> Any:
-    fetched = _fetch_slices(rows, fetch, count, axis_name, transport)
-    return fetched, (fetch, rows.shape[0])
+    gathered = _gather_slices(rows, plan, count, axis_name, transport)
+    return gathered, (plan, rows.shape[0])
 
 
-def _fetch_backward(
+def _gather_backward(
     count: int, axis_name: str, transport: Transport, saved: Any, ct: jax.Array
 ) -> Any:
-    fetch, num_rows = saved
+    plan, num_rows = saved
 
-    def add_up(part: jax.Array) -> jax.Array:
-        # Linear, so any point will do.
+    def sum_replicas(part: jax.Array) -> jax.Array:
+        # The function is linear, so its pullback is the same at any point.
         zeros = jnp.zeros((num_rows, *part.shape[1:]), part.dtype)
         _, pullback = jax.vjp(
-            lambda rows: gather_weight_rows(rows, fetch, axis_name, transport),
+            lambda rows: gather_weight_rows(rows, plan, axis_name, transport),
             *vary_alike(zeros, part)[:1],
         )
         return pullback(part)[0]
 
-    return _by_slices(add_up, ct, num_rows, count), None
+    return _by_slices(sum_replicas, ct, num_rows, count), None
 
 
-_fetch_slices.defvjp(_fetch_forward, _fetch_backward)
+_gather_slices.defvjp(_gather_forward, _gather_backward)
 
 
 def _by_slices(function, rows: jax.Array, num_results: int, count: int) -> jax.Array:
-    """`function` of [rows, F] to [results, F], on a `count`-th of the features at once.
+    """Applies `function`, [rows, n] to [results, n], to `count` slices of the features.
 
     The result starts as some of the rows and not as zeros, although all of it is
-    written: XLA makes zeros when a step starts, and holds them until here.
+    overwritten: XLA allocates zeros when a step starts, and holds them until here.
     """
     if count == 1:
         return function(rows)
@@ -243,21 +246,25 @@ def _by_slices(function, rows: jax.Array, num_results: int, count: int) -> jax.A
 
 def _check(weights: PyTree, tables: ExpertTables, num_devices: int) -> None:
     if tables.expert_count.ndim != 1:
-        raise ValueError("tables are of several layers; pass one's, tables.layer(i).")
-    for name in ("num_physical_experts", "num_experts"):
-        if num_devices < 1 or getattr(tables, name) % num_devices:
-            raise ValueError(
-                f"{num_devices=} must divide {name}={getattr(tables, name)}."
-            )
+        raise ValueError(
+            f"tables are of {tables.expert_count.shape[0]} layers; pass one layer's, "
+            "tables.layer(i)."
+        )
+    for total, what in (
+        (tables.num_physical_experts, "physical experts"),
+        (tables.num_experts, "experts"),
+    ):
+        if num_devices < 1 or total % num_devices:
+            raise ValueError(f"{num_devices=} must divide the {total} {what}.")
     check_held(weights, tables.num_experts, num_devices, "experts")
 
 
 def check_held(weights: PyTree, total: int, num_devices: int, what: str) -> None:
-    """Raises unless each leaf's first axis is this device's part of `total`.
+    """Raises unless each leaf's first axis is this device's share of `total`.
 
     Args:
       weights: pytree of arrays.
-      total: experts or slots of all devices.
+      total: logical or physical experts of all devices.
       num_devices: devices that they are divided among.
       what: their name, for the message.
 
@@ -269,5 +276,5 @@ def check_held(weights: PyTree, total: int, num_devices: int, what: str) -> None
         if jnp.ndim(leaf) < 1 or leaf.shape[0] != held:
             raise ValueError(
                 f"weights{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but "
-                f"a device holds {held} of {total} {what}; their axis comes first."
+                f"a device holds {held} of {total} {what}; their axis must come first."
             )

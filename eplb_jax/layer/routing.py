@@ -1,11 +1,11 @@
 """Which experts a token goes to, and with which weights.
 
-Plain functions of router logits, for any framework's router: softmax top-k, and
-DeepSeek-V3's, with what keeps its experts evenly used: the bias that only the choice
-sees, and the sequence-wise loss. All arithmetic is float32, and of equal scores the
-expert with the lower index is taken.
+Plain functions of router logits, for any framework's router: softmax top-k and
+DeepSeek-V3's group-limited sigmoid top-k, with the two means by which DeepSeek-V3
+balances its experts, a bias for the selection and a sequence-wise loss. All arithmetic
+is float32; ties go to the expert with the lower index.
 
-Shape suffixes: T tokens, E experts, G groups, K chosen experts.
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-# The name of logits and choices for the policies of `jax.checkpoint`.
+# Names logits and choices for the policies of `jax.checkpoint`.
 ROUTING = "moe_routing"
 
 
 class Routing(NamedTuple):
-    """The choice of each token.
+    """The experts that each token chose, its top_k choices.
 
     Attributes:
-      experts: [..., k] int32, the chosen experts, best first.
-      weights: [..., k] float32, what their outputs are multiplied with.
-      scores: [..., experts] float32, of all experts, without bias.
+      experts: [..., top_k] int32, the chosen experts, best first.
+      weights: [..., top_k] float32, factors of their outputs.
+      scores: [..., experts] float32, of all experts, without the bias.
     """
 
     experts: jax.Array
@@ -39,88 +39,91 @@ class Routing(NamedTuple):
 
 def softmax_top_k(
     logits: jax.Array,
-    k: int,
+    top_k: int,
     *,
-    normalize: bool = True,
-    scaling: float = 1.0,
+    route_norm: bool = True,
+    route_scale: float = 1.0,
     check_values: bool = False,
 ) -> Routing:
-    """The k experts of highest probability.
+    """Chooses the top_k experts of highest probability.
 
     Args:
       logits: [..., experts].
-      k: experts a token.
-      normalize: whether the k weights add up to 1 (before `scaling`), as in Mixtral;
-        else they are the probabilities themselves.
-      scaling: what the weights are multiplied with.
-      check_values: inside jit, refuse logits that are not finite, with
-        `jax.experimental.checkify`; the caller then has to be transformed with it.
+      top_k: experts per token.
+      route_norm: whether a token's weights are normalized to sum to 1 (before
+        `route_scale`), as in Mixtral; else they are the probabilities themselves.
+      route_scale: factor of the weights.
+      check_values: inside jit, reject logits that are not finite, by means of
+        `jax.experimental.checkify`; then the caller must be transformed with it.
 
     Returns:
       A `Routing`.
 
     Raises:
-      ValueError: if `k` is not between 1 and the number of experts.
+      ValueError: if `top_k` is not between 1 and the number of experts.
 
     Examples:
       >>> routing = softmax_top_k(jnp.log(jnp.array([[1.0, 5.0, 3.0]])), 2)
       >>> routing.experts.tolist(), [f"{w:.3f}" for w in routing.weights[0]]
       ([[1, 2]], ['0.625', '0.375'])
     """
-    logits = _as_logits(logits, k, check_values)
+    logits = _as_logits(logits, top_k, check_values)
     scores = jax.nn.softmax(logits)
-    experts = _k_best(scores, k)
+    experts = _best_experts(scores, top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
-    if normalize:
+    if route_norm:
         weights = weights / weights.sum(axis=-1, keepdims=True)
-    return Routing(experts, weights * scaling, scores)
+    return Routing(experts, weights * route_scale, scores)
 
 
 def sigmoid_group_top_k(
     logits: jax.Array,
-    k: int,
+    top_k: int,
     *,
     bias: jax.Array | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
-    normalize: bool = True,
-    scaling: float = 1.0,
+    route_norm: bool = True,
+    route_scale: float = 1.0,
     check_values: bool = False,
 ) -> Routing:
-    """DeepSeek-V3's choice: the best groups first, then the best experts in them.
+    """Chooses experts as DeepSeek-V3 does: the best groups, then their best experts.
 
-    A group counts as much as its two best experts together. The bias is added for
-    the choice only; the weights come from the scores themselves. (DeepSeek-V3 report,
+    A group's score is the sum of its two best experts' scores. The bias affects only
+    the selection; the weights come from the unbiased scores. (DeepSeek-V3 report,
     arXiv:2412.19437, sections 2.1.2 and 4.2; `deepseek-ai/DeepSeek-V3
     inference/model.py`, class Gate.)
 
     Args:
       logits: [..., experts].
-      k: experts a token.
-      bias: [experts] float32, see `update_bias`; None: none. No gradient flows to it.
+      top_k: experts per token.
+      bias: [experts] float32, see `update_bias`; None: no bias. No gradient flows to
+        it.
       num_groups: groups of experts, each a run of consecutive experts.
       topk_groups: groups that a token may use.
-      normalize: whether the k weights add up to 1 (before `scaling`).
-      scaling: what the weights are multiplied with; 2.5 in DeepSeek-V3.
+      route_norm: whether a token's weights are normalized to sum to 1 (before
+        `route_scale`).
+      route_scale: factor of the weights; 2.5 in DeepSeek-V3.
       check_values: as in `softmax_top_k`.
 
     Returns:
       A `Routing`.
 
     Raises:
-      ValueError: for a `k` outside the experts of the chosen groups, groups that do
-        not divide the experts, and a bias of another shape.
+      ValueError: if `top_k` is not between 1 and the number of experts in
+        `topk_groups` groups, if the groups do not divide the experts, and if the bias
+        has another shape.
 
     Examples:
-      Experts 0 and 3 are the best, but the group of 2 and 3 is the best group:
+      Experts 0 and 3 have the best scores, but 2 and 3 are the best group:
 
       >>> logits = jnp.array([[3.0, -9.0, 1.0, 2.0]])
       >>> sigmoid_group_top_k(logits, 2, num_groups=2).experts.tolist()
       [[3, 2]]
     """
-    logits = _as_logits(logits, k, check_values)
+    logits = _as_logits(logits, top_k, check_values)
     num_experts = logits.shape[-1]
-    _check_groups(num_experts, k, num_groups, topk_groups)
+    _check_groups(num_experts, top_k, num_groups, topk_groups)
     scores = jax.nn.sigmoid(logits)
     biased = lax.stop_gradient(scores)
     if bias is not None:
@@ -138,15 +141,15 @@ def sigmoid_group_top_k(
         is_chosen = jax.nn.one_hot(groups, num_groups, dtype=jnp.bool_).any(axis=-2)
         biased_GE = jnp.where(is_chosen[..., None], biased_GE, -jnp.inf)
         biased = biased_GE.reshape(biased.shape)
-    experts = _k_best(biased, k)
+    experts = _best_experts(biased, top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
-    if normalize:
+    if route_norm:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(experts, weights * scaling, scores)
+    return Routing(experts, weights * route_scale, scores)
 
 
 def update_bias(bias: jax.Array, counts: jax.Array, rate: float = 1e-3) -> jax.Array:
-    """The bias for the next step: down where an expert had too many tokens, else up.
+    """Updates the bias: lowers it for experts with too many tokens, else raises it.
 
     Auxiliary-loss-free balancing (arXiv:2408.15664; DeepSeek-V3 report, section
     2.1.2, where `rate` is 1e-3 for most of the training, then 0).
@@ -155,7 +158,7 @@ def update_bias(bias: jax.Array, counts: jax.Array, rate: float = 1e-3) -> jax.A
       bias: [..., experts] float32.
       counts: [..., experts] tokens of each expert in the step, summed over all devices
         that share the bias.
-      rate: how far an entry moves.
+      rate: change of an entry per step.
 
     Returns:
       [..., experts] float32.
@@ -169,22 +172,22 @@ def update_bias(bias: jax.Array, counts: jax.Array, rate: float = 1e-3) -> jax.A
 
 
 def sequence_balance_loss(
-    scores: jax.Array, k: int, is_padding: jax.Array | None = None
+    scores: jax.Array, top_k: int, is_padding: jax.Array | None = None
 ) -> jax.Array:
-    """DeepSeek-V3's sequence-wise balance loss, before its factor alpha.
+    """Computes DeepSeek-V3's sequence-wise balance loss, without its factor alpha.
 
-    For each sequence the sum over experts of f_i * P_i: the part of its tokens that
-    have expert i among their k best scores, times experts / k, and the mean of its
-    normalised score. 1 where all experts are used evenly. (arXiv:2412.19437,
-    equations 17 to 20.)
+    For each sequence this is the sum over experts of f_i * P_i: f_i is the share of
+    its tokens with expert i among their top_k scores, times experts / top_k; P_i is
+    the mean of the expert's normalized score. The loss is 1 if all experts are used
+    evenly. (arXiv:2412.19437, equations 17 to 20.)
 
     Args:
-      scores: [..., sequence, experts] float32, of a `Routing`.
-      k: experts a token.
-      is_padding: [..., sequence] bool, tokens that do not count; None: all do.
+      scores: [..., sequence, experts] float32, from a `Routing`.
+      top_k: experts per token.
+      is_padding: [..., sequence] bool, tokens that do not count; None: all count.
 
     Returns:
-      [...] float32, one a sequence; 0 for a sequence of padding.
+      [...] float32, one per sequence; 0 for a sequence of padding.
 
     Examples:
       >>> even = sequence_balance_loss(jnp.array([[0.9, 0.1], [0.1, 0.9]]), 1)
@@ -193,24 +196,24 @@ def sequence_balance_loss(
       (1.0, 1.8)
     """
     num_experts = scores.shape[-1]
-    experts = _k_best(scores, k)
+    experts = _best_experts(scores, top_k)
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=-2)
     share = scores / scores.sum(axis=-1, keepdims=True)
     counts = jnp.ones(scores.shape[:-1], jnp.float32)
     if is_padding is not None:
         counts = 1.0 - is_padding.astype(jnp.float32)
     counts = counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1.0)
-    used = (chosen * counts[..., None]).sum(axis=-2) * (num_experts / k)
+    used = (chosen * counts[..., None]).sum(axis=-2) * (num_experts / top_k)
     return (used * (share * counts[..., None]).sum(axis=-2)).sum(axis=-1)
 
 
 def count_experts(experts: jax.Array, num_experts: int) -> jax.Array:
-    """How many tokens chose each expert.
+    """Counts the tokens that chose each expert.
 
     Args:
-      experts: [..., k] int32; entries outside the experts, such as -1 for a token that
-        is padding, count nowhere.
-      num_experts: logical experts, or slots.
+      experts: [..., top_k] int32; entries out of range, such as -1 for a token that is
+        padding, are not counted.
+      num_experts: logical or physical experts.
 
     Returns:
       [num_experts] int32.
@@ -224,31 +227,33 @@ def count_experts(experts: jax.Array, num_experts: int) -> jax.Array:
     return jnp.zeros(num_experts, jnp.int32).at[flat].add(1, mode="drop")
 
 
-def _as_logits(logits: ArrayLike, k: int, check_values: bool) -> jax.Array:
+def _as_logits(logits: ArrayLike, top_k: int, check_values: bool) -> jax.Array:
     logits = jnp.asarray(logits)
     num_experts = logits.shape[-1]
-    if not 1 <= k <= num_experts:
+    if not 1 <= top_k <= num_experts:
         raise ValueError(
-            f"{k=} must be between 1 and the number of experts {num_experts}; a token "
-            "cannot choose an expert twice."
+            f"{top_k=} must be between 1 and the number of experts {num_experts}; a "
+            "token cannot choose an expert twice."
         )
     logits = logits.astype(jnp.float32)
     if check_values:
         checkify.check(
             jnp.isfinite(logits).all(),
-            "Router logits are not finite; lower the learning rate, or look for the "
-            "layer before that overflows.",
+            "Router logits are not finite; lower the learning rate, or find the layer "
+            "before that overflows.",
         )
     return checkpoint_name(logits, ROUTING)
 
 
-def _k_best(scores: jax.Array, k: int) -> jax.Array:
-    """[..., k] int32."""
-    _, experts = lax.top_k(lax.stop_gradient(scores), k)
+def _best_experts(scores: jax.Array, top_k: int) -> jax.Array:
+    """[..., top_k] int32, best first."""
+    _, experts = lax.top_k(lax.stop_gradient(scores), top_k)
     return checkpoint_name(experts.astype(jnp.int32), ROUTING)
 
 
-def _check_groups(num_experts: int, k: int, num_groups: int, topk_groups: int) -> None:
+def _check_groups(
+    num_experts: int, top_k: int, num_groups: int, topk_groups: int
+) -> None:
     if num_groups < 1 or num_experts % num_groups:
         raise ValueError(
             f"{num_groups=} must divide the number of experts {num_experts}; change "
@@ -256,9 +261,8 @@ def _check_groups(num_experts: int, k: int, num_groups: int, topk_groups: int) -
         )
     if not 1 <= topk_groups <= num_groups:
         raise ValueError(f"{topk_groups=} must be between 1 and {num_groups=}.")
-    room = num_experts // num_groups * topk_groups
-    if k > room:
+    if top_k > num_experts // num_groups * topk_groups:
         raise ValueError(
-            f"{k=} experts a token do not fit into {topk_groups=} groups of "
+            f"{top_k=} experts per token do not fit into {topk_groups=} groups of "
             f"{num_experts // num_groups} experts; allow more groups."
         )

@@ -1,4 +1,4 @@
-"""Types of values inside `jax.shard_map` with its default checks (`check_vma=True`)."""
+"""Varying-axes types of values, for `jax.shard_map` with `check_vma=True`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ PyTree = Any
 def vary_alike(*values: PyTree) -> Any:
     """Marks values as varying over each mesh axis over which any of them varies.
 
-    A loop's carry has one type from start to end, zeros at the start or not; and the
-    transpose of the mark is the sum over the axis, which a gradient of something
-    replicated needs and a `custom_vjp` does not get by itself.
+    A loop's carry needs one type from start to end, even if it starts as zeros. And the
+    transpose of the mark is the sum over the axis, which the gradient of a replicated
+    value needs and a `custom_vjp` does not get otherwise.
 
     Args:
       *values: pytrees of arrays.
 
     Returns:
-      A tuple of them; outside `jax.shard_map`, or with check_vma=False, unchanged.
+      A tuple of the same values, marked; unchanged outside `jax.shard_map` and with
+      check_vma=False.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -40,11 +41,11 @@ def vary_alike(*values: PyTree) -> Any:
 
 def _axes(value: Any) -> frozenset[str]:
     type_ = jax.typeof(value)
-    # jax 0.10 and later keep it in `manual_axis_type`; others called it `vma`.
+    # jax 0.10 and later keep it in `manual_axis_type`, earlier versions in `vma`.
     kind = getattr(type_, "manual_axis_type", None)
     return frozenset(kind.varying if kind else getattr(type_, "vma", ()))
 
 
 def is_typed(value: jax.Array) -> bool:
-    """Whether an array's type says that devices have different values of it."""
+    """Returns whether an array's type says that its value differs between devices."""
     return bool(_axes(value))

@@ -1,10 +1,11 @@
-"""Rebalancing inside a server's jitted step: observe, plan, migrate.
+"""Rebalancing inside a server's jitted step: observe, plan, agree, migrate, switch.
 
 Imports: placement, layer.
 """
 
-from eplb_jax.serving.balancer import BalancerState, ExpertBalancer
+from eplb_jax.serving.balancer import ExpertBalancer
 from eplb_jax.serving.migration import count_migrated, migrate
+from eplb_jax.serving.state import BalancerState
 
 __all__ = [
     "BalancerState",

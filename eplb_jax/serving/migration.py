@@ -1,12 +1,11 @@
-"""Weights of a running server from one placement to the next.
+"""Migration of a running server's weights from one placement to the next.
 
-Only slots whose expert changes receive anything, from the nearest device that has the
-expert. All of them change at once, but a slice of the features at a time: every slice
-is read everywhere before it is written anywhere, so no order of moves has to be found
-in which no expert is lost, and the buffers are a slice, not a second copy.
+Only physical experts whose expert changes receive weights, from this device if it has
+the expert, else from one that has. All of them change at once, a slice of the features
+at a time: each slice is read everywhere before it is written anywhere. So moves need no
+order in which no expert is lost, and the buffers hold a slice, not a second copy.
 
-Shape suffixes: S slots, C replicas of an expert at most, D devices, I slots of this
-device, F features of a slot.
+Shape suffixes: see `eplb_jax`; here V values of an expert, flat.
 """
 
 from __future__ import annotations
@@ -40,29 +39,29 @@ def migrate(
     num_slices: int | None = None,
     transport: Transport = "auto",
 ) -> PyTree:
-    """Brings physical weights from one placement to another; for use inside jit.
+    """Moves physical weights from one placement to another; for use inside jit.
 
-    The result is what `physical_weights` would gather afresh, bit for bit. Donate
-    `weights` to the jitted function around this (`donate_argnums`), and they change in
-    place. The old tables serve until the call is done; then switch to the new ones.
+    The result equals, bit for bit, what `physical_weights` would gather for the new
+    tables. Donate `weights` to the jitted function around this (`donate_argnums`), and
+    they change in place. Use the old tables until the call, and the new ones after it.
 
     Args:
-      weights: pytree of [slots of this device, ...], by `old_tables`.
-      old_tables: of one layer.
+      weights: pytree of [physical experts of this device, ...], by `old_tables`.
+      old_tables: the tables of one layer.
       new_tables: of the same layer and shapes.
-      num_devices: devices that the slots are divided among, in order.
+      num_devices: devices that the physical experts are divided among, in order.
       axis_name: mesh axis of the devices, inside `jax.shard_map`; None on one device.
-      num_slices: into how many slices the features are divided, at least; None: four a
-        device. The buffers of a device hold up to slots / num_slices experts, for
-        the unlikely case that one device has to send something to all slots.
+      num_slices: minimal number of slices of the features; None: four per device. The
+        buffers of a device hold up to physical experts / num_slices experts, for the
+        worst case of one device sending to all physical experts.
       transport: see `exchange`.
 
     Returns:
-      Pytree like `weights`, by `new_tables`; zeros in an empty slot.
+      Pytree like `weights`, by `new_tables`; zeros for an empty physical expert.
 
     Raises:
-      ValueError: for tables of other shapes, weights of other slots, and fewer than one
-        slice.
+      ValueError: for tables of different shapes, weights of other physical experts,
+        and fewer than one slice.
 
     Examples:
       >>> old = ExpertTables.from_placement(jnp.array([0, 1, 0]), 2)
@@ -80,29 +79,29 @@ def migrate(
     is_filled_I = (expert_S >= 0).reshape(num_devices, -1)[me]
     if axis_name is None:
 
-        def bring(rows_IF: jax.Array) -> jax.Array:
-            return rows_IF[source_S]
+        def gather(rows_IV: jax.Array) -> jax.Array:
+            return rows_IV[source_S]
 
     else:
         num_sent = old_tables.num_physical_experts
-        fetch = plan_weight_gather(owner_S, source_S, num_devices, num_sent, axis_name)
+        plan = plan_weight_gather(owner_S, source_S, num_devices, num_sent, axis_name)
 
-        def bring(rows_IF: jax.Array) -> jax.Array:
-            return gather_weight_rows(rows_IF, fetch, axis_name, transport)
+        def gather(rows_IV: jax.Array) -> jax.Array:
+            return gather_weight_rows(rows_IV, plan, axis_name, transport)
 
     def change(leaf: jax.Array) -> jax.Array:
-        flat_IF = leaf.reshape(len(leaf), -1)
-        num_features = flat_IF.shape[1]
+        flat_IV = leaf.reshape(len(leaf), -1)
+        num_features = flat_IV.shape[1]
         size = num_features // divisor_from(num_features, num_slices)
 
-        def step(i: jax.Array, flat_IF: jax.Array) -> jax.Array:
-            old_IF = lax.dynamic_slice_in_dim(flat_IF, i * size, size, axis=1)
-            new_IF = jnp.where(is_changed_I[:, None], bring(old_IF), old_IF)
-            new_IF = jnp.where(is_filled_I[:, None], new_IF, jnp.zeros((), leaf.dtype))
-            return lax.dynamic_update_slice_in_dim(flat_IF, new_IF, i * size, axis=1)
+        def step(i: jax.Array, flat_IV: jax.Array) -> jax.Array:
+            old_IV = lax.dynamic_slice_in_dim(flat_IV, i * size, size, axis=1)
+            new_IV = jnp.where(is_changed_I[:, None], gather(old_IV), old_IV)
+            new_IV = jnp.where(is_filled_I[:, None], new_IV, jnp.zeros((), leaf.dtype))
+            return lax.dynamic_update_slice_in_dim(flat_IV, new_IV, i * size, axis=1)
 
-        flat_IF = lax.fori_loop(0, num_features // size, step, flat_IF)
-        return flat_IF.reshape(leaf.shape)
+        flat_IV = lax.fori_loop(0, num_features // size, step, flat_IV)
+        return flat_IV.reshape(leaf.shape)
 
     return jax.tree.map(change, weights)
 
@@ -110,16 +109,16 @@ def migrate(
 def count_migrated(
     old_tables: ExpertTables, new_tables: ExpertTables, num_devices: int
 ) -> jax.Array:
-    """How many experts' weights `migrate` sends from each device to each other.
+    """Counts the experts whose weights `migrate` sends from each device to each other.
 
     Args:
-      old_tables: of one layer.
+      old_tables: the tables of one layer.
       new_tables: of the same layer.
-      num_devices: devices that the slots are divided among, in order.
+      num_devices: devices that the physical experts are divided among, in order.
 
     Returns:
-      [devices, devices] int32; the diagonal is what moves inside a device. Times the
-      bytes of an expert, what `migrate` moves.
+      [devices, devices] int32; the diagonal counts moves inside a device. Multiply by
+      the bytes of an expert to get the bytes that `migrate` moves.
 
     Examples:
       >>> old = ExpertTables.from_placement(jnp.array([0, 1, 0, 2]), 3)
@@ -134,19 +133,24 @@ def count_migrated(
 def _sources(
     old: ExpertTables, new: ExpertTables, num_devices: int
 ) -> tuple[jax.Array, jax.Array]:
-    """For each slot that changes, the device to fetch from and the slot there."""
+    """Chooses the replica that each physical expert's new weights come from.
+
+    Returns:
+      owner_S: its device; num_devices for a physical expert that does not change.
+      source_S: its position on that device.
+    """
     per_device = old.num_physical_experts // num_devices
     expert_S = new.physical_to_logical_map
-    slot_S = jnp.arange(len(expert_S), dtype=jnp.int32)
-    slots_SC = old.logical_to_physical_map[expert_S]
-    # A slot of the same device if there is one; else the replicas take turns.
-    is_here_SC = slots_SC // per_device == (slot_S // per_device)[:, None]
+    physical_S = jnp.arange(len(expert_S), dtype=jnp.int32)
+    replicas_SR = old.logical_to_physical_map[expert_S]
+    # A replica on the same device if there is one; else the replicas take turns.
+    is_here_SR = replicas_SR // per_device == (physical_S // per_device)[:, None]
     count_S1 = old.expert_count[expert_S][:, None]
-    turn_SC = (jnp.arange(old.max_replicas)[None] + slot_S[:, None]) % count_S1
-    order_SC = jnp.where(is_here_SC, -1, turn_SC)
-    order_SC = jnp.where(slots_SC >= 0, order_SC, jnp.iinfo(jnp.int32).max)
-    best_S1 = jnp.argmin(order_SC, axis=1, keepdims=True)
-    from_S = jnp.take_along_axis(slots_SC, best_S1, axis=1)[:, 0]
+    turn_SR = (jnp.arange(old.max_replicas)[None] + physical_S[:, None]) % count_S1
+    order_SR = jnp.where(is_here_SR, -1, turn_SR)
+    order_SR = jnp.where(replicas_SR >= 0, order_SR, jnp.iinfo(jnp.int32).max)
+    best_S1 = jnp.argmin(order_SR, axis=1, keepdims=True)
+    from_S = jnp.take_along_axis(replicas_SR, best_S1, axis=1)[:, 0]
     is_changed_S = (expert_S != old.physical_to_logical_map) & (expert_S >= 0)
     owner_S = jnp.where(is_changed_S, from_S // per_device, num_devices)
     return owner_S, from_S % per_device
@@ -163,13 +167,13 @@ def _check(
     if old.expert_count.ndim != 1 or shapes[0] != shapes[1]:
         raise ValueError(
             f"old_tables and new_tables have shapes {shapes[0]} and {shapes[1]}; both "
-            "must be of one layer, and made with the same slots and max_replicas."
+            "must be of one layer, and made with the same numbers of experts and "
+            "max_replicas."
         )
     if num_devices < 1 or old.num_physical_experts % num_devices:
         raise ValueError(
-            f"{num_devices=} must divide the tables' {old.num_physical_experts} "
-            "physical experts."
+            f"{num_devices=} must divide the {old.num_physical_experts} physical experts."
         )
     if num_slices < 1:
         raise ValueError(f"{num_slices=} must be at least 1; 1 moves all at once.")
-    check_held(weights, old.num_physical_experts, num_devices, "slots")
+    check_held(weights, old.num_physical_experts, num_devices, "physical experts")

@@ -68,11 +68,11 @@ class Layer(nnx.Module):
                 c.dim,
                 c.moe_intermediate_size,
                 num_experts=c.num_experts,
-                k=c.num_experts_per_tok,
+                top_k=c.num_experts_per_tok,
                 num_shared=c.n_shared_experts,
                 num_groups=c.num_groups,
                 topk_groups=c.topk_groups,
-                scaling=c.route_scale,
+                route_scale=c.route_scale,
                 parallel=parallel,
                 rngs=nnx.Rngs(keys[4]),
             )

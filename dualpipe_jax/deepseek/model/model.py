@@ -36,7 +36,7 @@ class DeepSeek(DeepSeekOptions):
         tokens that came to the experts and nothing of what is inside them; both keep of
         a layer its input and what was exchanged.
       payload: `"fp8"` sends tokens to their experts in float8, and keeps them so; see
-        `eplb_jax.layer.dispatch.send`.
+        `eplb_jax.ExpertParallel`.
       layer_costs: of each layer, in any unit; None: `DeepSeekConfig.forward_flops`.
       head_cost: of what stands behind the layers, in the same unit.
       rank_speeds: of the pipeline's ranks, in any unit; None: all alike.

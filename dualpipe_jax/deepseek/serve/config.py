@@ -64,7 +64,7 @@ class ServeConfig:
       prefill_tokens: of one prefill on a device, even; None: as many as
         `prompts_per_device` of the longest ones have.
       route: see `eplb_jax.ExpertParallel`.
-      payload: see `eplb_jax.layer.dispatch.send`.
+      payload: see `eplb_jax.ExpertParallel`.
       buffer_factor: see `DeepSeek`; what finds no room counts as zero. None: nothing
         is ever lost.
       rebalance: None: experts stay where they are.
@@ -192,7 +192,7 @@ class ServeConfig:
         return ExpertBalancer(
             num_layers=self.num_moe_layers,
             num_experts=self.architecture.num_experts,
-            num_slots=self.num_slots,
+            num_physical_experts=self.num_slots,
             num_devices=self.num_devices,
             estimator=moving_average(plan.decay),
             layers_per_plan=plan.layers_per_plan,
@@ -213,6 +213,6 @@ class ServeConfig:
             num_nodes=self.num_nodes,
             num_rows=num_rows,
             payload=self.payload,
-            weigh="tokens",
+            apply_scores="after",
             route=self.route,
         )

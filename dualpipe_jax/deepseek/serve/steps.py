@@ -288,8 +288,8 @@ class _Steps:
     def rebalance(
         self, experts: PyTree, state: BalancerState
     ) -> tuple[PyTree, BalancerState]:
-        state, experts, _ = self.balancer.rebalance(
-            state, experts, axis_name=self.config.axis_name
+        experts, state, _ = self.balancer.rebalance(
+            experts, state, axis_name=self.config.axis_name
         )
         return experts, state
 

@@ -1,4 +1,4 @@
-"""Rows on their way to slots and back, against a loop over choices."""
+"""Rows to physical experts and back, against a loop over choices."""
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +7,13 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 from dualpipe_jax.gpu.topology import gpu_mesh
-from eplb_jax.layer.dispatch import (
-    combine,
-    dispatch_choices,
-    fetch,
-    plan_dispatch,
-    send,
-)
+from eplb_jax.layer.choices import combine_choices, dispatch_choices
+from eplb_jax.layer.dispatch import combine, dispatch_tokens
+from eplb_jax.layer.dispatch_plan import plan_dispatch
 from eplb_jax.layer.exchange import Segments, exchange
 
-DEVICES, TOKENS, K, SLOTS, DIM = 8, 6, 2, 24, 4
-PER = SLOTS // DEVICES
+DEVICES, TOKENS, K, PHYSICAL, DIM = 8, 6, 2, 24, 4
+PER_DEVICE = PHYSICAL // DEVICES
 MESH = jax.make_mesh((DEVICES,), ("ep",), axis_types=(AxisType.Auto,))
 
 
@@ -34,49 +30,49 @@ def on_mesh(fn, num_in):
 
 
 def choices(seed=0):
+    """[tokens, K] physical experts, a fifth of them -1."""
     rng = np.random.default_rng(seed)
-    slots = np.array([rng.permutation(SLOTS)[:K] for _ in range(DEVICES * TOKENS)])
-    slots[rng.random(slots.shape) < 0.2] = -1
-    slots[: TOKENS + 2, 0] = 5  # one slot that many want
-    return slots.astype(np.int32)
+    num_tokens = DEVICES * TOKENS
+    physical = np.array([rng.permutation(PHYSICAL)[:K] for _ in range(num_tokens)])
+    physical[rng.random(physical.shape) < 0.2] = -1
+    physical[: TOKENS + 2, 0] = 5  # a popular one
+    return physical.astype(np.int32)
 
 
-def expected_rows(x, slots, num_rows):
-    """What arrives: for each device its rows in order of slot, then of sender."""
+def expected_rows(x, physical, num_rows):
+    """What arrives: each device's rows by physical expert, then by sender."""
     arrived = [[] for _ in range(DEVICES)]
     for device in range(DEVICES):
-        mine = slots.reshape(DEVICES, TOKENS * K)[device]
+        mine = physical.reshape(DEVICES, TOKENS * K)[device]
         for n in np.argsort(mine, kind="stable"):
-            if mine[n] >= 0 and len(arrived[mine[n] // PER]) < num_rows:
-                arrived[mine[n] // PER].append((mine[n], device, n))
+            if mine[n] >= 0 and len(arrived[mine[n] // PER_DEVICE]) < num_rows:
+                arrived[mine[n] // PER_DEVICE].append((mine[n], device, n))
     rows = np.zeros((DEVICES, num_rows, DIM), np.float32)
-    sizes = np.zeros(SLOTS, int)
+    sizes = np.zeros(PHYSICAL, int)
     for device, found in enumerate(arrived):
-        for m, (slot, sender, n) in enumerate(sorted(found)):
+        for m, (expert, sender, n) in enumerate(sorted(found)):
             rows[device, m] = x[sender * TOKENS + n // K]
-            sizes[slot] += 1
+            sizes[expert] += 1
     return rows.reshape(-1, DIM), sizes, sum(map(len, arrived))
 
 
 @pytest.mark.parametrize("num_rows", [None, 5])
 def test_against_a_loop(num_rows):
     rng = np.random.default_rng(1)
-    x, slots = (
-        rng.standard_normal((DEVICES * TOKENS, DIM)).astype(np.float32),
-        choices(),
-    )
+    x = rng.standard_normal((DEVICES * TOKENS, DIM)).astype(np.float32)
+    physical = choices()
 
-    def run(x, slots):
+    def run(x, physical):
         plan = plan_dispatch(
-            slots, SLOTS, num_devices=DEVICES, axis_name="ep", num_rows=num_rows
+            physical, PHYSICAL, num_devices=DEVICES, axis_name="ep", num_rows=num_rows
         )
-        rows = send(x, plan, axis_name="ep")
-        # Each slot multiplies by its own number, so that a row from elsewhere shows.
-        slot = jnp.repeat(
-            jnp.arange(PER), plan.group_sizes, total_repeat_length=len(rows)
-        ) + PER * jax.lax.axis_index("ep")
-        factor = (slot[:, None] + 1).astype(rows.dtype)
-        back = fetch(rows * factor, plan, axis_name="ep")
+        rows = dispatch_tokens(x, plan, axis_name="ep")
+        # Each expert multiplies by its number, so that a misplaced row shows.
+        expert = jnp.repeat(
+            jnp.arange(PER_DEVICE), plan.group_sizes, total_repeat_length=len(rows)
+        ) + PER_DEVICE * jax.lax.axis_index("ep")
+        factor = (expert[:, None] + 1).astype(rows.dtype)
+        back = combine_choices(rows * factor, plan, axis_name="ep")
         added = combine(rows * factor, plan, TOKENS, axis_name="ep")
         return (
             rows,
@@ -88,17 +84,18 @@ def test_against_a_loop(num_rows):
         )
 
     rows, back, added, sizes, counts, overflow = map(
-        np.asarray, on_mesh(run, 2)(x, slots)
+        np.asarray, on_mesh(run, 2)(x, physical)
     )
     room = DEVICES * TOKENS * K if num_rows is None else num_rows
-    want, want_sizes, num_arrived = expected_rows(x, slots, room)
+    want, want_sizes, num_arrived = expected_rows(x, physical, room)
     np.testing.assert_array_equal(rows, want)
     np.testing.assert_array_equal(sizes, want_sizes)
-    asked = np.bincount(slots[slots >= 0], minlength=SLOTS)
-    np.testing.assert_array_equal(counts.reshape(DEVICES, SLOTS), [asked] * DEVICES)
-    assert (overflow == asked.sum() - num_arrived).all()
+    chosen = np.bincount(physical[physical >= 0], minlength=PHYSICAL)
+    counts = counts.reshape(DEVICES, PHYSICAL)
+    np.testing.assert_array_equal(counts, [chosen] * DEVICES)
+    assert (overflow == chosen.sum() - num_arrived).all()
     assert (overflow > 0).all() == (num_rows is not None)
-    choice = slots.reshape(-1)
+    choice = physical.reshape(-1)
     result = np.repeat(x, K, axis=0) * (choice[:, None] + 1).astype(np.float32)
     if num_rows is None:
         np.testing.assert_array_equal(back, np.where(choice[:, None] >= 0, result, 0))
@@ -115,19 +112,20 @@ def inner(a, b):
     return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum()
 
 
-@pytest.mark.parametrize("a_choice", [False, True])
-def test_there_and_back_are_each_others_transpose(a_choice):
-    slots = choices(2)
+@pytest.mark.parametrize("per_choice", [False, True])
+def test_dispatch_and_combine_are_each_others_transpose(per_choice):
+    physical = choices(2)
 
-    def run(x, y, slots):
-        plan = plan_dispatch(slots, SLOTS, num_devices=DEVICES, axis_name="ep")
+    def run(x, y, physical):
+        plan = plan_dispatch(physical, PHYSICAL, num_devices=DEVICES, axis_name="ep")
 
         def there(x):
-            return (dispatch_choices if a_choice else send)(x, plan, axis_name="ep")
+            dispatch = dispatch_choices if per_choice else dispatch_tokens
+            return dispatch(x, plan, axis_name="ep")
 
         def back(y):
-            if a_choice:
-                return fetch(y, plan, axis_name="ep")
+            if per_choice:
+                return combine_choices(y, plan, axis_name="ep")
             return combine(y, plan, TOKENS, axis_name="ep")
 
         sent, pull_sent = jax.vjp(there, x)
@@ -137,12 +135,12 @@ def test_there_and_back_are_each_others_transpose(a_choice):
         return jnp.stack(products)[None]
 
     rng = np.random.default_rng(3)
-    num_rows = DEVICES * TOKENS * (K if a_choice else 1)
+    num_rows = DEVICES * TOKENS * (K if per_choice else 1)
     x = rng.standard_normal((num_rows, DIM)).astype(np.float32)
     y = rng.standard_normal((DEVICES * DEVICES * TOKENS * K, DIM)).astype(np.float32)
-    products = np.asarray(on_mesh(run, 3)(x, y, slots)).sum(axis=0)
-    # <send x, y> = <x, send' y> = <x, combine y> over all devices; float32 sums of a
-    # few hundred.
+    products = np.asarray(on_mesh(run, 3)(x, y, physical)).sum(axis=0)
+    # <dispatch x, y> = <x, dispatch' y> = <x, combine y> over all devices; float32 sums
+    # of a few hundred.
     np.testing.assert_allclose(products, products[0], rtol=1e-4)
     assert abs(products[0]) > 0.1
 
@@ -151,10 +149,12 @@ def test_there_and_back_are_each_others_transpose(a_choice):
 def test_on_gpus_rows_travel_ragged_and_nothing_is_gathered():
     mesh = gpu_mesh("h100", {"ep": 8})
     sizes = jnp.ones((8, 8), jnp.int32)
-    places = jnp.cumsum(sizes, axis=1) - sizes
+    offsets = jnp.cumsum(sizes, axis=1) - sizes
 
     def run(rows):
-        segments = Segments(sizes, places, places.T)
+        segments = Segments(
+            send_sizes=sizes, input_offsets=offsets, output_offsets=offsets.T
+        )
         return exchange(rows, segments, 8, "ep")
 
     sharded = jax.shard_map(
@@ -183,20 +183,29 @@ def test_the_transport_can_be_named(transport):
 
 
 def test_bad_arguments():
-    slots = jnp.zeros((4, 2), jnp.int32)
-    plan, x = plan_dispatch(slots, 3), jnp.ones((4, 100))
+    physical = jnp.zeros((4, 2), jnp.int32)
+    plan, x = plan_dispatch(physical, 3), jnp.ones((4, 100))
     for call, message in [
-        (lambda: plan_dispatch(slots, 9, num_devices=2, axis_name="ep"), "must divide"),
         (
-            lambda: plan_dispatch(slots, 8, num_devices=2),
+            lambda: plan_dispatch(physical, 9, num_devices=2, axis_name="ep"),
+            "num_devices=2 must divide num_physical_experts=9",
+        ),
+        (
+            lambda: plan_dispatch(physical, 8, num_devices=2),
             "num_devices=2 needs axis_name",
         ),
-        (lambda: plan_dispatch(slots, 8, num_rows=0), "num_rows=0 must be at least 1"),
         (
-            lambda: send(x, plan, payload="fp4"),
+            lambda: plan_dispatch(physical, 8, num_rows=0),
+            "num_rows=0 must be at least 1",
+        ),
+        (
+            lambda: dispatch_tokens(x, plan, payload="fp4"),
             "payload='fp4' must be one of plain, fp8",
         ),
-        (lambda: send(x, plan, payload="fp8"), r"do not divide x.shape\[1\]=100"),
+        (
+            lambda: dispatch_tokens(x, plan, payload="fp8"),
+            r"do not divide x.shape\[1\]=100",
+        ),
         (
             lambda: exchange(x, None, 2, "ep", "pigeon"),
             "transport='pigeon' must be one of auto, ragged, gather",

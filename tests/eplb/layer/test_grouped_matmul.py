@@ -1,6 +1,7 @@
 """The product of groups against a loop over groups, forward and backward."""
 
 import contextlib
+import importlib.machinery
 import re
 import sys
 import types
@@ -13,7 +14,7 @@ from absl import flags
 from jax import lax
 
 from dualpipe_jax.gpu.topology import gpu_mesh
-from eplb_jax.layer import grouped_products as module, kernels
+from eplb_jax.layer import cross_compiling, load_tokamax, on_cuda
 from eplb_jax.layer.grouped_products import grouped_matmul, num_block_rows
 
 SIZES = [
@@ -57,7 +58,7 @@ def gradients(x, weight, dy, sizes):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_a_loop(sizes, implementation):
     x, weight, dy = normal(0, ROWS, 8), normal(1, 4, 8, 6), normal(2, ROWS, 6)
-    # What is not a row of any group must not matter, whatever it is.
+    # Rows of no group must not matter, whatever they hold.
     padding = jnp.arange(ROWS)[:, None] >= sum(sizes)
     x = jnp.where(padding, jnp.nan, x)
     y, pullback = jax.vjp(
@@ -109,29 +110,67 @@ def test_under_vmap_and_scan():
         np.testing.assert_allclose(scanned[i], want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_groups, k", [(64, 1), (64, 8), (32, 1)])
-def test_multiplies_little_more_than_it_must(num_groups, k, monkeypatch):
-    # Counts the products that really run: without jit, loops are Python's.
-    d, f, num_rows = 2, 3, 4096 * k
+class Interpreter:
+    """Runs a function by its jaxpr, loop by loop, and counts FLOPs of its products."""
+
+    def __init__(self, function, *args):
+        self.flops = 0
+        traced = jax.make_jaxpr(function)(*args)
+        self.results = self.run(traced, jax.tree.leaves(args))
+
+    def run(self, closed, args):
+        jaxpr = closed.jaxpr
+        values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+        values |= dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(atoms):
+            return [a.val if hasattr(a, "val") else values[a] for a in atoms]
+
+        for eqn in jaxpr.eqns:
+            results = self.step(eqn, read(eqn.invars))
+            values |= dict(zip(eqn.outvars, results, strict=True))
+        return read(jaxpr.outvars)
+
+    def step(self, eqn, args):
+        p = eqn.params
+        if eqn.primitive.name == "while":
+            first = p["cond_nconsts"] + p["body_nconsts"]
+            carry, constants = args[first:], args[p["cond_nconsts"] : first]
+            while self.run(p["cond_jaxpr"], [*args[: p["cond_nconsts"]], *carry])[0]:
+                carry = self.run(p["body_jaxpr"], [*constants, *carry])
+            return carry
+        if eqn.primitive.name == "scan":
+            constants, carry = args[: p["num_consts"]], args[p["num_consts"] :]
+            assert len(carry) == p["num_carry"]  # a loop with a counter
+            for _ in range(p["length"]):
+                carry = self.run(p["jaxpr"], [*constants, *carry])
+            return carry
+        inner = p.get("call_jaxpr", p.get("jaxpr"))
+        if inner is not None:
+            return self.run(inner, args)
+        result = eqn.primitive.bind(*args, **p)
+        if eqn.primitive.name == "dot_general":
+            (contracted,), _ = p["dimension_numbers"][0]
+            self.flops += 2 * result.size * args[0].shape[contracted]
+        return result if eqn.primitive.multiple_results else [result]
+
+
+@pytest.mark.parametrize("num_groups, top_k", [(64, 1), (64, 8), (32, 1)])
+def test_multiplies_little_more_than_it_must(num_groups, top_k):
+    d, f, num_rows = 2, 3, 4096 * top_k
     sizes = np.random.default_rng(0).multinomial(
         num_rows, np.ones(num_groups) / num_groups
     )
-    done = []
-    original = lax.dot_general
-
-    def counting(a, b, dimensions, **options):
-        y = original(a, b, dimensions, **options)
-        done.append(2 * y.size * a.shape[dimensions[0][0][0]])
-        return y
-
-    monkeypatch.setattr(module.lax, "dot_general", counting)
-    with jax.disable_jit():
-        grouped_matmul(jnp.ones((num_rows, d)), jnp.ones((num_groups, d, f)), sizes)
-    assert sum(done) == 2 * d * f * int(num_block_rows(sizes))
-    assert sum(done) <= 1.3 * 2 * num_rows * d * f
+    x, weight = normal(0, num_rows, d), normal(1, num_groups, d, f)
+    done = Interpreter(grouped_matmul, x, weight, jnp.asarray(sizes))
+    np.testing.assert_allclose(
+        done.results[0], loop(x, weight, sizes), rtol=0, atol=1e-5
+    )
+    assert done.flops == 2 * d * f * int(num_block_rows(sizes))
+    assert done.flops <= 1.3 * 2 * num_rows * d * f
 
 
-def test_room_that_is_not_used_costs_nothing():
+def test_empty_rows_of_a_buffer_cost_nothing():
     assert num_block_rows(jnp.array([3, 0, 0, 1])) == 32
     program = jax.jit(grouped_matmul).lower(
         normal(0, 4096, 8), normal(1, 4, 8, 8), jnp.ones(4, int)
@@ -142,12 +181,51 @@ def test_room_that_is_not_used_costs_nothing():
     assert {int(n) for n in shapes} == rows
 
 
-def test_tokamax_is_chosen_when_compiled_for_gpus(monkeypatch):
-    calls = []
-    monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
-    monkeypatch.setattr(
-        module, "_by_tokamax", lambda x, w, s: calls.append(1) or x @ w[0]
-    )
+class Option:
+    """An option of tokamax's: a value, and a context in which it is another one."""
+
+    value = False
+
+    @contextlib.contextmanager
+    def __call__(self, value):
+        before, self.value = self.value, value
+        yield
+        self.value = before
+
+
+class FakeTokamax(types.ModuleType):
+    """Stands for an installed tokamax: one kernel, or an error in its place."""
+
+    def __init__(self, error=None):
+        super().__init__("tokamax")
+        self.__spec__ = importlib.machinery.ModuleSpec("tokamax", None)
+        self.error, self.calls = error, []
+        self.config = types.SimpleNamespace(cross_compile=Option())
+
+    def ragged_dot(self, x, weight, group_sizes, *, implementation):
+        self.calls.append((implementation, self.config.cross_compile.value))
+        if self.error is not None:
+            raise self.error
+        return x @ weight[0]
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """`install(error=None)` puts a `FakeTokamax` where Python finds tokamax."""
+    was_parsed = flags.FLAGS.is_parsed()
+
+    def install(error=None):
+        tokamax = FakeTokamax(error)
+        monkeypatch.setitem(sys.modules, "tokamax", tokamax)
+        return tokamax
+
+    yield install
+    if not was_parsed:
+        flags.FLAGS.unparse_flags()
+
+
+def test_tokamax_is_chosen_when_compiled_for_gpus(install):
+    tokamax = install()
     sharding = jax.sharding.NamedSharding(
         gpu_mesh("h100", {"ep": 1}), jax.sharding.PartitionSpec()
     )
@@ -155,8 +233,9 @@ def test_tokamax_is_chosen_when_compiled_for_gpus(monkeypatch):
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for shape, dtype in (((32, 8), "f4"), ((2, 8, 8), "f4"), ((2,), "i4"))
     ]
-    text = jax.jit(grouped_matmul).lower(*args).as_text()
-    assert calls and "while" not in text
+    with cross_compiling():
+        text = jax.jit(grouped_matmul).lower(*args).as_text()
+    assert tokamax.calls == [("triton", True)] and "while" not in text
     text = (
         jax.jit(grouped_matmul)
         .lower(*(jnp.zeros(a.shape, a.dtype) for a in args))
@@ -166,14 +245,11 @@ def test_tokamax_is_chosen_when_compiled_for_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_a_kernel_that_is_missing_is_replaced(backend, monkeypatch):
-    def refuse(*args):
-        raise ValueError("Unsupported device kind")
-
-    monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
-    monkeypatch.setattr(module, "_by_tokamax", refuse)
-    monkeypatch.setattr(kernels.jax, "default_backend", lambda: backend)
-    # Shapes of its own for each: jax remembers what it has traced.
+def test_a_kernel_that_is_missing_is_replaced(backend, install, monkeypatch):
+    install(ValueError("Unsupported device kind"))
+    # A process that says it has GPUs.
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    # Different shapes for each: jax caches what it has traced.
     x, sizes = {"cpu": (normal(0, 3, 8), [2, 1]), "gpu": (normal(0, 5, 8), [1, 4])}[
         backend
     ]
@@ -187,8 +263,10 @@ def test_a_kernel_that_is_missing_is_replaced(backend, monkeypatch):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_choice_of_kernels_has_the_gradient_of_what_is_chosen(
-    keep, is_there, monkeypatch
+    keep, is_there, install
 ):
+    install()
+
     def kernel(x, n):
         if not is_there:
             raise NotImplementedError("not for this shape")
@@ -197,15 +275,13 @@ def test_a_choice_of_kernels_has_the_gradient_of_what_is_chosen(
     def otherwise(x, n):
         return jnp.cos(x) * n.astype(x.dtype)
 
-    monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
-    monkeypatch.setattr(kernels, "cross_compiling", contextlib.nullcontext)
     x, n = normal(0, 3, 4), jnp.arange(4.0)[None].astype(jnp.int32)
 
     def loss(x):
-        y = kernels.on_cuda(kernel, otherwise, x, n, keep=keep)
+        y = on_cuda(kernel, otherwise, x, n, keep=keep)
         return (y * y).sum()
 
-    # This process is one of CPUs, so it is the other one.
+    # This process has CPUs only, so `otherwise` runs.
     got, grad = jax.jit(jax.value_and_grad(loss))(x)
     want, expected = jax.value_and_grad(lambda x: (otherwise(x, n) ** 2).sum())(x)
     np.testing.assert_allclose(got, want, rtol=1e-6)  # float32
@@ -213,7 +289,7 @@ def test_a_choice_of_kernels_has_the_gradient_of_what_is_chosen(
 
 
 def test_bad_arguments(monkeypatch):
-    monkeypatch.setattr(module, "has_tokamax", lambda: False)
+    monkeypatch.setitem(sys.modules, "tokamax", None)  # not installed
     x, weight, sizes = jnp.ones((4, 2)), jnp.ones((3, 2, 5)), jnp.array([1, 1, 1])
     for args, options, message in [
         ((x, weight, sizes), {"implementation": "best"}, "must be one of auto, blocks"),
@@ -228,16 +304,10 @@ def test_bad_arguments(monkeypatch):
             grouped_matmul(*args, **options)
 
 
-def test_tokamax_does_not_read_our_command_line(monkeypatch):
-    """Its settings are absl's, which would refuse `--gpu` and end the process."""
-    tokamax = types.ModuleType("tokamax")
-    monkeypatch.setitem(sys.modules, "tokamax", tokamax)
+def test_tokamax_does_not_read_our_command_line(install, monkeypatch):
+    """Its settings are absl's, which would reject `--gpu` and end the process."""
     monkeypatch.setattr(sys, "argv", ["python", "--gpu", "h800"])
-    was_parsed = flags.FLAGS.is_parsed()
+    tokamax = install()
     flags.FLAGS.unparse_flags()
-    try:
-        assert kernels.load_tokamax() is tokamax
-        assert flags.FLAGS.is_parsed()
-    finally:
-        if not was_parsed:
-            flags.FLAGS.unparse_flags()
+    assert load_tokamax() is tokamax
+    assert flags.FLAGS.is_parsed()

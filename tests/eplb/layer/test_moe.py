@@ -10,13 +10,14 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec as P
 
 from dualpipe_jax.backward.split_backward import SplitBackward
-from eplb_jax.layer.mixture import ExpertParallel, ExpertWeights, mix_experts
+from eplb_jax.layer.mixture import ExpertWeights, mix_experts
 from eplb_jax.layer.moe import MoE
+from eplb_jax.layer.parallel import ExpertParallel
 from eplb_jax.layer.physical import physical_weights
 from eplb_jax.layer.routing import sequence_balance_loss
 from eplb_jax.placement.tables import ExpertTables
 
-DIM, HIDDEN, EXPERTS, K, SLOTS, DEVICES, TOKENS = 8, 12, 16, 3, 24, 8, 48
+DIM, HIDDEN, EXPERTS, K, PHYSICAL, DEVICES, TOKENS = 8, 12, 16, 3, 24, 8, 48
 MESH = jax.make_mesh((DEVICES,), ("ep",), axis_types=(AxisType.Auto,))
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((TOKENS, DIM)), jnp.float32)
@@ -26,21 +27,21 @@ OUT = jnp.asarray(RNG.standard_normal((TOKENS, DIM)), jnp.float32)
 @functools.cache
 def layer(parallel=None, **changes):
     parallel = parallel or ExpertParallel()
-    sizes = {"num_experts": EXPERTS, "k": K, "num_shared": 1, "scaling": 2.5}
+    sizes = {"num_experts": EXPERTS, "top_k": K, "num_shared": 1, "route_scale": 2.5}
     sizes |= {"num_groups": 4, "topk_groups": 2, "parallel": parallel} | changes
     return MoE(DIM, HIDDEN, **sizes, rngs=nnx.Rngs(0))
 
 
-def placement(seed, num_slots=SLOTS):
-    """Any placement in which each expert has a slot."""
+def placement(seed, num_physical=PHYSICAL):
+    """The tables of any placement in which each expert has a replica."""
     rng = np.random.default_rng(seed)
-    extra = rng.integers(0, EXPERTS, num_slots - EXPERTS)
-    slots = rng.permutation(np.concatenate([np.arange(EXPERTS), extra]))
-    return ExpertTables.from_placement(slots, EXPERTS)
+    extra = rng.integers(0, EXPERTS, num_physical - EXPERTS)
+    expert_of = rng.permutation(np.concatenate([np.arange(EXPERTS), extra]))
+    return ExpertTables.from_placement(expert_of, EXPERTS)
 
 
 def dense(model, x):
-    """Every expert on every token; those that were not chosen have weight 0."""
+    """Every expert on every token; experts that were not chosen have weight 0."""
     routing = model.route(x)
     chosen = jax.nn.one_hot(routing.experts, EXPERTS) * routing.weights[..., None]
     gate, up, down = (leaf[...] for leaf in model.experts)
@@ -116,7 +117,7 @@ def reference(**changes):
     return with_gradients(fn, params)(None)[0]
 
 
-# What other ways to the experts are compared with: shared, so that it is compiled once.
+# Other routes and settings are compared with it: shared, so that it is compiled once.
 SPREAD = functools.partial(
     program, ExpertParallel("ep", DEVICES, num_nodes=2), check_vma=True
 )
@@ -130,14 +131,14 @@ def check_close(got, want):
         assert error <= 1e-5 * np.linalg.norm(theirs)
 
 
-# Routers know nothing of slots, so that each is tried with one of the two.
+# Routers do not depend on placements, so each is tried with one of the two.
 @pytest.mark.parametrize(
     ("tables", "changes"),
     [
         (None, {}),
         (placement(0), {"router": "softmax", "num_groups": 1, "topk_groups": 1}),
     ],
-    ids=["experts, sigmoid", "slots, softmax"],
+    ids=["logical, sigmoid", "physical, softmax"],
 )
 @pytest.mark.slow
 def test_one_device(tables, changes):
@@ -177,14 +178,14 @@ def test_eight_devices(choice, seed, check_vma):
     "changes",
     [
         {"num_nodes": 2, "route": "by_node"},
-        # More nodes than choices, and 32 rows for the 18 that come on average.
-        {"num_nodes": 4, "route": "by_node", "weigh": "tokens", "num_rows": 32},
-        {"weigh": "tokens"},
+        # More nodes than choices, and 32 rows for the 18 that arrive on average.
+        {"num_nodes": 4, "route": "by_node", "apply_scores": "after", "num_rows": 32},
+        {"apply_scores": "after"},
     ],
     ids=str,
 )
 @pytest.mark.slow
-def test_other_ways_to_the_experts_and_back(changes):
+def test_other_routes_to_the_experts_and_back(changes):
     parallel = ExpertParallel("ep", DEVICES, **changes)
     tables = placement(6)
     got, stats = program(parallel)(tables)
@@ -238,7 +239,7 @@ def test_held_weights_are_the_gathered_ones():
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_counted_and_counts_as_zero():
-    # Everyone wants expert 5, on device 2.
+    # All tokens choose expert 5, on device 2.
     num_rows = 7
     experts = np.full((TOKENS, 1), 5)
     weights = ExpertWeights(*(leaf[...] for leaf in layer().experts))
@@ -378,9 +379,9 @@ def test_its_backward_splits_into_input_and_weight_halves():
         return y, pullback(OUT)
 
     check_close(jax.jit(halves)(params, X), jax.jit(whole)(params, X))
-    # No weights of slots among what is kept: they are gathered again.
+    # No weights of physical experts among the residuals: they are gathered again.
     assert not [
-        s.shape for s in plan.residuals if len(s.shape) > 2 and SLOTS in s.shape
+        s.shape for s in plan.residuals if len(s.shape) > 2 and PHYSICAL in s.shape
     ]
 
 
@@ -388,7 +389,10 @@ def test_bad_arguments():
     model = layer()
     tables = placement(0)
     for call, message in [
-        (lambda: layer(k=17, num_groups=1, topk_groups=1), "k=17 must be between 1"),
+        (
+            lambda: layer(top_k=17, num_groups=1, topk_groups=1),
+            "top_k=17 must be between 1",
+        ),
         (lambda: layer(num_groups=5), "num_groups=5 must divide"),
         (lambda: layer(router="best"), "router='best' must be 'sigmoid' or 'softmax'"),
         (lambda: layer(router="softmax"), "num_groups=4 belongs to router='sigmoid'"),
@@ -407,15 +411,23 @@ def test_bad_arguments():
                 tables,
                 physical=ExpertWeights(*(leaf[...] for leaf in model.experts)),
             ),
-            "physical weights of 16 slots a device do not fit tables of 24 slots",
+            "weights of 16 physical experts per device do not fit tables of 24",
         ),
         (
             lambda: layer(ExpertParallel("ep", 8))(X, placement(0, 25)),
-            "num_devices=8 must divide the 25 slots",
+            "num_devices=8 must divide the 25 physical experts",
+        ),
+        (
+            lambda: ExpertParallel(apply_scores="never"),
+            "apply_scores='never' must be 'before' or 'after'",
+        ),
+        (
+            lambda: ExpertParallel(route="by_air"),
+            "route='by_air' must be 'direct' or 'by_node'",
         ),
         (
             lambda: ExpertTables.from_placement(jnp.zeros(16, int), 16),
-            "Expert 1 of layer 0 has no replica",
+            "Expert 1 of layer 0 has no ",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

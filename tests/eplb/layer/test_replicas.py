@@ -1,4 +1,4 @@
-"""The choice of replicas: always a right one, and as even or as near as promised."""
+"""The choice of replicas: correct, and as even or as near as documented."""
 
 import functools
 from pathlib import Path
@@ -14,19 +14,19 @@ from eplb_jax.placement.placement import rebalance_experts
 from eplb_jax.placement.tables import ExpertTables
 
 DATA = Path(__file__).parents[2] / "data"
-EXPERTS, SLOTS, DEVICES, NODES, K = 12, 24, 8, 2, 3
+EXPERTS, PHYSICAL, DEVICES, NODES, K = 12, 24, 8, 2, 3
 MESH = jax.make_mesh((DEVICES,), ("ep",), axis_types=(AxisType.Auto,))
 
 
 def tables(seed=0):
     rng = np.random.default_rng(seed)
-    extra = rng.integers(0, EXPERTS, SLOTS - EXPERTS)
-    slots = rng.permutation(np.concatenate([np.arange(EXPERTS), extra]))
-    return ExpertTables.from_placement(slots, EXPERTS)
+    extra = rng.integers(0, EXPERTS, PHYSICAL - EXPERTS)
+    expert_of = rng.permutation(np.concatenate([np.arange(EXPERTS), extra]))
+    return ExpertTables.from_placement(expert_of, EXPERTS)
 
 
 def picks(num_tokens, seed=0):
-    """Distinct experts a token, some much liked, every fifth token padding."""
+    """K distinct experts per token, some of them popular; every fifth is padding."""
     rng = np.random.default_rng(seed)
     score = rng.random((num_tokens, EXPERTS)) * np.linspace(1, 3, EXPERTS)
     experts = np.argsort(-score, axis=1)[:, :K].astype(np.int32)
@@ -34,7 +34,7 @@ def picks(num_tokens, seed=0):
     return experts
 
 
-def slots_on_mesh(experts, maps, choice):
+def choose_on_mesh(experts, maps, choice):
     def choose(experts, maps):
         return choose_physical_experts(
             experts,
@@ -55,26 +55,27 @@ def slots_on_mesh(experts, maps, choice):
 
 
 @pytest.mark.parametrize("choice", ["spread", "nearest", "balanced"])
-def test_a_slot_of_the_expert_and_the_same_again(choice):
+def test_a_replica_of_the_expert_and_the_same_again(choice):
     experts = picks(DEVICES * 40)
-    slots = slots_on_mesh(experts, tables(), choice)
-    expert_of_slot = np.asarray(tables().physical_to_logical_map)
-    assert (expert_of_slot[slots][experts >= 0] == experts[experts >= 0]).all()
-    assert (slots[experts < 0] == -1).all()
-    np.testing.assert_array_equal(slots, slots_on_mesh(experts, tables(), choice))
+    physical = choose_on_mesh(experts, tables(), choice)
+    expert_of = np.asarray(tables().physical_to_logical_map)
+    assert (expert_of[physical][experts >= 0] == experts[experts >= 0]).all()
+    assert (physical[experts < 0] == -1).all()
+    again = choose_on_mesh(experts, tables(), choice)
+    np.testing.assert_array_equal(physical, again)
 
 
 def test_spread_is_even_to_one():
     experts, maps = picks(997), tables()
-    slots = np.asarray(jax.jit(choose_physical_experts)(experts, maps))
+    physical = np.asarray(jax.jit(choose_physical_experts)(experts, maps))
     for expert in range(EXPERTS):
         count = int(maps.expert_count[expert])
         used = np.asarray(maps.logical_to_physical_map[expert])[:count]
-        served = [(slots == slot).sum() for slot in used]
+        served = [(physical == replica).sum() for replica in used]
         assert max(served) - min(served) <= 1
 
 
-def test_the_picks_of_a_token_are_spread_independently():
+def test_the_choices_of_a_token_are_spread_independently():
     # Every token wants the same two experts, each on devices 0 and 1.
     maps = ExpertTables.from_placement(jnp.array([0, 1, 0, 1]), 2)
     experts = np.tile(np.array([[0, 1]], np.int32), (400, 1))
@@ -86,9 +87,9 @@ def test_the_picks_of_a_token_are_spread_independently():
 
 def test_nearest_stays_on_the_device_then_on_the_node():
     experts, maps = picks(DEVICES * 40), tables(1)
-    slots = slots_on_mesh(experts, maps, "nearest").reshape(DEVICES, -1)
+    physical = choose_on_mesh(experts, maps, "nearest").reshape(DEVICES, -1)
     experts = experts.reshape(DEVICES, -1)
-    per_device, per_node = SLOTS // DEVICES, DEVICES // NODES
+    per_device, per_node = PHYSICAL // DEVICES, DEVICES // NODES
     replicas = np.asarray(maps.logical_to_physical_map)
     for device in range(DEVICES):
         for expert in range(EXPERTS):
@@ -96,11 +97,11 @@ def test_nearest_stays_on_the_device_then_on_the_node():
             distance = np.where(
                 at == device, 0, 1 + (at // per_node != device // per_node)
             )
-            chosen = slots[device][experts[device] == expert]
+            chosen = physical[device][experts[device] == expert]
             if not len(chosen):
                 continue
             allowed = replicas[expert][: len(at)][distance == distance.min()]
-            served = [(chosen == slot).sum() for slot in allowed]
+            served = [(chosen == replica).sum() for replica in allowed]
             assert sum(served) == len(chosen)
             assert max(served) - min(served) <= 1
 
@@ -114,8 +115,8 @@ def test_balanced_is_even_where_spread_is_not():
         choose = functools.partial(
             choose_physical_experts, choice=choice, num_devices=2
         )
-        slots = jax.jit(choose)(experts, maps)
-        return np.bincount(np.ravel(slots) // 2, minlength=2).tolist()
+        physical = jax.jit(choose)(experts, maps)
+        return np.bincount(np.ravel(physical) // 2, minlength=2).tolist()
 
     assert loads("spread") == [70, 30]
     assert loads("balanced") == [50, 50]
@@ -129,15 +130,15 @@ def recorded():
 
 @pytest.mark.slow
 def test_shares_on_recorded_loads():
-    # A plan for other loads than those that come, as it always is.
+    # A plan for earlier loads than those that it serves, as plans always are.
     planned, came = recorded()
     placement = rebalance_experts(planned, 288, 1, 1, 32)[0]
     maps = ExpertTables.from_placement(placement, 256, 33)
     shares = jax.jit(jax.vmap(lambda c, t: balanced_shares(c, t, 32)))(came, maps)
-    slots = np.asarray(maps.logical_to_physical_map)
+    replicas = np.asarray(maps.logical_to_physical_map)
     shares = np.asarray(shares, np.float64)
     assert (shares >= 0).all()
-    assert not shares[slots < 0].any()
+    assert not shares[replicas < 0].any()
     # float32 shares that add up to counts of up to 1e6
     np.testing.assert_allclose(shares.sum(axis=2), came, rtol=1e-5)
     even = came / np.asarray(maps.expert_count)
@@ -146,13 +147,13 @@ def test_shares_on_recorded_loads():
         scores = []
         for layer in range(len(came)):
             load = np.zeros(32)
-            valid = slots[layer] >= 0
-            np.add.at(load, slots[layer][valid] // 9, share[layer][valid])
+            is_used = replicas[layer] >= 0
+            np.add.at(load, replicas[layer][is_used] // 9, share[layer][is_used])
             scores.append(load.mean() / load.max())
         return np.array(scores)
 
     before, after = (
-        balance(np.broadcast_to(even[..., None], slots.shape)),
+        balance(np.broadcast_to(even[..., None], replicas.shape)),
         balance(shares),
     )
     assert (after >= before - 1e-6).all()
@@ -164,7 +165,7 @@ def test_bad_arguments():
     layered = ExpertTables.from_placement(np.tile(np.arange(4), (3, 1)), 4)
     for options, message in [
         ({"choice": "best"}, "choice='best' must be one of spread, nearest, balanced"),
-        ({"num_devices": 7}, "num_devices=7 must divide the 24 slots"),
+        ({"num_devices": 7}, "num_devices=7 must divide the 24 physical"),
         ({"num_devices": 8, "num_nodes": 3}, "num_nodes=3 must divide num_devices=8"),
         ({"tables": layered}, "tables are of 3 layers; pass one layer's"),
     ]:

@@ -19,22 +19,23 @@ def logits(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def deepseek_token(row, k, bias, num_groups, topk_groups, scaling):
+def deepseek_token(row, top_k, bias, num_groups, topk_groups, route_scale):
     """DeepSeek-V3, equations 12 to 16 and the group limit, for one token."""
     score = 1 / (1 + np.exp(-row.astype(np.float64)))
     biased = score + bias
     groups = np.split(np.arange(len(row)), num_groups)
     value = [np.sort(biased[group])[-2:].sum() for group in groups]
     kept = np.concatenate([groups[g] for g in np.argsort(value)[-topk_groups:]])
-    experts = sorted(kept, key=lambda e: -biased[e])[:k]
+    experts = sorted(kept, key=lambda e: -biased[e])[:top_k]
     weights = score[experts]
-    return experts, weights / weights.sum() * scaling
+    return experts, weights / weights.sum() * route_scale
 
 
 @pytest.mark.parametrize("num_groups, topk_groups", [(1, 1), (8, 4), (8, 8), (4, 1)])
 def test_deepseeks_router(num_groups, topk_groups):
     rows, bias = logits(40, 32), logits(32, seed=1) * 0.3
-    options = {"num_groups": num_groups, "topk_groups": topk_groups, "scaling": 2.5}
+    options = {"num_groups": num_groups, "topk_groups": topk_groups}
+    options["route_scale"] = 2.5
     routing = sigmoid_group_top_k(rows, 6, bias=jnp.asarray(bias), **options)
     for token, row in enumerate(rows):
         experts, weights = deepseek_token(row, 6, bias, *options.values())
@@ -50,8 +51,8 @@ def test_softmax_router():
     probability /= probability.sum(axis=1, keepdims=True)
     order = np.argsort(-probability, axis=1)[:, :3]
     best = np.take_along_axis(probability, order, axis=1)
-    plain = softmax_top_k(rows, 3, normalize=False)
-    normal = softmax_top_k(rows, 3, scaling=2.0)
+    plain = softmax_top_k(rows, 3, route_norm=False)
+    normal = softmax_top_k(rows, 3, route_scale=2.0)
     np.testing.assert_array_equal(plain.experts, order)
     np.testing.assert_allclose(plain.weights, best, rtol=1e-5)
     want = 2 * best / best.sum(axis=1, keepdims=True)
@@ -70,7 +71,7 @@ def test_ties_go_to_the_first_and_bfloat16_is_not_rounded_again(router):
 def test_the_bias_chooses_and_does_not_weigh():
     rows = jnp.asarray(logits(10, 8))
     bias = jnp.zeros(8).at[5].set(9.0)
-    routing = sigmoid_group_top_k(rows, 2, bias=bias, normalize=False)
+    routing = sigmoid_group_top_k(rows, 2, bias=bias, route_norm=False)
     assert (routing.experts[:, 0] == 5).all()
     np.testing.assert_array_equal(routing.weights[:, 0], routing.scores[:, 5])
 
@@ -114,7 +115,7 @@ def test_balance_loss_against_its_equations():
     is_padding = jnp.arange(40)[None] >= 20
     padded = loss(padded, 2, jnp.broadcast_to(is_padding, (3, 40)))
     np.testing.assert_allclose(padded, want, rtol=1e-5)
-    # Its gradient takes from the scores of experts that are used too much.
+    # Its gradient lowers the scores of experts that are used too much.
     gradient = jax.grad(lambda s: sequence_balance_loss(s, 1).sum())(
         jnp.array([[[0.9, 0.1], [0.8, 0.2]]])
     )
@@ -130,8 +131,8 @@ def test_counts_leave_padding_out():
 def test_bad_arguments():
     rows = jnp.zeros((2, 12))
     for call, message in [
-        (lambda: softmax_top_k(rows, 13), "k=13 must be between 1 and the number of"),
-        (lambda: softmax_top_k(rows, 0), "k=0 must be between 1"),
+        (lambda: softmax_top_k(rows, 13), "top_k=13 must be between 1 and the number"),
+        (lambda: softmax_top_k(rows, 0), "top_k=0 must be between 1"),
         (
             lambda: sigmoid_group_top_k(rows, 2, num_groups=5),
             "num_groups=5 must divide",
@@ -142,7 +143,7 @@ def test_bad_arguments():
         ),
         (
             lambda: sigmoid_group_top_k(rows, 4, num_groups=4, topk_groups=1),
-            r"k=4 experts a token do not fit into topk_groups=1 groups of 3 experts",
+            "top_k=4 experts per token do not fit into topk_groups=1 groups of 3",
         ),
         (
             lambda: sigmoid_group_top_k(rows, 2, bias=jnp.zeros(11)),
@@ -155,7 +156,7 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize("router", [softmax_top_k, sigmoid_group_top_k])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_not_finite_are_found_where_asked(router, value):
+def test_logits_that_are_not_finite_are_found_on_request(router, value):
     @jax.jit
     @checkify.checkify
     def checked(rows):

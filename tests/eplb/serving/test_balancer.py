@@ -1,4 +1,4 @@
-"""Rebalancing inside a jitted step: what moves, when, how far, and what serves."""
+"""Rebalancing inside a jitted step: what moves, when and how far."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from eplb_jax.placement.quality import count_moves
 from eplb_jax.placement.tables import ExpertTables
 from eplb_jax.serving.balancer import ExpertBalancer
 
-LAYERS, EXPERTS, SLOTS, DEVICES = 3, 12, 16, 4
+LAYERS, EXPERTS, PHYSICAL, DEVICES = 3, 12, 16, 4
 RECORDED = Path(__file__).parents[2] / "data" / "eplb_loads_deepseek_v3.npz"
 
 
@@ -22,7 +22,7 @@ def make(**changes):
     fields = {
         "num_layers": LAYERS,
         "num_experts": EXPERTS,
-        "num_slots": SLOTS,
+        "num_physical_experts": PHYSICAL,
         "num_devices": DEVICES,
         "estimator": sum_of_last(4),
     }
@@ -30,14 +30,14 @@ def make(**changes):
 
 
 def draw(rng, popularity, num_choices=20_000):
-    """Counts [layers, experts] of a step whose experts are as popular as that."""
+    """Counts [layers, experts] of a step, drawn by the popularity of the experts."""
     popularity = np.asarray(popularity, np.float64)
     shares = popularity / popularity.sum(-1, keepdims=True)
     return np.stack([rng.multinomial(num_choices, row) for row in shares])
 
 
 def follow(balancer):
-    """observe, plan and switch as one jitted step; that it compiles once is checked."""
+    """One jitted step that observes, plans and switches; it must compile only once."""
 
     @jax.jit
     def step(state, counts):
@@ -112,11 +112,11 @@ def test_recorded_loads_that_change_are_followed():
     """Eight recorded windows, 15 steps each: 0.95 of fresh plans, a fifth of moves."""
     with np.load(RECORDED) as file:
         windows = [file[name][3:9] for name in sorted(file)]
-    slots, devices = 288, 32
+    num_physical, devices = 288, 32
     balancer = ExpertBalancer(
         num_layers=6,
         num_experts=256,
-        num_slots=slots,
+        num_physical_experts=num_physical,
         num_devices=devices,
         estimator=sum_of_last(4),
     )
@@ -135,7 +135,9 @@ def test_recorded_loads_that_change_are_followed():
             state, _ = step(state, counts)
             old, fresh = (
                 fresh,
-                rebalance_experts(counts, slots, 1, 1, devices).physical_to_logical_map,
+                rebalance_experts(
+                    counts, num_physical, 1, 1, devices
+                ).physical_to_logical_map,
             )
             fresh_moves += int(count_moves(old, fresh, devices).sum())
     assert np.mean(ours) >= 0.95 * np.mean(theirs)
@@ -144,7 +146,7 @@ def test_recorded_loads_that_change_are_followed():
 
 
 @pytest.mark.slow
-def test_a_device_that_is_left_keeps_nothing_and_no_expert_is_lost():
+def test_a_device_without_capacity_is_vacated_and_no_expert_is_lost():
     rng = np.random.default_rng(4)
     popularity = rng.lognormal(sigma=0.7, size=(LAYERS, EXPERTS))
     balancer = make(layers_per_plan=1, every=7)
@@ -155,11 +157,11 @@ def test_a_device_that_is_left_keeps_nothing_and_no_expert_is_lost():
     assert balancer.metrics(state)["num_stranded"] == LAYERS
     for left in range(LAYERS - 1, -1, -1):
         state, _ = step(state, draw(rng, popularity))
-        state.tables.validate()  # every expert has a slot, at every step
+        state.tables.validate()  # every expert has a replica, at every step
         assert balancer.metrics(state)["num_stranded"] == left
     placement = np.asarray(state.tables.physical_to_logical_map)
     assert (placement.reshape(LAYERS, DEVICES, -1)[:, 2] == -1).all()
-    # Back again, it gets experts as soon as they are worth it.
+    # With capacity again, it gets experts as soon as that is worth it.
     state = balancer.with_capacity(state, np.ones(DEVICES))
     for _ in range(30):
         state, _ = step(state, draw(rng, popularity))
@@ -199,14 +201,14 @@ def test_weights_match_the_tables_at_every_step():
             for layer in range(LAYERS)
         ]
 
-    def step(state, counts, weights):
-        return balancer.update(state, counts, weights, axis_name="ep")
+    def step(weights, state, counts):
+        return balancer.update(weights, state, counts, axis_name="ep")
 
     step = on_devices(
         step,
-        (P(), P(), P("ep")),
-        (P(), P("ep"), P()),
-        donate_argnums=(0, 2),
+        (P("ep"), P(), P()),
+        (P("ep"), P(), P()),
+        donate_argnums=(0, 1),
     )
     weights = on_devices(start, P(None, "ep"), P("ep"))(logical)
     everywhere = NamedSharding(weights[0].sharding.mesh, P())
@@ -216,7 +218,7 @@ def test_weights_match_the_tables_at_every_step():
             popularity = rng.lognormal(sigma=1.2, size=(LAYERS, EXPERTS))
         if number == 12:
             state = balancer.with_capacity(state, [1.0, 0.0, 0.5, 1.0])
-        state, weights, plan = step(state, draw(rng, popularity), weights)
+        weights, state, plan = step(weights, state, draw(rng, popularity))
         changes += int(plan.is_changed.sum())
         placement = np.asarray(state.tables.physical_to_logical_map)
         expected = np.stack([logical[i][placement[i]] for i in range(LAYERS)])
@@ -227,13 +229,13 @@ def test_weights_match_the_tables_at_every_step():
 
 
 @pytest.mark.slow
-def test_ranks_that_disagree_keep_what_they_have():
+def test_devices_that_disagree_keep_what_they_have():
     rng = np.random.default_rng(6)
     counts = draw(rng, rng.lognormal(sigma=1.2, size=(LAYERS, EXPERTS)))
     balancer = make()
 
     def step(state, counts, wrong):
-        # What a rank with broken arithmetic has seen.
+        # What a device with broken arithmetic has seen.
         counts = jnp.where(jax.lax.axis_index("ep") == wrong, counts[:, ::-1], counts)
         state = balancer.observe(state, counts)
         plan = balancer.agree(balancer.plan(state), "ep")
@@ -245,13 +247,13 @@ def test_ranks_that_disagree_keep_what_they_have():
     for wrong, refused in ((-1, 0), (2, 1)):
         tables, num_refused = step(balancer.init(), counts, wrong)
         assert (np.asarray(num_refused) == refused).all()
-        for rank in range(DEVICES):
-            of_rank = jax.tree.map(lambda leaf, rank=rank: leaf[rank], tables)
+        for device in range(DEVICES):
+            own = jax.tree.map(lambda leaf, device=device: leaf[device], tables)
             same = np.array_equal(
-                of_rank.physical_to_logical_map, before.physical_to_logical_map
+                own.physical_to_logical_map, before.physical_to_logical_map
             )
             assert same == bool(refused)
-            of_rank.validate()
+            own.validate()
 
 
 def test_a_state_is_a_pytree_of_arrays():
@@ -263,8 +265,11 @@ def test_a_state_is_a_pytree_of_arrays():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_slots": 17}, r"num_slots=17 must be a multiple of .*num_devices=4"),
-        ({"num_slots": 8}, r"at least .*num_experts=12"),
+        (
+            {"num_physical_experts": 17},
+            r"num_physical_experts=17 must be a multiple of .*num_devices=4",
+        ),
+        ({"num_physical_experts": 8}, r"at least .*num_experts=12"),
         ({"every": 0}, "every=0 must be at least 1"),
         ({"layers_per_plan": 4}, "between 1 and .*num_layers=3"),
         ({"max_moves": 0}, "a swap of two experts is 2"),
@@ -279,13 +284,15 @@ def test_sizes_that_do_not_fit(changes, message):
 def test_what_does_not_fit_the_balancer():
     balancer = make()
     state = balancer.init()
-    with pytest.raises(ValueError, match="it is another model's"):
-        balancer.init(np.zeros((LAYERS, SLOTS + 4), np.int32))
-    with pytest.raises(ValueError, match=r"Expert 1 of layer 0 has no replica"):
-        balancer.init(np.zeros((LAYERS, SLOTS), np.int32))
+    with pytest.raises(
+        ValueError, match=r"= \[3, 16\]; pass a placement of this model"
+    ):
+        balancer.init(np.zeros((LAYERS, PHYSICAL + 4), np.int32))
+    with pytest.raises(ValueError, match=r"Expert 1 of layer 0 has no "):
+        balancer.init(np.zeros((LAYERS, PHYSICAL), np.int32))
     with pytest.raises(ValueError, match=r"counts has shape \(3, 11\)"):
         balancer.observe(state, jnp.zeros((LAYERS, 11)))
-    with pytest.raises(ValueError, match="leaves 2 of 4 devices alive"):
+    with pytest.raises(ValueError, match=r"leaves 2 of num_\w+=4 devices alive"):
         balancer.with_capacity(state, [1, 0, 0, 1])
     with pytest.raises(ValueError, match="must be finite and not negative"):
         balancer.with_capacity(state, [1, 1, -1, 1])

@@ -1,4 +1,4 @@
-"""From one placement to the next: as if gathered afresh, and no more than changed."""
+"""From one placement to the next: as if gathered again, and only what changed."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from dualpipe_jax.gpu.topology import gpu_mesh
 from eplb_jax.placement.tables import ExpertTables
 from eplb_jax.serving.migration import count_migrated, migrate
 
-EXPERTS, SLOTS, DEVICES = 10, 24, 8
+EXPERTS, PHYSICAL, DEVICES = 10, 24, 8
 MESH = jax.make_mesh((DEVICES,), ("ep",), axis_types=(AxisType.Auto,))
 
 
 def placement(seed):
     rng = np.random.default_rng(seed)
-    extra = rng.integers(-1, EXPERTS, SLOTS - EXPERTS)  # -1: an empty slot
+    extra = rng.integers(-1, EXPERTS, PHYSICAL - EXPERTS)  # -1: empty
     return rng.permutation(np.concatenate([np.arange(EXPERTS), extra])).astype(np.int32)
 
 
@@ -28,11 +28,11 @@ def experts():
     }
 
 
-def held(slots):
-    """The weights of slots, gathered by NumPy."""
+def held(placed):
+    """The weights of the physical experts of a placement, gathered by NumPy."""
     return jax.tree.map(
         lambda leaf: np.where(
-            (slots >= 0).reshape(-1, *[1] * (leaf.ndim - 1)), leaf[slots], 0
+            (placed >= 0).reshape(-1, *[1] * (leaf.ndim - 1)), leaf[placed], 0
         ).astype(leaf.dtype),
         experts(),
     )
@@ -60,7 +60,7 @@ def on_mesh(num_slices=None):
 
 
 def check(run, old, new):
-    tables = [ExpertTables.from_placement(slots, EXPERTS) for slots in (old, new)]
+    tables = [ExpertTables.from_placement(each, EXPERTS) for each in (old, new)]
     got = run(held(old), *tables)
     for ours, theirs in zip(
         jax.tree.leaves(got), jax.tree.leaves(held(new)), strict=True
@@ -72,12 +72,13 @@ def test_any_placement_to_any_other():
     run = on_mesh()
     for seed in range(6):
         check(run, placement(seed), placement(seed + 1))
-    # All slots one further: a single long cycle, in which every expert moves.
-    ring = np.arange(SLOTS, dtype=np.int32) % EXPERTS
+    # All experts one further: a single long cycle, in which every expert moves.
+    ring = np.arange(PHYSICAL, dtype=np.int32) % EXPERTS
     check(run, ring, np.roll(ring, 1))
-    # One expert nearly everywhere: one device may have to feed all others.
-    most = np.where(np.arange(SLOTS) < EXPERTS, np.arange(SLOTS), 3).astype(np.int32)
-    check(run, np.where(most == 3, -1, most) + 4 * (np.arange(SLOTS) == 3), most)
+    # One expert nearly everywhere: one device may have to send to all others.
+    index = np.arange(PHYSICAL)
+    most = np.where(index < EXPERTS, index, 3).astype(np.int32)
+    check(run, np.where(most == 3, -1, most) + 4 * (index == 3), most)
 
 
 @pytest.mark.parametrize("num_slices", [1, 3, 1000])
@@ -95,13 +96,13 @@ def test_only_what_changed_is_sent():
     assert not np.asarray(count_migrated(*tables * 2, DEVICES)).any()
     for num_changes in (1, 3, 6):
         new = old.copy()
-        # Slots of experts with other replicas get expert 0.
+        # Replicas of experts that have others become replicas of expert 0.
         count = np.bincount(old[old >= 0], minlength=EXPERTS)
         changed = []
-        for slot in np.flatnonzero(old > 0):
-            if count[old[slot]] > 1 and len(changed) < num_changes:
-                count[old[slot]] -= 1
-                changed.append(slot)
+        for physical in np.flatnonzero(old > 0):
+            if count[old[physical]] > 1 and len(changed) < num_changes:
+                count[old[physical]] -= 1
+                changed.append(physical)
         new[changed] = 0
         after = ExpertTables.from_placement(new, EXPERTS)
         sent = np.asarray(count_migrated(tables[0], after, DEVICES))
@@ -116,7 +117,7 @@ def test_only_what_changed_is_sent():
 def test_a_replica_on_the_same_device_is_taken_from_there():
     old = np.array([0, 1, 0, 2, 0, 3], np.int32)
     new = np.array([0, 1, 0, 0, 2, 3], np.int32)
-    tables = [ExpertTables.from_placement(slots, 4) for slots in (old, new)]
+    tables = [ExpertTables.from_placement(each, 4) for each in (old, new)]
     sent = np.asarray(count_migrated(*tables, 3))
     assert sent.tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
 
@@ -139,18 +140,18 @@ def test_bad_arguments():
     layers = ExpertTables.from_placement(np.tile(placement(0), (2, 1)), EXPERTS)
     weights = held(placement(0))
     for args, options, message in [
-        ((weights, old, wide), {}, "same slots and max_replicas"),
+        ((weights, old, wide), {}, "same numbers of experts and max_replicas"),
         ((weights, layers, layers), {}, "both must be of one layer"),
         (
             (weights, old, old),
             {"num_devices": 5},
-            "num_devices=5 must divide the tables' 24 physical experts",
+            "num_devices=5 must divide the 24 physical experts",
         ),
         ((weights, old, old), {"num_slices": 0}, "num_slices=0 must be at least 1"),
         (
             (weights, old, old),
             {"num_devices": 2},
-            r"weights\['down'\] has shape \(24, 7\), but a device holds 12 of 24 slots",
+            r"weights\['down'\] has shape \(24, 7\), but a device holds 12 of 24 phys",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -174,10 +175,10 @@ def test_on_gpus_the_buffers_are_a_part_of_the_weights():
 
     tables = ExpertTables.from_placement(placement(0), EXPERTS)
     tables = jax.tree.map(lambda leaf: struct(leaf, P()), tables)
-    weights = struct(jax.ShapeDtypeStruct((SLOTS, 256, 512), jnp.bfloat16), P("ep"))
+    weights = struct(jax.ShapeDtypeStruct((PHYSICAL, 256, 512), jnp.bfloat16), P("ep"))
     compiled = jax.jit(run, donate_argnums=0).lower(weights, tables, tables).compile()
     memory = compiled.memory_analysis()
-    held = SLOTS // DEVICES * 256 * 512 * 2
+    held = PHYSICAL // DEVICES * 256 * 512 * 2
     assert memory.alias_size_in_bytes == held  # in place
     # A slice of the senders' rows, of the receivers', and of what is written back.
     assert memory.temp_size_in_bytes < held

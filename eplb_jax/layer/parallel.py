@@ -1,0 +1,65 @@
+"""How a layer is divided among devices: its physical experts, and the exchange."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from eplb_jax.layer.exchange import Transport
+from eplb_jax.layer.payload import Payload
+from eplb_jax.layer.replicas import ReplicaChoice
+
+Route = Literal["direct", "by_node"]
+ApplyScores = Literal["before", "after"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertParallel:
+    """How a layer's physical experts are divided among devices, and tokens exchanged.
+
+    Attributes:
+      axis_name: mesh axis, inside `jax.shard_map`; None: one device.
+      num_devices: size of the axis.
+      num_nodes: nodes that the devices are divided among, in order; for
+        `replica_choice="nearest"` and `route="by_node"`.
+      replica_choice: see `choose_physical_experts`.
+      num_rows: rows of a device's buffer; None: as many as can arrive, see
+        `plan_dispatch`.
+      transport: see `exchange`.
+      payload: `"plain"` sends tokens as they are, `"fp8"` as float8_e4m3fn with a
+        float32 scale for every 128 channels.
+      remat: whether the backward pass recomputes the experts from the rows that
+        arrived, so that only these are kept.
+      apply_scores: whether router weights are applied before or after the experts'
+        outputs are sent back. `"before"` sends each weight along with its token, and
+        the expert applies it. `"after"` sends no weights; the token's device applies
+        them, but a backward pass would have to keep all outputs, so it is for serving.
+      route: `"direct"` sends a token to each of its physical experts. `"by_node"` sends
+        it once to each node that has any of them, to the device at the sender's
+        position in that node, which forwards it inside the node and sums the results
+        (DeepSeek-V3 report, arXiv:2412.19437, section 3.2.2): fewer bytes between
+        nodes, but more exchanges.
+
+    Raises:
+      ValueError: for an unknown `apply_scores` or `route`.
+    """
+
+    axis_name: str | None = None
+    num_devices: int = 1
+    num_nodes: int = 1
+    replica_choice: ReplicaChoice = "spread"
+    num_rows: int | None = None
+    transport: Transport = "auto"
+    payload: Payload = "plain"
+    remat: bool = False
+    apply_scores: ApplyScores = "before"
+    route: Route = "direct"
+
+    def __post_init__(self):
+        for name, kind in (("apply_scores", ApplyScores), ("route", Route)):
+            if getattr(self, name) not in get_args(kind):
+                known = " or ".join(map(repr, get_args(kind)))
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {known}.")
+
+
+ONE_DEVICE = ExpertParallel()

@@ -1,0 +1,71 @@
+"""The settings of an `ExpertBalancer`: sizes, thresholds and budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from eplb_jax.placement import LoadEstimator, moving_average
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BalancerSettings:
+    """The fields of `ExpertBalancer`, which documents them.
+
+    Raises:
+      ValueError: for sizes that do not fit each other.
+    """
+
+    num_layers: int
+    num_experts: int
+    num_physical_experts: int
+    num_devices: int
+    estimator: LoadEstimator = dataclasses.field(
+        default_factory=lambda: moving_average(0.9)
+    )
+    every: int = 1
+    layers_per_plan: int | None = None
+    max_moves: int | None = None
+    below: float = 0.95
+    min_gain: float = 0.01
+    min_gain_per_move: float = 1e-4
+    max_replicas: int | None = None
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_experts", "num_devices", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if (
+            self.num_physical_experts % self.num_devices
+            or self.num_physical_experts < self.num_experts
+        ):
+            raise ValueError(
+                f"{self.num_physical_experts=} must be a multiple of "
+                f"{self.num_devices=}, and at least {self.num_experts=}."
+            )
+        if self.layers_per_plan is not None and not (
+            1 <= self.layers_per_plan <= self.num_layers
+        ):
+            raise ValueError(
+                f"{self.layers_per_plan=} must be between 1 and {self.num_layers=}; "
+                "None plans all layers."
+            )
+        if self.max_moves is not None and self.max_moves < 1:
+            raise ValueError(
+                f"{self.max_moves=} must be at least 1; a swap of two experts is 2."
+            )
+        for name in ("below", "min_gain"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be in [0, 1], like a "
+                    "balancedness."
+                )
+
+    @property
+    def plan_size(self) -> int:
+        """Layers of one plan."""
+        return self.layers_per_plan or self.num_layers
+
+    @property
+    def move_budget(self) -> int:
+        """Physical experts of a layer that one plan may change."""
+        return self.max_moves or max(2, self.num_physical_experts // 12)

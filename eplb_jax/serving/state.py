@@ -1,0 +1,64 @@
+"""What a server keeps between steps for its balancer, and what one plan changes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from eplb_jax.placement import ExpertTables
+
+
+class BalancerState(NamedTuple):
+    """What a server keeps between steps for `ExpertBalancer`; replicated arrays.
+
+    Attributes:
+      loads: state of the load estimator.
+      tables: [layers, ...], by which the weights are placed.
+      capacity: [devices] float32 relative speeds; 0 for a device to be vacated.
+      step: [] int32, steps observed.
+      cursor: [] int32, the layer that the next plan considers first.
+      num_moves: [] int32, physical experts that have got another expert so far.
+      num_refused: [] int32, plans that the devices did not agree on.
+    """
+
+    loads: Any
+    tables: ExpertTables
+    capacity: jax.Array
+    step: jax.Array
+    cursor: jax.Array
+    num_moves: jax.Array
+    num_refused: jax.Array
+
+
+class RebalancePlan(NamedTuple):
+    """New tables for a few layers.
+
+    Attributes:
+      layers: [n] int32, distinct layers.
+      tables: [n, ...], of these layers; the old ones where nothing changes.
+      is_changed: [n] bool, whether the tables are new.
+      num_moves: [n] int32, physical experts whose weights are migrated.
+      cursor: [] int32, see `BalancerState`.
+      is_refused: [] bool, whether the devices disagreed; then nothing changes.
+    """
+
+    layers: jax.Array
+    tables: ExpertTables
+    is_changed: jax.Array
+    num_moves: jax.Array
+    cursor: jax.Array
+    is_refused: jax.Array
+
+
+def tables_of(state: BalancerState, layers: jax.Array) -> ExpertTables:
+    """Selects the tables of some layers.
+
+    Args:
+      state: of the server.
+      layers: [n] int32.
+
+    Returns:
+      `ExpertTables` with the leading axis [n].
+    """
+    return jax.tree.map(lambda leaf: leaf[layers], state.tables)
