@@ -1,4 +1,4 @@
-"""A byte-level model of the same kind for one GPU."""
+"""A byte-level DeepSeek-V3-style model for one GPU."""
 
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig
 from dualpipe_jax.train import OptimizerConfig, TrainConfig
@@ -7,29 +7,28 @@ from dualpipe_jax.train import OptimizerConfig, TrainConfig
 def config() -> TrainConfig:
     """A DeepSeek-V3-style model of 157M parameters, 36M active, on one GPU.
 
-    One rank is a pipeline without neighbours: 1F1B accumulates gradients over the
-    microbatches. Experts are not divided, so there is nothing to balance.
+    With one rank, 1F1B only accumulates gradients over the microbatches. Experts are
+    not divided over devices, so there is nothing to balance.
 
     Command: `python -m dualpipe_jax train configs/small.py --data PATH...`.
-    Runtime: not measured yet: written without a GPU at hand.
-    Result: not measured yet.
+    Runtime, result: not measured yet, for lack of a GPU.
     """
     return TrainConfig(
         name="small",
         model=DeepSeek(
             architecture=DeepSeekConfig(
                 vocab_size=256,
-                dim=512,
-                num_layers=12,
+                hidden_size=512,
+                num_hidden_layers=12,
                 first_k_dense_replace=1,
                 intermediate_size=1536,
-                num_heads=8,
+                num_attention_heads=8,
                 q_lora_rank=384,
                 kv_lora_rank=128,
                 qk_nope_head_dim=64,
                 qk_rope_head_dim=32,
                 v_head_dim=64,
-                num_experts=32,
+                n_routed_experts=32,
                 moe_intermediate_size=256,
                 num_experts_per_tok=4,
                 n_shared_experts=1,

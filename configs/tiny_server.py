@@ -7,10 +7,11 @@ from dualpipe_jax.deepseek.serve import RebalanceConfig, ServeConfig
 def config() -> ServeConfig:
     """The byte-level model of `configs/tiny.py` on 8 virtual CPU devices.
 
-    Each device holds two of sixteen slots: eight experts, and eight more replicas.
+    Each device holds two of sixteen physical experts: eight experts, and eight more
+    replicas.
 
-    Command: `python -m dualpipe_jax serve tiny_server --run runs/tiny`, which reads
-    prompts from standard input, after `make train`.
+    Command: `python -m dualpipe_jax serve tiny_server --run runs/tiny`, after `make
+    train`. It reads prompts from standard input.
     """
     return ServeConfig(
         name="tiny_server",
@@ -20,8 +21,8 @@ def config() -> ServeConfig:
         requests_per_device=2,
         context_length=256,
         prompts_per_device=2,
-        prompt_length=128,
-        prefill_tokens=128,
+        max_prompt_length=128,
+        max_prefill_tokens=128,
         rebalance=RebalanceConfig(every=64, max_moves=4, layers_per_plan=2),
         platform="cpu",
     )

@@ -1,4 +1,4 @@
-"""A run that goes on with other ranks, stages and slots, as if nothing had happened."""
+"""A run that resumes with other ranks, stages and placements, and changes nothing."""
 
 import dataclasses
 import io
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dualpipe_jax.deepseek import EplbConfig
+from dualpipe_jax.deepseek import DeepSeek, EplbConfig
 from dualpipe_jax.train import Text, train
 from tests.deepseek.model import small
+from tests.deepseek.model.sizes import SMALL
 
 TEXT = Text(
     train=np.random.default_rng(0).integers(0, 16, 4000).astype(np.uint8),
@@ -27,7 +28,7 @@ def run(config, folder, *, resume=False):
 @pytest.mark.slow
 def test_another_mesh_schedule_and_placement(tmp_path):
     config = small.config(
-        architecture={"num_layers": 2},
+        architecture={"num_hidden_layers": 2},
         schedule="1f1b",
         num_steps=6,
         checkpoint_every=3,
@@ -36,7 +37,9 @@ def test_another_mesh_schedule_and_placement(tmp_path):
     whole = run(config, tmp_path).metrics
     # As if the nodes had been lost between the two checkpoints.
     shutil.rmtree(tmp_path / "checkpoints" / "6")
-    eplb = EplbConfig(every=2, num_redundant=4)  # eight slots, as four devices need
+    eplb = EplbConfig(
+        every=2, num_redundant=4
+    )  # eight physical experts, as four devices need
     fewer_ranks = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, eplb=eplb),
@@ -55,7 +58,29 @@ def test_another_mesh_schedule_and_placement(tmp_path):
         np.testing.assert_allclose(got, expected, rtol=1e-4, err_msg=name)
     prompt, new = resumed.sample
     assert len(prompt) == 4 and len(new) == 5
-    other = dataclasses.replace(config.model.architecture, route_scale=2.0)
+    other = dataclasses.replace(config.model.architecture, routed_scaling_factor=2.0)
     other = dataclasses.replace(config.model, architecture=other)
-    with pytest.raises(ValueError, match=r"of another model: its route_scale is 1.0"):
+    with pytest.raises(
+        ValueError, match=r"of another model: its routed_scaling_factor is 1.0"
+    ):
         run(dataclasses.replace(config, model=other), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",  # None: a field that the checkpoint does not have
+    [
+        ({"hidden_size": None}, "has no field hidden_size; resume with the version"),
+        ({"dim": 12}, "has the unknown field dim; resume with the version"),
+        ({"v_head_dim": 4}, "of another model: its v_head_dim is 4, but the config's"),
+    ],
+)
+def test_checkpoints_of_other_models_and_versions_are_refused(change, message):
+    model = DeepSeek(architecture=SMALL).build_unpipelined()
+    info = model.checkpoint_info
+    assert model.from_checkpoint_info(info).layout == model.layout
+    sizes = info["architecture"] | change
+    sizes = {
+        name: value for name, value in sizes.items() if value or name not in change
+    }
+    with pytest.raises(ValueError, match=message):
+        model.from_checkpoint_info(info | {"architecture": sizes})

@@ -1,4 +1,4 @@
-"""A server on 8 devices that compiles in seconds, with weights that say something."""
+"""A server on 8 devices that compiles in seconds, with weights that matter."""
 
 import dataclasses
 import functools
@@ -12,13 +12,13 @@ from dualpipe_jax.deepseek.serve import Engine, RebalanceConfig, ServeConfig
 from dualpipe_jax.deepseek.serve.weights import trained_params
 from tests.deepseek.model.small import ARCHITECTURE, single_params
 
-# Large first values, so that attention and experts decide what is written.
+# Large initial values, so that attention and experts decide which tokens follow.
 SIZES = dataclasses.replace(
     ARCHITECTURE,
-    num_experts=16,
-    num_groups=1,
-    topk_groups=1,
-    num_layers=3,
+    n_routed_experts=16,
+    n_group=1,
+    topk_group=1,
+    num_hidden_layers=3,
     initializer_range=0.3,
 )
 OFTEN = RebalanceConfig(every=2, below=1, min_gain=0, max_moves=3, layers_per_plan=1)
@@ -32,9 +32,9 @@ def config(**changes) -> ServeConfig:
         "num_redundant": 8,
         "requests_per_device": 2,
         "context_length": 224,
-        "prompt_length": 10,
+        "max_prompt_length": 10,
         "prompts_per_device": 4,
-        "prefill_tokens": 14,
+        "max_prefill_tokens": 14,
         "rebalance": OFTEN,
     }
     return ServeConfig(**fields | changes)
@@ -42,7 +42,7 @@ def config(**changes) -> ServeConfig:
 
 def params(config):
     model = DeepSeek(architecture=config.architecture).build_unpipelined()
-    shape = (config.architecture.num_moe_layers, config.architecture.num_experts)
+    shape = (config.architecture.num_moe_layers, config.architecture.n_routed_experts)
     # Some experts are wanted much more than others.
     bias = np.random.default_rng(0).normal(size=shape, scale=0.3).astype(np.float32)
     of = functools.partial(trained_params, config, model)
@@ -55,7 +55,7 @@ def engine(config) -> Engine:
 
 def prompts(count, config, seed=0):
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, config.max_prompt + 1, count)
+    lengths = rng.integers(1, config.max_prompt_length + 1, count)
     return [rng.integers(0, config.architecture.vocab_size, n) for n in lengths]
 
 
