@@ -6,14 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dualpipe_jax.executor.model import Model
 from dualpipe_jax.executor.runner import State
 from dualpipe_jax.executor.work import training_work
-from dualpipe_jax.lowering import Kind
 
 PyTree = Any
 P = PartitionSpec
@@ -60,7 +57,7 @@ def buffers_of(model: Model, params, inputs, targets, key) -> PipelineBuffers:
         residuals=num_bytes(state.residuals),
         num_slots=model.program.num_slots,
         crossing=num_bytes(state.queue),
-        num_weight_slots=model.program.num_weight_slots,
+        num_weight_slots=model.runner.num_wgrad_slots(model.program),
         messages=num_bytes(state.messages),
         gradients=num_bytes((state.stage_grads, state.embed_grads, state.head_grads)),
         parameters=num_bytes(chunks),
@@ -74,17 +71,12 @@ def lower_task(model: Model, params, inputs, targets, key) -> Any:
     It takes the buffers and gives them back in place, so that the temporaries of what
     is compiled are the task's working set.
     """
-    program = model.program
-    kind = _dearest(program.kinds)
-    number = program.kinds.index(kind)
-    tick = int(np.argmax((program.table.kind == number).sum(1)))
 
     def body(params, inputs, targets, key, state, chunks):
         ready = model.prepare(training_work, params, inputs, targets, key)
         runner = ready.runner
         runner.chunks = chunks[0]
-        row = runner.row(jnp.int32(tick))
-        return runner.tasks(number, np.array([tick]), row, state)
+        return runner.run_costliest(state)
 
     def placed(tree: PyTree, specs: PyTree) -> PyTree:
         def place(spec: PartitionSpec, part: PyTree) -> PyTree:
@@ -121,8 +113,3 @@ def _shapes(model: Model, params, inputs, targets, key) -> tuple[State, PyTree]:
     # A result that is told to be the same everywhere has the shape that it has here.
     run = model.mapped(body, P())
     return jax.eval_shape(run, params, inputs, targets, key)
-
-
-def _dearest(kinds: tuple[Kind, ...]) -> Kind:
-    """A pair if there is one, else a whole backward, else its first half."""
-    return max(kinds, key=lambda kind: (len(kind), *(op in dict(kind) for op in "BI")))

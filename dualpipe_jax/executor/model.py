@@ -15,7 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import compat
 from dualpipe_jax.executor import checks as _checks
+from dualpipe_jax.executor.compact import CompactRunner
 from dualpipe_jax.executor.exchange import Exchange
+from dualpipe_jax.executor.overlapped import OverlappedRunner
 from dualpipe_jax.executor.params import PipelineAux, PipelineParams, map_specs
 from dualpipe_jax.executor.runner import Runner, State
 from dualpipe_jax.executor.work import Functions, forward_work, training_work
@@ -73,6 +75,15 @@ class Model:
     tied: bool = False
     aux_reduction: str = "sum"
     accumulate_dtype: Any = jnp.float32
+    overlap: bool | None = None
+
+    @property
+    def runner(self) -> type[Runner]:
+        """What runs the program: with bodies for overlapped pairs, or without."""
+        overlap = self.overlap
+        if overlap is None:
+            overlap = compat.platform_of(self.mesh) != "cpu"
+        return OverlappedRunner if overlap else CompactRunner
 
     @functools.cached_property
     def variants(self) -> tuple[tuple[Callable[..., PyTree], ...], tuple[int, ...]]:
@@ -178,21 +189,25 @@ class Model:
             compat.platform_of(self.mesh),
         )
         work, buffers = make_work(functions, params, chunks[0], inputs, targets)
+        packed = self.runner.pack(chunks)
+        num_wgrad_slots = self.runner.num_wgrad_slots(self.program)
         state = State(
             # One message slot more: ranks that receive nothing write there.
             messages=_slots(buffers.activation, self.program.num_message_slots + 1),
             residuals=_slots(buffers.residuals, self.program.num_slots),
-            queue=_slots(buffers.crossing, self.program.num_weight_slots),
-            stage_grads=tuple(map(self._zero_grads, chunks)),
+            queue=_slots(buffers.crossing, num_wgrad_slots),
+            stage_grads=self._zero_grads(packed),
             embed_grads=self._zero_grads(params.embed),
             head_grads=self._zero_grads(params.head),
             outputs=_slots(buffers.output, self.program.schedule.num_microbatches),
-            stage_aux=tuple(self._zero_aux(buffers.stage_aux) for _ in chunks),
+            stage_aux=self.runner.pack(
+                tuple(self._zero_aux(buffers.stage_aux) for _ in chunks)
+            ),
             loss_aux=self._zero_aux(buffers.loss_aux),
         )
         add_aux = _write_aux if self.aux_reduction == "stack" else _sum_aux
-        runner = Runner(
-            self.program, work, variants, chunks, rank, self.axis_name, add_aux
+        runner = self.runner(
+            self.program, work, variants, packed, rank, self.axis_name, add_aux
         )
         return Prepared(runner, state, exchange)
 
@@ -208,14 +223,14 @@ class Model:
         state, rank = runner.run(state), runner.rank
         losses = lax.psum(state.outputs, self.axis_name)
         grads = PipelineParams(
-            exchange.to_owners(state.stage_grads, rank),
+            exchange.to_owners(runner.unpack(state.stage_grads), rank),
             lax.psum(state.embed_grads, self.axis_name),
             lax.psum(state.head_grads, self.axis_name),
         )
         if self.beside:
             losses = lax.pmean(losses, self.beside)
             grads = jax.tree.map(self._mean_grad, grads, self.specs_of(params))
-        stage_aux = exchange.to_owners(state.stage_aux, rank)
+        stage_aux = exchange.to_owners(runner.unpack(state.stage_aux), rank)
         aux = PipelineAux(stage_aux, lax.psum(state.loss_aux, self.axis_name))
         return Outputs(losses, self._reduce_aux(aux), grads)
 

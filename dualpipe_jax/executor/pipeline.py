@@ -84,6 +84,7 @@ def pipeline_value_and_grad(
     tied: bool = False,
     aux_reduction: str = "sum",
     accumulate_dtype: Any = jnp.float32,
+    overlap: bool | None = None,
 ) -> PipelineStep:
     """Losses and gradients of a pipelined model, as one function for `jax.jit`.
 
@@ -172,6 +173,7 @@ def pipeline_value_and_grad(
         axis_name=axis_name,
         data_axes=tuple(data_axes),
         param_specs=param_specs or PipelineParams(),
+        overlap=overlap,
     )
     return PipelineStep(model)
 
@@ -185,6 +187,7 @@ def pipeline_forward(
     embed_fn: Callable[..., PyTree] | None = None,
     data_axes: Sequence[str] = (),
     param_specs: PipelineParams | None = None,
+    overlap: bool | None = None,
 ) -> Callable[..., PyTree]:
     """The forward pass alone: no gradients, and nothing kept for them.
 
@@ -225,6 +228,7 @@ def pipeline_forward(
         axis_name=axis_name,
         data_axes=tuple(data_axes),
         param_specs=param_specs or PipelineParams(),
+        overlap=overlap,
     )
 
     @jax.jit

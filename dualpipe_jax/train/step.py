@@ -182,6 +182,7 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         "embed_fn": model.embed,
         "data_axes": DATA_AXES,
         "param_specs": prepared_specs,
+        "overlap": config.overlap,
     }
     value_and_grad = pipeline_value_and_grad(
         model.stage_fns, model.loss, tied=model.tied, **layout
