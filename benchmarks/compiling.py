@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import os
 import platform
+import re
 import statistics
 import time
 
@@ -42,12 +43,36 @@ def build(config):
     figures = {
         "StableHLO lines": lowered.as_text().count("\n"),
         "HLO instructions": compiled.as_text().count(" = "),
+        "distinct kernels": distinct_kernels(compiled.as_text()),
         "tracing, CPU s": (traced - start)[0],
         "compiling, CPU s": (done - traced)[0],
         "compiling, wall s": (done - traced)[1],
         "temporaries, MB a device": compiled.memory_analysis().temp_size_in_bytes / 1e6,
     }
     return figures, compiled, programs
+
+
+def distinct_kernels(text):
+    """Fused computations that differ; XLA generates code for each of them once."""
+    found, lines = {}, None
+    for line in text.splitlines():
+        head = re.match(r"%?([\w.-]+) .*\{$", line)
+        if head:
+            lines = found.setdefault(head[1], [])
+        elif line.startswith("  ") and lines is not None:
+            line = re.sub(r", (metadata|backend_config)=\{.*", "", line)
+            lines.append(line)
+    called = re.findall(r" fusion\(.*calls=%?([\w.-]+)", text)
+
+    def named_alike(name):
+        names = {}
+        return re.sub(
+            r"%[\w.-]+",
+            lambda match: names.setdefault(match[0], f"%{len(names)}"),
+            "\n".join(found[name]),
+        )
+
+    return len(set(map(named_alike, called)))
 
 
 def run_in_turns(built, config, num_steps):
@@ -59,9 +84,7 @@ def run_in_turns(built, config, num_steps):
         shape = built["compact"][2].abstract_tokens.shape
         batch = rng.integers(0, 256, (2, *shape), np.int32)
         for name, (_, compiled, programs) in built.items():
-            batch_here = jax.device_put(
-                tuple(batch), programs.abstract_tokens.sharding
-            )
+            batch_here = jax.device_put(tuple(batch), programs.abstract_tokens.sharding)
             start = time.process_time()
             out = jax.block_until_ready(compiled(states[name], *batch_here))
             times[name].append(time.process_time() - start)
@@ -99,7 +122,9 @@ def main():
         form = ",.0f" if before >= 1000 else ".2f"
         print(f"{figure:25} {before:10{form}} {after:10{form}} {after / before:6.2f}")
     ours, theirs = np.array(losses["compact"]), np.array(losses["overlapped"])
-    print(f"largest relative difference of losses {np.abs(ours / theirs - 1).max():.1e}")
+    print(
+        f"largest relative difference of losses {np.abs(ours / theirs - 1).max():.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax.executor.runner import Row, Runner, State
 from dualpipe_jax.executor.in_place import (
     accumulate,
     at,
@@ -31,23 +30,24 @@ from dualpipe_jax.executor.in_place import (
     write,
     write_at,
 )
+from dualpipe_jax.executor.runner import Row, Runner, State
 from dualpipe_jax.lowering import Program
 
 PyTree = Any
 
 
 class Tasks(NamedTuple):
-    """Which tasks run in a tick: int32, [num_ticks, num_ranks] or one rank's scalars.
+    """Which tasks run in a tick: int32, one scalar each, as a table [num_ticks, ...].
 
     Fields of tasks that a tick lacks hold 0.
     """
 
-    forward: np.ndarray | jax.Array  # 1 where F runs
-    backward: np.ndarray | jax.Array  # 1 where B or I runs
-    f_chunk: np.ndarray | jax.Array
-    b_chunk: np.ndarray | jax.Array
-    f_variant: np.ndarray | jax.Array
-    b_variant: np.ndarray | jax.Array
+    forward: Any  # 1 where F runs
+    backward: Any  # 1 where B or I runs
+    f_chunk: Any
+    b_chunk: Any
+    f_variant: Any  # of `Work.stages`
+    b_variant: Any
 
 
 class CompactRunner(Runner):
@@ -162,7 +162,7 @@ class CompactRunner(Runner):
 
 
 def tasks_of(program: Program, variants: tuple[int, ...]) -> Tasks:
-    """The tasks of every tick and rank; W is part of its B or I."""
+    """The tasks of every tick and rank, NumPy arrays; W is part of its B or I."""
     tasks = Tasks(
         *(np.zeros(program.table.kind.shape, np.int32) for _ in Tasks._fields)
     )

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualpipe_jax.executor.runner import Row, Runner, State
 from dualpipe_jax.executor.in_place import (
     accumulate,
     at,
@@ -27,6 +26,7 @@ from dualpipe_jax.executor.in_place import (
     write,
     write_at,
 )
+from dualpipe_jax.executor.runner import Row, Runner, State
 from dualpipe_jax.lowering import Kind, Loop
 
 PyTree = Any
