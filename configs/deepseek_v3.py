@@ -33,7 +33,7 @@ def architecture() -> DeepSeekConfig:
 
 
 def whole_dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
-    """DualPipe without a W queue, which alone would take most of a GPU."""
+    """DualPipe without wgrad residuals, which alone would take most of a GPU."""
     return dualpipe(num_ranks, num_microbatches).with_whole_backwards()
 
 

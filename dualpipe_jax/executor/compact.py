@@ -63,7 +63,7 @@ class CompactRunner(Runner):
         ).tolist()
 
     @staticmethod
-    def num_wgrad_slots(program: Program) -> int:
+    def num_wgrad_residual_slots(program: Program) -> int:
         """None: a backward that runs whole keeps nothing for W."""
         return 0
 

@@ -1,4 +1,4 @@
-"""Buffers that tasks read and write in place: what XLA needs to see to copy none.
+"""BufferShapes that tasks read and write in place: what XLA needs to see to copy none.
 
 Leaves of a buffer have a leading slot axis. docs/design.md has what was measured.
 """

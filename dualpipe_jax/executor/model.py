@@ -16,10 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dualpipe_jax import compat
 from dualpipe_jax.executor import checks as _checks
 from dualpipe_jax.executor.compact import CompactRunner
-from dualpipe_jax.executor.exchange import Exchange
 from dualpipe_jax.executor.overlapped import OverlappedRunner
 from dualpipe_jax.executor.params import PipelineAux, PipelineParams, map_specs
 from dualpipe_jax.executor.runner import Runner, State
+from dualpipe_jax.executor.stage_transfer import StageParamTransfer
 from dualpipe_jax.executor.work import Functions, forward_work, training_work
 from dualpipe_jax.lowering import Program
 
@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
 
     runner: Runner
     state: State
-    exchange: Exchange
+    exchange: StageParamTransfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class Model:
         return tuple(found), tuple(found.index(fn) for fn in self.stage_fn)
 
     @property
-    def beside(self) -> tuple[str, ...]:
+    def non_pipeline_axes(self) -> tuple[str, ...]:
         """The mesh axes other than the pipeline's."""
         return tuple(a for a in self.mesh.axis_names if a != self.axis_name)
 
@@ -174,7 +174,7 @@ class Model:
     def prepare(self, make_work, params, inputs, targets, key) -> Prepared:
         """On one device; leaves of `params.stages` are [V, ...] here."""
         rank = lax.axis_index(self.axis_name)
-        exchange = Exchange(self.program, self.axis_name)
+        exchange = StageParamTransfer(self.program, self.axis_name)
         chunks = exchange.to_chunks(params.stages, rank)
         if key is not None and self.data_axes:
             key = jax.random.fold_in(key, lax.axis_index(self.data_axes))
@@ -190,12 +190,12 @@ class Model:
         )
         work, buffers = make_work(functions, params, chunks[0], inputs, targets)
         packed = self.runner.pack(chunks)
-        num_wgrad_slots = self.runner.num_wgrad_slots(self.program)
+        num_wgrad_residual_slots = self.runner.num_wgrad_residual_slots(self.program)
         state = State(
             # One message slot more: ranks that receive nothing write there.
             messages=_slots(buffers.activation, self.program.num_message_slots + 1),
             residuals=_slots(buffers.residuals, self.program.num_slots),
-            queue=_slots(buffers.crossing, num_wgrad_slots),
+            wgrad_residuals=_slots(buffers.wgrad_residuals, num_wgrad_residual_slots),
             stage_grads=self._zero_grads(packed),
             embed_grads=self._zero_grads(params.embed),
             head_grads=self._zero_grads(params.head),
@@ -227,8 +227,8 @@ class Model:
             lax.psum(state.embed_grads, self.axis_name),
             lax.psum(state.head_grads, self.axis_name),
         )
-        if self.beside:
-            losses = lax.pmean(losses, self.beside)
+        if self.non_pipeline_axes:
+            losses = lax.pmean(losses, self.non_pipeline_axes)
             grads = jax.tree.map(self._mean_grad, grads, self.specs_of(params))
         stage_aux = exchange.to_owners(runner.unpack(state.stage_aux), rank)
         aux = PipelineAux(stage_aux, lax.psum(state.loss_aux, self.axis_name))
@@ -239,9 +239,11 @@ class Model:
         if not jnp.issubdtype(grad.dtype, jnp.inexact):
             return grad
         sharded = set(jax.tree.leaves(tuple(spec)))
-        copies = tuple(axis for axis in self.beside if axis not in sharded)
+        copies = tuple(axis for axis in self.non_pipeline_axes if axis not in sharded)
         total = lax.psum(grad, copies) if copies else grad
-        return total / math.prod(self.mesh.shape[axis] for axis in self.beside)
+        return total / math.prod(
+            self.mesh.shape[axis] for axis in self.non_pipeline_axes
+        )
 
     def _reduce_aux(self, aux: PipelineAux) -> PipelineAux:
         if self.data_axes:

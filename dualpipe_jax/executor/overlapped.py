@@ -184,7 +184,7 @@ class OverlappedRunner(Runner):
         ops = dict(kind)
         variant = {op: v for (op, _), v in zip(kind, variants, strict=True)}
         chunks, buffers = row_major(
-            (self.chunks, (state.messages, state.residuals, state.queue))
+            (self.chunks, (state.messages, state.residuals, state.wgrad_residuals))
         )
         reads, buffers = self._read(ops, variant, row, buffers)
         results = self._compute(ops, variant, row, chunks, reads)
@@ -192,7 +192,7 @@ class OverlappedRunner(Runner):
 
     def _read(self, ops: Ops, variant: Ops, row: Row, buffers: tuple):
         """All that the tasks read, and the buffers, to be written after that."""
-        messages, residuals, queue = buffers
+        messages, residuals, for_weights = buffers
         reads = {}
         if "F" in ops:
             reads["x"] = read(messages, row.f_in)
@@ -202,15 +202,15 @@ class OverlappedRunner(Runner):
             kept = at(residuals, self.work.stages[variant[op]].residuals)
             reads["residuals"] = read(kept, row.b_slot)
         if "W" in ops:
-            crossed = at(queue, self.work.stages[variant["W"]].crossing)
-            reads["crossing"] = read(crossed, row.queue)
+            kept = at(for_weights, self.work.stages[variant["W"]].wgrad_residuals)
+            reads["wgrad_residuals"] = read(kept, row.wgrad_slot)
         else:
             # Without this order between reads and writes of a buffer, XLA copies all
             # of it.
             reads, messages, residuals = lax.optimization_barrier(
                 (reads, messages, residuals)
             )
-        return reads, (messages, residuals, queue)
+        return reads, (messages, residuals, for_weights)
 
     def _compute(
         self, ops: Ops, variant: Ops, row: Row, chunks: tuple, reads: dict[str, PyTree]
@@ -237,7 +237,7 @@ class OverlappedRunner(Runner):
             )
         if "W" in ops:
             grads = stages[variant["W"]].backward_weights(
-                chunks[ops["W"]], reads["residuals"], reads["crossing"]
+                chunks[ops["W"]], reads["residuals"], reads["wgrad_residuals"]
             )
             results["W"] = (grads,)
         return results
@@ -252,7 +252,7 @@ class OverlappedRunner(Runner):
         results: dict[str, tuple],
     ) -> State:
         """The state with what the tasks returned, in the buffers' places."""
-        messages, residuals, queue = buffers
+        messages, residuals, for_weights = buffers
         grads, aux = list(state.stage_grads), list(state.stage_aux)
         sent = []
         if "F" in ops:
@@ -268,20 +268,20 @@ class OverlappedRunner(Runner):
             sent.append((row.b_out, dx))
             grads[ops["B"]] = accumulate(grads[ops["B"]], new)
         if "I" in ops:
-            dx, crossing = results["I"]
+            dx, new_kept = results["I"]
             sent.append((row.b_out, dx))
-            places = self.work.stages[variant["I"]].crossing
-            queue = write_at(queue, places, row.queue, crossing)
+            places = self.work.stages[variant["I"]].wgrad_residuals
+            for_weights = write_at(for_weights, places, row.wgrad_slot, new_kept)
         if "W" in ops:
             (new,) = results["W"]
             grads[ops["W"]] = accumulate(grads[ops["W"]], new)
         for slot, value in sent:
             messages = write(messages, slot, value)
-        messages, residuals, queue = row_major((messages, residuals, queue))
+        messages, residuals, for_weights = row_major((messages, residuals, for_weights))
         return state._replace(
             messages=messages,
             residuals=residuals,
-            queue=queue,
+            wgrad_residuals=for_weights,
             stage_grads=tuple(grads),
             stage_aux=tuple(aux),
         )

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dualpipe_jax.executor import checks as _checks
-from dualpipe_jax.executor.footprint import PipelineBuffers, buffers_of, lower_task
+from dualpipe_jax.executor.footprint import (
+    PipelineBuffers,
+    buffers_of,
+    lower_costliest_task,
+)
 from dualpipe_jax.executor.model import Model
 from dualpipe_jax.executor.params import (
     PipelineAux,
@@ -73,14 +77,14 @@ class PipelineStep:
         """What the step keeps on one device from tick to tick, in bytes."""
         return buffers_of(self._model, params, inputs, targets, key)
 
-    def lower_task(self, params, inputs, targets, key=None) -> Any:
+    def lower_costliest_task(self, params, inputs, targets, key=None) -> Any:
         """The task that needs the most memory alone, with the step's buffers.
 
         That is an overlapped pair where the program has one, else a backward. It
         changes the buffers in place, so that its temporaries, when compiled, are the
         working set of one task.
         """
-        return lower_task(self._model, params, inputs, targets, key)
+        return lower_costliest_task(self._model, params, inputs, targets, key)
 
 
 def pipeline_value_and_grad(

@@ -33,7 +33,7 @@ class State(NamedTuple):
 
     messages: PyTree  # activations and cotangents on their way between stages
     residuals: tuple[jax.Array, ...]  # from F to W
-    queue: tuple[jax.Array, ...]  # from I to W
+    wgrad_residuals: tuple[jax.Array, ...]  # from I to W
     stage_grads: tuple[PyTree, ...]  # one tree a chunk
     embed_grads: PyTree
     head_grads: PyTree
@@ -57,7 +57,7 @@ class Row(NamedTuple):
     b_in: jax.Array
     b_out: jax.Array
     b_slot: jax.Array
-    queue: jax.Array
+    wgrad_slot: jax.Array
     loss_out: jax.Array
     send: jax.Array  # [rounds]
     receive: jax.Array  # [rounds]
@@ -98,9 +98,9 @@ class Runner:
         self.forward_only = program.schedule.is_forward_only
 
     @staticmethod
-    def num_wgrad_slots(program: Program) -> int:
+    def num_wgrad_residual_slots(program: Program) -> int:
         """Slots for what I keeps for W."""
-        return program.num_weight_slots
+        return program.num_wgrad_residual_slots
 
     @staticmethod
     def pack(chunks: tuple[PyTree, ...]) -> PyTree:

@@ -134,7 +134,7 @@ def test_the_same_function_compiles_once():
 
 
 def test_variants_share_the_buffers():
-    """A slot has room for what the dearest variant keeps, not for all of them."""
+    """A slot has room for what the largest variant keeps, not for all of them."""
     schedule = dualpipe(2, 4)
     args = make_params(2), *make_batch(4)
     alone = [make_step(fn, schedule).buffers(*args) for fn in (stage_fn, last)]

@@ -38,11 +38,14 @@ def test_buffers_are_counted_as_the_program_plans_them(overlap):
     found = step_of(schedule, overlap).buffers(*arguments())
     activation, weights = 2 * ROWS * WIDTH, 2 * WIDTH * WIDTH
     # A backward that runs whole keeps nothing for W.
-    assert (found.num_slots, found.num_weight_slots) == (RANKS + 1, int(overlap))
+    assert (found.num_slots, found.num_wgrad_residual_slots) == (
+        RANKS + 1,
+        int(overlap),
+    )
     # x for the weights, y for tanh's derivative.
     assert found.residuals == found.num_slots * 2 * activation
     # The cotangent of the product, which W needs beside x.
-    assert found.crossing == found.num_weight_slots * activation
+    assert found.wgrad_residuals == found.num_wgrad_residual_slots * activation
     assert found.messages == (program.num_message_slots + 1) * activation
     # Two stages a rank and the head; gradients in float32.
     assert found.parameters == 3 * weights
@@ -52,7 +55,7 @@ def test_buffers_are_counted_as_the_program_plans_them(overlap):
 
 def test_a_schedule_that_splits_nothing_has_no_w_queue():
     found = step_of(gpipe(RANKS, MICROBATCHES)).buffers(*arguments())
-    assert found.crossing == found.num_weight_slots == 0
+    assert found.wgrad_residuals == found.num_wgrad_residual_slots == 0
     assert found.num_slots == MICROBATCHES
 
 
@@ -120,4 +123,4 @@ def test_parameters_that_do_not_fit_are_refused_as_by_the_step():
     with pytest.raises(ValueError, match="params is a dict"):
         step.buffers({}, *arguments()[1:])
     with pytest.raises(ValueError, match="params is a dict"):
-        step.lower_task({}, *arguments()[1:])
+        step.lower_costliest_task({}, *arguments()[1:])
