@@ -1,4 +1,7 @@
-"""The public functions that run a schedule: one jitted step, or its forward alone."""
+"""The public functions that run a schedule: one jitted step, or its forward alone.
+
+References: DeepSeek-V3 Technical Report, section 3.2.1 (DualPipe).
+"""
 
 from __future__ import annotations
 
@@ -110,10 +113,9 @@ def pipeline_value_and_grad(
 
     Args:
       stage_fn: `stage_fn(stage_params, x) -> y` or `(y, aux)`; x and y are pytrees of
-        floating arrays of the same shapes and dtypes. May be `jax.checkpoint`ed. A
-        sequence gives each stage a function of its own, of parameters of one
-        structure; equal ones (`==`) share their code. Unlike in a `lax.cond`, their
-        collectives can be hidden.
+        floating arrays of the same shapes and dtypes. May be `jax.checkpoint`ed. Or one
+        function per stage, of parameters of one structure: equal ones (`==`) share
+        code, and collectives in them can be hidden, unlike in a `lax.cond`.
       loss_fn: `loss_fn(head_params, y, targets) -> scalar` or `(scalar, aux)`.
       schedule: which rank does what when.
       mesh: mesh with the axis `axis_name`, of size `schedule.num_ranks`.
@@ -156,9 +158,6 @@ def pipeline_value_and_grad(
       >>> (losses, aux), grads = step(params, x, jnp.zeros_like(x))
       >>> losses.shape, grads.stages["w"].shape
       ((3,), (2, 4, 4))
-
-    References:
-      DeepSeek-V3 Technical Report, section 3.2.1 (DualPipe).
     """
     if schedule.is_forward_only:
         raise ValueError(
