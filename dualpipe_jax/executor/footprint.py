@@ -1,4 +1,4 @@
-"""What a step keeps on one device, and its costliest task alone."""
+"""The buffers of a step on one device, and its costliest task alone."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ P = PartitionSpec
 
 
 class Outputs(NamedTuple):
-    """What one call gives.
+    """The results of one call.
 
     Attributes:
       outputs: losses [num_microbatches]; of a forward-only program the last stage's
@@ -43,17 +43,17 @@ class Outputs(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What one device runs, with the state that it starts from.
+    """The runner of one device and its initial state.
 
     Attributes:
       runner: runs it.
       state: buffers, with zeros in gradients and sums.
-      exchange: between the stages that a rank owns and those that it runs.
+      transfer: moves stages between the ranks that own and those that run them.
     """
 
     runner: Runner
     state: State
-    exchange: StageParamTransfer
+    transfer: StageParamTransfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Model:
 
     @functools.cached_property
     def variants(self) -> tuple[tuple[Callable[..., PyTree], ...], tuple[int, ...]]:
-        """The functions of stages, each once, and the number of each stage's."""
+        """The distinct stage functions, and which of them each stage has."""
         if callable(self.stage_fn):
             return (self.stage_fn,), (0,) * self.program.schedule.num_stages
         # Compared, not hashed: methods are made anew, and modules may have no hash.
@@ -117,7 +117,7 @@ class Model:
         return out
 
     def check(self, params, inputs, targets) -> None:
-        """Raises a ValueError for arguments of `call` that do not fit."""
+        """Raises a ValueError for invalid arguments of `call`."""
         schedule = self.program.schedule
         _checks.check_params(params, schedule)
         _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
@@ -152,7 +152,7 @@ class Model:
         return call
 
     def _place(self, tree: PyTree, specs: PyTree) -> PyTree:
-        """Where axes are Explicit, arrays must have the layout that they are told."""
+        """On a mesh with Explicit axes, reshards arrays to their specs."""
         if AxisType.Explicit not in self.mesh.axis_types:
             return tree
         return jax.tree.map(
@@ -174,8 +174,8 @@ class Model:
     def prepare(self, make_work, params, inputs, targets, key) -> Prepared:
         """On one device; leaves of `params.stages` are [V, ...] here."""
         rank = lax.axis_index(self.axis_name)
-        exchange = StageParamTransfer(self.program, self.axis_name)
-        chunks = exchange.to_chunks(params.stages, rank)
+        transfer = StageParamTransfer(self.program, self.axis_name)
+        chunks = transfer.to_chunks(params.stages, rank)
         if key is not None and self.data_axes:
             key = jax.random.fold_in(key, lax.axis_index(self.data_axes))
         stage_fns, variants = self.variants
@@ -209,7 +209,7 @@ class Model:
         runner = self.runner(
             self.program, work, variants, packed, rank, self.axis_name, add_aux
         )
-        return Prepared(runner, state, exchange)
+        return Prepared(runner, state, transfer)
 
     def _forward(self, params, inputs, targets, key) -> PyTree:
         runner, state, _ = self.prepare(forward_work, params, inputs, targets, key)
@@ -217,20 +217,20 @@ class Model:
         return lax.psum(runner.run(state).outputs, self.axis_name)
 
     def _train(self, params, inputs, targets, key) -> Outputs:
-        runner, state, exchange = self.prepare(
+        runner, state, transfer = self.prepare(
             training_work, params, inputs, targets, key
         )
         state, rank = runner.run(state), runner.rank
         losses = lax.psum(state.outputs, self.axis_name)
         grads = PipelineParams(
-            exchange.to_owners(runner.unpack(state.stage_grads), rank),
+            transfer.to_owners(runner.unpack(state.stage_grads), rank),
             lax.psum(state.embed_grads, self.axis_name),
             lax.psum(state.head_grads, self.axis_name),
         )
         if self.non_pipeline_axes:
             losses = lax.pmean(losses, self.non_pipeline_axes)
             grads = jax.tree.map(self._mean_grad, grads, self.specs_of(params))
-        stage_aux = exchange.to_owners(runner.unpack(state.stage_aux), rank)
+        stage_aux = transfer.to_owners(runner.unpack(state.stage_aux), rank)
         aux = PipelineAux(stage_aux, lax.psum(state.loss_aux, self.axis_name))
         return Outputs(losses, self._reduce_aux(aux), grads)
 

@@ -24,15 +24,15 @@ def _never(*args):
 
 
 class StageWork(NamedTuple):
-    """What the ticks call of the stages that share a function, a variant.
+    """The functions that ticks call for the stages of one `stage_fn`, a variant.
 
-    Each gets and gives values of one microbatch; `stage` is a traced scalar. Variants
-    share the buffers: `residuals` and `wgrad_residuals` say which arrays of
-    `State.residuals` and of `State.wgrad_residuals` hold what this one keeps.
+    Each takes and returns values of one microbatch; `stage` is a traced scalar.
+    Variants share the buffers: `residuals` and `wgrad_residuals` say which arrays of
+    `State.residuals` and of `State.wgrad_residuals` hold what this variant keeps.
     """
 
     forward: Callable[..., tuple]  # params, x, stage, microbatch -> y, aux, residuals
-    # What a forward-only program lacks:
+    # Not in a forward-only program:
     backward: Callable[..., tuple] = _never  # params, residuals, dy -> grads, dx
     backward_input: Callable[..., tuple] = _never  # the same -> dx, wgrad_residuals
     backward_weights: Callable[..., PyTree] = _never  # .., wgrad_residuals -> grads
@@ -41,12 +41,12 @@ class StageWork(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What the ticks call; the executor knows no model beyond these functions."""
+    """The functions that ticks call: all that the executor knows about the model."""
 
     stages: tuple[StageWork, ...]  # one a variant
     embed: Callable[[jax.Array], PyTree]  # microbatch -> x
     finish: Callable[..., tuple]  # y, microbatch -> output, aux, head & embed grads, dy
-    # What a forward-only program lacks:
+    # Not in a forward-only program:
     # (variant, arguments of its forward), (variant, those of its backward) -> results.
     pair: Callable[..., tuple] = _never
     embed_backward: Callable[..., PyTree] | None = None  # dx, microbatch -> grads
@@ -54,8 +54,10 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """What the user passed, the key of this step (None without randomness), and where
-    it runs (None: unknown). Of functions of stages each is there once.
+    """The user's functions, the step's key, and the platform that it runs on.
+
+    `stage_fns` holds each distinct function once. `key` is None without randomness,
+    `platform` where it is unknown.
     """
 
     stage_fns: tuple[Callable[..., PyTree], ...]
@@ -96,7 +98,7 @@ class Functions:
 class BufferShapes(NamedTuple):
     """Shapes of one slot of each buffer, and of the auxiliary outputs.
 
-    Residuals and wgrad_residuals have room for what any variant of the stages keeps.
+    Residuals and wgrad_residuals have room for the values of any variant.
     """
 
     activation: PyTree
@@ -110,7 +112,7 @@ class BufferShapes(NamedTuple):
 def forward_work(
     functions: Functions, params: PipelineParams, chunk: PyTree, inputs, targets
 ) -> tuple[Work, BufferShapes]:
-    """The work of a program that runs no backward; its output is the last stage's."""
+    """The work of a forward-only program, which returns the last stage's outputs."""
     del targets
     x, stages, _ = _trace_stages(functions, params, chunk, inputs)
 
@@ -210,7 +212,7 @@ def training_work(
 def _share(
     wanted: list[tuple[jax.ShapeDtypeStruct, ...]],
 ) -> tuple[tuple[jax.ShapeDtypeStruct, ...], list[tuple[int, ...]]]:
-    """The fewest arrays that hold the arrays of any one list, and where they stand."""
+    """The fewest arrays that can hold those of any one list, and their positions."""
     shared: list[jax.ShapeDtypeStruct] = []
     places = []
     for structs in wanted:
@@ -231,7 +233,7 @@ def _share(
 
 
 def _trace_stages(functions: Functions, params: PipelineParams, chunk: PyTree, inputs):
-    """Shapes of an activation, stages as (params, x, key) -> (y, aux), their aux."""
+    """Shapes of an activation, stages as (params, x, key) -> (y, aux), and aux."""
     index = jax.ShapeDtypeStruct((), jnp.int32)
     x = jax.eval_shape(lambda p, m: functions.embed(p, inputs, m), params.embed, index)
     _checks.check_activations(x, functions.embed_fn)
