@@ -35,7 +35,7 @@ def architecture() -> DeepSeekConfig:
 def whole_dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     """Returns DualPipe with whole backwards.
 
-    What a split backward keeps between I and W would take most of a GPU's memory.
+    The wgrad residuals of a split backward would take most of a GPU's memory.
     """
     return dualpipe(num_ranks, num_microbatches).with_whole_backwards()
 

@@ -32,17 +32,17 @@ class Programs:
     """
 
     f: Any  # constants, params, inputs -> outputs, aux, residuals
-    i: Any  # operands, output cotangents -> input cotangents, crossing
-    w: Any  # what it reads of (operands, crossing) -> param cotangents
+    i: Any  # operands, output cotangents -> input cotangents, wgrad_residuals
+    w: Any  # what it reads of (operands, wgrad_residuals) -> param cotangents
     b: Any  # operands, output cotangents -> input cotangents, param cotangents
-    read_by_w: tuple[bool, ...]  # of (operands, crossing)
+    read_by_w: tuple[bool, ...]  # of (operands, wgrad_residuals)
     in_tree: Any  # of (params, inputs)
     out_tree: Any
     aux_tree: Any  # None without aux
     in_avals: tuple[Any, ...]
     out_avals: tuple[Any, ...]
     residual_avals: tuple[Any, ...]
-    crossing_avals: tuple[Any, ...]
+    wgrad_residual_avals: tuple[Any, ...]
     num_params: int
 
     def __repr__(self):
@@ -56,7 +56,7 @@ class Programs:
 
     @property
     def read_by_weights(self) -> tuple[bool, ...]:
-        stop = len(self.read_by_w) - len(self.crossing_avals)
+        stop = len(self.read_by_w) - len(self.wgrad_residual_avals)
         return self.read_by_w[stop - len(self.residual_avals) : stop]
 
     def forward(self, consts, params, inputs):
@@ -111,12 +111,14 @@ class Programs:
     def backward_input(self, operands, output_cts):
         cts = self._cotangents(output_cts)
         outs = compat.evaluate(self.i, *operands, *cts)
-        num = len(outs) - len(self.crossing_avals)
+        num = len(outs) - len(self.wgrad_residual_avals)
         return self._input_cts(outs[:num]), tuple(map(_to_storage, outs[num:]))
 
-    def backward_weights(self, operands, crossing):
-        crossing = _from_storage(crossing, self.crossing_avals, "crossing")
-        read = zip([*operands, *crossing], self.read_by_w, strict=True)
+    def backward_weights(self, operands, wgrad_residuals):
+        wgrad_residuals = _from_storage(
+            wgrad_residuals, self.wgrad_residual_avals, "wgrad_residuals"
+        )
+        read = zip([*operands, *wgrad_residuals], self.read_by_w, strict=True)
         return self._param_cts(compat.evaluate(self.w, *(x for x, r in read if r)))
 
     def backward(self, operands, output_cts):
@@ -135,16 +137,21 @@ class Programs:
         return [x for x, r in read if r]
 
     def start(self, operands, output_cts):
-        input_cts, crossing = self.backward_input(operands, output_cts)
+        input_cts, wgrad_residuals = self.backward_input(operands, output_cts)
         residuals = operands[len(operands) - len(self.residual_avals) :]
         read = zip(residuals, self.read_by_weights, strict=True)
-        return input_cts, (*(_to_storage(x) for x, r in read if r), *crossing)
+        return input_cts, (*(_to_storage(x) for x, r in read if r), *wgrad_residuals)
 
     def finish(self, kept, saved):
         read = zip(self.residual_avals, self.read_by_weights, strict=True)
         residual_avals = [aval for aval, r in read if r]
-        values = _from_storage(saved, [*residual_avals, *self.crossing_avals], "saved")
-        num, stop = len(residual_avals), len(self.read_by_w) - len(self.crossing_avals)
+        values = _from_storage(
+            saved, [*residual_avals, *self.wgrad_residual_avals], "saved"
+        )
+        num, stop = (
+            len(residual_avals),
+            len(self.read_by_w) - len(self.wgrad_residual_avals),
+        )
         crossed = zip(values[num:], self.read_by_w[stop:], strict=True)
         args = [*kept, *values[:num], *(x for x, r in crossed if r)]
         return self._param_cts(compat.evaluate(self.w, *args))
@@ -241,7 +248,7 @@ def trace_programs(fn, params, inputs, has_aux, early_reductions, platform=None)
         in_avals=in_avals,
         out_avals=out_avals,
         residual_avals=tuple(v.aval for v in step.crossing),
-        crossing_avals=tuple(v.aval for v in halves.crossing),
+        wgrad_residual_avals=tuple(v.aval for v in halves.crossing),
         num_params=num_params,
     )
     return programs, consts

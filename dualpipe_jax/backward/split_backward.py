@@ -30,7 +30,7 @@ class SplitBackward:
 
     Attributes:
       residuals: what F must keep until W; parameters and constants are not among them.
-      crossing: what I must keep for W beside the residuals.
+      wgrad_residuals: what I must keep for W beside the residuals.
       read_by_weights: for each residual, whether W reads it; the others are needed no
         longer than until I.
       outputs: structs of what the function returns, without aux.
@@ -43,17 +43,17 @@ class SplitBackward:
       ...     return jnp.tanh(x @ w)
       >>> w, x = jnp.ones((4, 4)), jnp.ones((2, 4))
       >>> plan = SplitBackward.trace(layer, w, x)
-      >>> [r.shape for r in plan.residuals], [c.shape for c in plan.crossing]
+      >>> [r.shape for r in plan.residuals], [c.shape for c in plan.wgrad_residuals]
       ([(2, 4), (2, 4)], [(2, 4)])
       >>> y, residuals = plan.forward(w, x)
-      >>> (dx,), crossing = plan.backward_input(w, residuals, jnp.ones_like(y))
-      >>> dw = plan.backward_weights(w, residuals, crossing)
+      >>> (dx,), wgrad_residuals = plan.backward_input(w, residuals, jnp.ones_like(y))
+      >>> dw = plan.backward_weights(w, residuals, wgrad_residuals)
       >>> dx.shape, dw.shape
       ((2, 4), (4, 4))
     """
 
     residuals: tuple[jax.ShapeDtypeStruct, ...]
-    crossing: tuple[jax.ShapeDtypeStruct, ...]
+    wgrad_residuals: tuple[jax.ShapeDtypeStruct, ...]
     read_by_weights: tuple[bool, ...]
     outputs: PyTree
     inputs: tuple[PyTree, ...]
@@ -106,7 +106,7 @@ class SplitBackward:
         out_structs = map(compat.struct, programs.out_avals)
         return cls(
             residuals=tuple(map(storage_struct, programs.residual_avals)),
-            crossing=tuple(map(storage_struct, programs.crossing_avals)),
+            wgrad_residuals=tuple(map(storage_struct, programs.wgrad_residual_avals)),
             read_by_weights=programs.read_by_weights,
             outputs=jax.tree.unflatten(programs.out_tree, out_structs),
             inputs=jax.tree.unflatten(inputs_tree, map(compat.struct, avals)),
@@ -121,16 +121,16 @@ class SplitBackward:
     def backward_input(
         self, params: PyTree, residuals: Sequence[Any], output_cts: PyTree
     ) -> tuple[tuple[PyTree, ...], tuple]:
-        """I. Returns (one cotangent per input, crossing)."""
+        """I. Returns (one cotangent per input, wgrad_residuals)."""
         operands = self.programs.operands(self.consts, params, residuals)
         return self.programs.backward_input(operands, output_cts)
 
     def backward_weights(
-        self, params: PyTree, residuals: Sequence[Any], crossing: Sequence[Any]
+        self, params: PyTree, residuals: Sequence[Any], wgrad_residuals: Sequence[Any]
     ) -> PyTree:
         """W. Returns the cotangents of ``params``, in its structure."""
         operands = self.programs.operands(self.consts, params, residuals)
-        return self.programs.backward_weights(operands, crossing)
+        return self.programs.backward_weights(operands, wgrad_residuals)
 
     def backward(
         self, params: PyTree, residuals: Sequence[Any], output_cts: PyTree

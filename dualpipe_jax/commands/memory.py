@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     report = memory_report(
         programs.train_step.lower(state, tokens, tokens).compile(options),
         buffers=programs.buffers(),
-        task=programs.lower_task().compile(options),
+        task=programs.lower_costliest_task().compile(options),
         arguments={
             "parameters": state.params,
             "optimizer": state.opt_state,

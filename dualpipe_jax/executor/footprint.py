@@ -1,4 +1,4 @@
-"""What a step keeps on one device, and its dearest task alone."""
+"""The buffers of a step on one device, and its costliest task alone."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dualpipe_jax.executor.model import Model
 from dualpipe_jax.executor.runner import State
 from dualpipe_jax.executor.work import training_work
-from dualpipe_jax.lowering import Kind
 
 PyTree = Any
 P = PartitionSpec
@@ -26,8 +23,8 @@ class PipelineBuffers:
     Attributes:
       residuals: activation slots, what F keeps for B, or for I and W.
       num_slots: how many they are; P+1 under DualPipe.
-      crossing: slots of the W queue, what I keeps for W beside the residuals.
-      num_weight_slots: how many they are.
+      wgrad_residuals: what I keeps for W beside the residuals.
+      num_wgrad_residual_slots: how many they are.
       messages: activations and cotangents on their way between stages.
       gradients: accumulators of all stages that the rank runs, of embedding and head.
       parameters: of these stages, embedding and head, as they are computed with.
@@ -40,8 +37,8 @@ class PipelineBuffers:
 
     residuals: int
     num_slots: int
-    crossing: int
-    num_weight_slots: int
+    wgrad_residuals: int
+    num_wgrad_residual_slots: int
     messages: int
     gradients: int
     parameters: int
@@ -50,7 +47,7 @@ class PipelineBuffers:
     @property
     def total(self) -> int:
         """All of them."""
-        return sum(vars(self).values()) - self.num_slots - self.num_weight_slots
+        return sum(vars(self).values()) - self.num_slots - self.num_wgrad_residual_slots
 
 
 def buffers_of(model: Model, params, inputs, targets, key) -> PipelineBuffers:
@@ -59,8 +56,8 @@ def buffers_of(model: Model, params, inputs, targets, key) -> PipelineBuffers:
     return PipelineBuffers(
         residuals=num_bytes(state.residuals),
         num_slots=model.program.num_slots,
-        crossing=num_bytes(state.queue),
-        num_weight_slots=model.program.num_weight_slots,
+        wgrad_residuals=num_bytes(state.wgrad_residuals),
+        num_wgrad_residual_slots=model.runner.num_wgrad_residual_slots(model.program),
         messages=num_bytes(state.messages),
         gradients=num_bytes((state.stage_grads, state.embed_grads, state.head_grads)),
         parameters=num_bytes(chunks),
@@ -68,23 +65,18 @@ def buffers_of(model: Model, params, inputs, targets, key) -> PipelineBuffers:
     )
 
 
-def lower_task(model: Model, params, inputs, targets, key) -> Any:
-    """The dearest task of a training model alone, as a `jax.stages.Lowered`.
+def lower_costliest_task(model: Model, params, inputs, targets, key) -> Any:
+    """The costliest task of a training model alone, as a `jax.stages.Lowered`.
 
     It takes the buffers and gives them back in place, so that the temporaries of what
     is compiled are the task's working set.
     """
-    program = model.program
-    kind = _dearest(program.kinds)
-    number = program.kinds.index(kind)
-    tick = int(np.argmax((program.table.kind == number).sum(1)))
 
     def body(params, inputs, targets, key, state, chunks):
         ready = model.prepare(training_work, params, inputs, targets, key)
         runner = ready.runner
         runner.chunks = chunks[0]
-        row = runner.row(jnp.int32(tick))
-        return runner.tasks(number, np.array([tick]), row, state)
+        return runner.run_costliest(state)
 
     def placed(tree: PyTree, specs: PyTree) -> PyTree:
         def place(spec: PartitionSpec, part: PyTree) -> PyTree:
@@ -121,8 +113,3 @@ def _shapes(model: Model, params, inputs, targets, key) -> tuple[State, PyTree]:
     # A result that is told to be the same everywhere has the shape that it has here.
     run = model.mapped(body, P())
     return jax.eval_shape(run, params, inputs, targets, key)
-
-
-def _dearest(kinds: tuple[Kind, ...]) -> Kind:
-    """A pair if there is one, else a whole backward, else its first half."""
-    return max(kinds, key=lambda kind: (len(kind), *(op in dict(kind) for op in "BI")))

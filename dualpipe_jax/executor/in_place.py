@@ -1,4 +1,4 @@
-"""Buffers that tasks read and write in place: what XLA needs to see to copy none.
+"""BufferShapes that tasks read and write in place: what XLA needs to see to copy none.
 
 Leaves of a buffer have a leading slot axis. docs/design.md has what was measured.
 """
@@ -17,7 +17,7 @@ PyTree = Any
 
 
 def row_major(tree: PyTree) -> PyTree:
-    """The same, in the layout that all loops share.
+    """Constrains arrays to the row-major layout that all loops share.
 
     XLA chooses layouts for each loop that a value passes through, as the products in it
     would like it best. It copies whole buffers from one layout to the other, and holds

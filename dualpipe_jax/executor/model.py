@@ -15,9 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import compat
 from dualpipe_jax.executor import checks as _checks
-from dualpipe_jax.executor.exchange import Exchange
+from dualpipe_jax.executor.compact import CompactRunner
+from dualpipe_jax.executor.overlapped import OverlappedRunner
 from dualpipe_jax.executor.params import PipelineAux, PipelineParams, map_specs
 from dualpipe_jax.executor.runner import Runner, State
+from dualpipe_jax.executor.stage_transfer import StageParamTransfer
 from dualpipe_jax.executor.work import Functions, forward_work, training_work
 from dualpipe_jax.lowering import Program
 
@@ -26,7 +28,7 @@ P = PartitionSpec
 
 
 class Outputs(NamedTuple):
-    """What one call gives.
+    """The results of one call.
 
     Attributes:
       outputs: losses [num_microbatches]; of a forward-only program the last stage's
@@ -41,17 +43,17 @@ class Outputs(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What one device runs, with the state that it starts from.
+    """The runner of one device and its initial state.
 
     Attributes:
       runner: runs it.
       state: buffers, with zeros in gradients and sums.
-      exchange: between the stages that a rank owns and those that it runs.
+      transfer: moves stages between the ranks that own and those that run them.
     """
 
     runner: Runner
     state: State
-    exchange: Exchange
+    transfer: StageParamTransfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +75,19 @@ class Model:
     tied: bool = False
     aux_reduction: str = "sum"
     accumulate_dtype: Any = jnp.float32
+    overlap: bool | None = None
+
+    @property
+    def runner(self) -> type[Runner]:
+        """What runs the program: with bodies for overlapped pairs, or without."""
+        overlap = self.overlap
+        if overlap is None:
+            overlap = compat.platform_of(self.mesh) != "cpu"
+        return OverlappedRunner if overlap else CompactRunner
 
     @functools.cached_property
     def variants(self) -> tuple[tuple[Callable[..., PyTree], ...], tuple[int, ...]]:
-        """The functions of stages, each once, and the number of each stage's."""
+        """The distinct stage functions, and which of them each stage has."""
         if callable(self.stage_fn):
             return (self.stage_fn,), (0,) * self.program.schedule.num_stages
         # Compared, not hashed: methods are made anew, and modules may have no hash.
@@ -87,7 +98,7 @@ class Model:
         return tuple(found), tuple(found.index(fn) for fn in self.stage_fn)
 
     @property
-    def beside(self) -> tuple[str, ...]:
+    def non_pipeline_axes(self) -> tuple[str, ...]:
         """The mesh axes other than the pipeline's."""
         return tuple(a for a in self.mesh.axis_names if a != self.axis_name)
 
@@ -106,7 +117,7 @@ class Model:
         return out
 
     def check(self, params, inputs, targets) -> None:
-        """Raises a ValueError for arguments of `call` that do not fit."""
+        """Raises a ValueError for invalid arguments of `call`."""
         schedule = self.program.schedule
         _checks.check_params(params, schedule)
         _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
@@ -141,7 +152,7 @@ class Model:
         return call
 
     def _place(self, tree: PyTree, specs: PyTree) -> PyTree:
-        """Where axes are Explicit, arrays must have the layout that they are told."""
+        """On a mesh with Explicit axes, reshards arrays to their specs."""
         if AxisType.Explicit not in self.mesh.axis_types:
             return tree
         return jax.tree.map(
@@ -163,8 +174,8 @@ class Model:
     def prepare(self, make_work, params, inputs, targets, key) -> Prepared:
         """On one device; leaves of `params.stages` are [V, ...] here."""
         rank = lax.axis_index(self.axis_name)
-        exchange = Exchange(self.program, self.axis_name)
-        chunks = exchange.to_chunks(params.stages, rank)
+        transfer = StageParamTransfer(self.program, self.axis_name)
+        chunks = transfer.to_chunks(params.stages, rank)
         if key is not None and self.data_axes:
             key = jax.random.fold_in(key, lax.axis_index(self.data_axes))
         stage_fns, variants = self.variants
@@ -178,23 +189,27 @@ class Model:
             compat.platform_of(self.mesh),
         )
         work, buffers = make_work(functions, params, chunks[0], inputs, targets)
+        packed = self.runner.pack(chunks)
+        num_wgrad_residual_slots = self.runner.num_wgrad_residual_slots(self.program)
         state = State(
             # One message slot more: ranks that receive nothing write there.
             messages=_slots(buffers.activation, self.program.num_message_slots + 1),
             residuals=_slots(buffers.residuals, self.program.num_slots),
-            queue=_slots(buffers.crossing, self.program.num_weight_slots),
-            stage_grads=tuple(map(self._zero_grads, chunks)),
+            wgrad_residuals=_slots(buffers.wgrad_residuals, num_wgrad_residual_slots),
+            stage_grads=self._zero_grads(packed),
             embed_grads=self._zero_grads(params.embed),
             head_grads=self._zero_grads(params.head),
             outputs=_slots(buffers.output, self.program.schedule.num_microbatches),
-            stage_aux=tuple(self._zero_aux(buffers.stage_aux) for _ in chunks),
+            stage_aux=self.runner.pack(
+                tuple(self._zero_aux(buffers.stage_aux) for _ in chunks)
+            ),
             loss_aux=self._zero_aux(buffers.loss_aux),
         )
         add_aux = _write_aux if self.aux_reduction == "stack" else _sum_aux
-        runner = Runner(
-            self.program, work, variants, chunks, rank, self.axis_name, add_aux
+        runner = self.runner(
+            self.program, work, variants, packed, rank, self.axis_name, add_aux
         )
-        return Prepared(runner, state, exchange)
+        return Prepared(runner, state, transfer)
 
     def _forward(self, params, inputs, targets, key) -> PyTree:
         runner, state, _ = self.prepare(forward_work, params, inputs, targets, key)
@@ -202,20 +217,20 @@ class Model:
         return lax.psum(runner.run(state).outputs, self.axis_name)
 
     def _train(self, params, inputs, targets, key) -> Outputs:
-        runner, state, exchange = self.prepare(
+        runner, state, transfer = self.prepare(
             training_work, params, inputs, targets, key
         )
         state, rank = runner.run(state), runner.rank
         losses = lax.psum(state.outputs, self.axis_name)
         grads = PipelineParams(
-            exchange.to_owners(state.stage_grads, rank),
+            transfer.to_owners(runner.unpack(state.stage_grads), rank),
             lax.psum(state.embed_grads, self.axis_name),
             lax.psum(state.head_grads, self.axis_name),
         )
-        if self.beside:
-            losses = lax.pmean(losses, self.beside)
+        if self.non_pipeline_axes:
+            losses = lax.pmean(losses, self.non_pipeline_axes)
             grads = jax.tree.map(self._mean_grad, grads, self.specs_of(params))
-        stage_aux = exchange.to_owners(state.stage_aux, rank)
+        stage_aux = transfer.to_owners(runner.unpack(state.stage_aux), rank)
         aux = PipelineAux(stage_aux, lax.psum(state.loss_aux, self.axis_name))
         return Outputs(losses, self._reduce_aux(aux), grads)
 
@@ -224,9 +239,11 @@ class Model:
         if not jnp.issubdtype(grad.dtype, jnp.inexact):
             return grad
         sharded = set(jax.tree.leaves(tuple(spec)))
-        copies = tuple(axis for axis in self.beside if axis not in sharded)
+        copies = tuple(axis for axis in self.non_pipeline_axes if axis not in sharded)
         total = lax.psum(grad, copies) if copies else grad
-        return total / math.prod(self.mesh.shape[axis] for axis in self.beside)
+        return total / math.prod(
+            self.mesh.shape[axis] for axis in self.non_pipeline_axes
+        )
 
     def _reduce_aux(self, aux: PipelineAux) -> PipelineAux:
         if self.data_axes:

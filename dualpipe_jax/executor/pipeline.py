@@ -1,4 +1,7 @@
-"""The public functions that run a schedule: one jitted step, or its forward alone."""
+"""The public functions that run a schedule: one jitted step, or its forward alone.
+
+References: DeepSeek-V3 Technical Report, section 3.2.1 (DualPipe).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dualpipe_jax.executor import checks as _checks
-from dualpipe_jax.executor.footprint import PipelineBuffers, buffers_of, lower_task
+from dualpipe_jax.executor.footprint import (
+    PipelineBuffers,
+    buffers_of,
+    lower_costliest_task,
+)
 from dualpipe_jax.executor.model import Model
 from dualpipe_jax.executor.params import (
     PipelineAux,
@@ -36,9 +43,20 @@ PyTree = Any
 
 
 class PipelineStep:
-    """Losses and gradients of a pipelined model; see `pipeline_value_and_grad`.
+    """The step that `pipeline_value_and_grad` returns.
 
-    Calling it compiles on the first call, as a function of `jax.jit` does.
+    Called as `step(params, inputs, targets, key=None)`, it returns
+    `(losses, aux), grads`. It compiles on the first call, as a function of `jax.jit`
+    does; `lower` lowers it for arguments of given shapes.
+
+    - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
+    - inputs, targets: pytrees, leaves [num_microbatches, microbatch, ...].
+    - key: with a key, `stage_fn` and `embed_fn` are called with `key=` of their own
+      (see `microbatch_key`; folded with the position along `data_axes`).
+    - losses: [num_microbatches] float32.
+    - aux: the auxiliary outputs of `stage_fn` (leaves [num_stages, ...]) or of
+      `loss_fn`, reduced; a `PipelineAux` if both have some, None if neither has.
+    - grads: like params, of the mean of losses.
     """
 
     def __init__(self, model: Model):
@@ -62,13 +80,14 @@ class PipelineStep:
         """What the step keeps on one device from tick to tick, in bytes."""
         return buffers_of(self._model, params, inputs, targets, key)
 
-    def lower_task(self, params, inputs, targets, key=None) -> Any:
-        """The dearest task alone, with the step's buffers, which it changes in place.
+    def lower_costliest_task(self, params, inputs, targets, key=None) -> Any:
+        """The task that needs the most memory alone, with the step's buffers.
 
-        That is an overlapped pair, where the schedule has any; else a backward. What it
-        needs beside them when compiled is the working set of one task.
+        That is an overlapped pair where the program has one, else a backward. It
+        changes the buffers in place, so that its temporaries, when compiled, are the
+        working set of one task.
         """
-        return lower_task(self._model, params, inputs, targets, key)
+        return lower_costliest_task(self._model, params, inputs, targets, key)
 
 
 def pipeline_value_and_grad(
@@ -84,21 +103,19 @@ def pipeline_value_and_grad(
     tied: bool = False,
     aux_reduction: str = "sum",
     accumulate_dtype: Any = jnp.float32,
+    overlap: bool | None = None,
 ) -> PipelineStep:
     """Losses and gradients of a pipelined model, as one function for `jax.jit`.
 
     The functions see one microbatch, and run inside `jax.shard_map` over all axes of
-    the mesh: they may use collectives over every axis but `axis_name`. Over the
-    axes beside it the step's loss is the mean of what the devices compute, each from
-    its own part of the microbatch where `data_axes` split it.
+    the mesh: they may use collectives over every axis but `axis_name`. The step's loss
+    is the mean over the devices along these other axes.
 
     Args:
       stage_fn: `stage_fn(stage_params, x) -> y` or `(y, aux)`; x and y are pytrees of
-        floating arrays of the same shapes and dtypes. May be `jax.checkpoint`ed.
-        Where stages differ in more than numbers, a function for each stage, all of
-        parameters of one structure; those that are equal (`==`) share their code. What
-        would else be a `lax.cond` is decided when it compiles, so that collectives in
-        it can be hidden; each combination of two that meet on a rank compiles anew.
+        floating arrays of the same shapes and dtypes. May be `jax.checkpoint`ed. Or one
+        function per stage, of parameters of one structure: equal ones (`==`) share
+        code, and collectives in them can be hidden, unlike in a `lax.cond`.
       loss_fn: `loss_fn(head_params, y, targets) -> scalar` or `(scalar, aux)`.
       schedule: which rank does what when.
       mesh: mesh with the axis `axis_name`, of size `schedule.num_ranks`.
@@ -114,26 +131,19 @@ def pipeline_value_and_grad(
         mean over `data_axes`), for all auxiliary outputs.
       accumulate_dtype: gradients are summed over microbatches in this dtype, or in
         the parameter's own if that is wider, and returned in it.
+      overlap: whether F and B of a pair compile into one body, in which each can hide
+        the communication of the other. False compiles a smaller program: a pair runs
+        as F, then B, and a split backward runs whole where its I stands. By default
+        False on CPU devices, which hide nothing, else True.
 
     Returns:
-      `step(params, inputs, targets, key=None) -> (losses, aux), grads`.
-
-      - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
-      - inputs, targets: pytrees, leaves [num_microbatches, microbatch, ...].
-      - key: with a key, `stage_fn` and `embed_fn` are called with `key=` of their own
-        (see `microbatch_key`; folded with the position along `data_axes`).
-      - losses: [num_microbatches] float32.
-      - aux: what `stage_fn` (leaves [num_stages, ...]) or `loss_fn` returned beside,
-        reduced; a `PipelineAux` if both do, None if none does.
-      - grads: like params, of the mean of losses.
-
-      Beside being called it can be lowered (`step.lower`), tell the bytes that it keeps
-      (`step.buffers`) and lower its dearest task alone (`step.lower_task`).
+      `step(params, inputs, targets, key=None) -> (losses, aux), grads`; see
+      `PipelineStep`.
 
     Raises:
       ValueError: the schedule does not fit the mesh, a parameter leaf lacks the stage
         axis, a stage changes the shape of its input, activations are not floating,
-        the loss is no scalar, and the like; before anything is compiled.
+        the loss is not a scalar, and the like; before anything is compiled.
 
     Examples:
       >>> from dualpipe_jax import one_f_one_b
@@ -148,30 +158,26 @@ def pipeline_value_and_grad(
       >>> (losses, aux), grads = step(params, x, jnp.zeros_like(x))
       >>> losses.shape, grads.stages["w"].shape
       ((3,), (2, 4, 4))
-
-    References:
-      DeepSeek-V3 Technical Report, section 3.2.1 (DualPipe).
     """
-    _checks.check_mesh(schedule, mesh, axis_name, data_axes)
-    _checks.check_stage_fns(stage_fn, schedule)
     if schedule.is_forward_only:
         raise ValueError(
             f"{schedule.kind=} has no backward tasks; use pipeline_forward, or a "
             "training schedule."
         )
     _checks.check_reduction(aux_reduction)
-    model = Model(
-        stage_fn=stage_fn,
+    model = _make_model(
+        stage_fn,
+        schedule,
+        mesh,
+        axis_name,
         embed_fn=embed_fn,
         loss_fn=loss_fn,
+        data_axes=data_axes,
+        param_specs=param_specs,
         tied=tied,
         aux_reduction=aux_reduction,
         accumulate_dtype=jnp.dtype(accumulate_dtype),
-        program=lower(schedule),
-        mesh=mesh,
-        axis_name=axis_name,
-        data_axes=tuple(data_axes),
-        param_specs=param_specs or PipelineParams(),
+        overlap=overlap,
     )
     return PipelineStep(model)
 
@@ -185,6 +191,7 @@ def pipeline_forward(
     embed_fn: Callable[..., PyTree] | None = None,
     data_axes: Sequence[str] = (),
     param_specs: PipelineParams | None = None,
+    overlap: bool | None = None,
 ) -> Callable[..., PyTree]:
     """The forward pass alone: no gradients, and nothing kept for them.
 
@@ -196,6 +203,7 @@ def pipeline_forward(
       embed_fn: `embed_fn(embed_params, inputs) -> x`; by default x is the input.
       data_axes: mesh axes that split axis 1 of inputs and of outputs.
       param_specs: as in `pipeline_value_and_grad`.
+      overlap: as in `pipeline_value_and_grad`; here about steady states only.
 
     Returns:
       `forward(params, inputs, key=None) -> outputs`: the last stage's outputs, leaves
@@ -214,17 +222,16 @@ def pipeline_forward(
       >>> print(forward(PipelineParams(jnp.array([1.0, 10.0])), jnp.arange(3.0)))
       [11. 12. 13.]
     """
-    _checks.check_mesh(schedule, mesh, axis_name, data_axes)
-    _checks.check_stage_fns(stage_fn, schedule)
-    model = Model(
-        stage_fn=stage_fn,
+    model = _make_model(
+        stage_fn,
+        schedule.forward_only(),
+        mesh,
+        axis_name,
         embed_fn=embed_fn,
         loss_fn=None,
-        program=lower(schedule.forward_only()),
-        mesh=mesh,
-        axis_name=axis_name,
-        data_axes=tuple(data_axes),
-        param_specs=param_specs or PipelineParams(),
+        data_axes=data_axes,
+        param_specs=param_specs,
+        overlap=overlap,
     )
 
     @jax.jit
@@ -232,3 +239,21 @@ def pipeline_forward(
         return model.call(params, inputs, (), key).outputs
 
     return forward
+
+
+def _make_model(
+    stage_fn, schedule: Schedule, mesh: Mesh, axis_name: str, **options
+) -> Model:
+    """Checks what both functions take, and lowers the schedule."""
+    data_axes, param_specs = options.pop("data_axes"), options.pop("param_specs")
+    _checks.check_mesh(schedule, mesh, axis_name, data_axes)
+    _checks.check_stage_fns(stage_fn, schedule)
+    return Model(
+        stage_fn=stage_fn,
+        program=lower(schedule),
+        mesh=mesh,
+        axis_name=axis_name,
+        data_axes=tuple(data_axes),
+        param_specs=param_specs or PipelineParams(),
+        **options,
+    )

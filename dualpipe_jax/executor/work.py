@@ -24,29 +24,29 @@ def _never(*args):
 
 
 class StageWork(NamedTuple):
-    """What the ticks call of the stages that share a function, a variant.
+    """The functions that ticks call for the stages of one `stage_fn`, a variant.
 
-    Each gets and gives values of one microbatch; `stage` is a traced scalar. Variants
-    share the buffers: `residuals` and `crossing` say which arrays of
-    `State.residuals` and of `State.queue` hold what this one keeps.
+    Each takes and returns values of one microbatch; `stage` is a traced scalar.
+    Variants share the buffers: `residuals` and `wgrad_residuals` say which arrays of
+    `State.residuals` and of `State.wgrad_residuals` hold what this variant keeps.
     """
 
     forward: Callable[..., tuple]  # params, x, stage, microbatch -> y, aux, residuals
-    # What a forward-only program lacks:
+    # Not in a forward-only program:
     backward: Callable[..., tuple] = _never  # params, residuals, dy -> grads, dx
-    backward_input: Callable[..., tuple] = _never  # the same -> dx, crossing
-    backward_weights: Callable[..., PyTree] = _never  # .., crossing -> grads
+    backward_input: Callable[..., tuple] = _never  # the same -> dx, wgrad_residuals
+    backward_weights: Callable[..., PyTree] = _never  # .., wgrad_residuals -> grads
     residuals: tuple[int, ...] = ()
-    crossing: tuple[int, ...] = ()
+    wgrad_residuals: tuple[int, ...] = ()
 
 
 class Work(NamedTuple):
-    """What the ticks call; the executor knows no model beyond these functions."""
+    """The functions that ticks call: all that the executor knows about the model."""
 
     stages: tuple[StageWork, ...]  # one a variant
     embed: Callable[[jax.Array], PyTree]  # microbatch -> x
     finish: Callable[..., tuple]  # y, microbatch -> output, aux, head & embed grads, dy
-    # What a forward-only program lacks:
+    # Not in a forward-only program:
     # (variant, arguments of its forward), (variant, those of its backward) -> results.
     pair: Callable[..., tuple] = _never
     embed_backward: Callable[..., PyTree] | None = None  # dx, microbatch -> grads
@@ -54,8 +54,10 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """What the user passed, the key of this step (None without randomness), and where
-    it runs (None: unknown). Of functions of stages each is there once.
+    """The user's functions, the step's key, and the platform that it runs on.
+
+    `stage_fns` holds each distinct function once. `key` is None without randomness,
+    `platform` where it is unknown.
     """
 
     stage_fns: tuple[Callable[..., PyTree], ...]
@@ -93,15 +95,15 @@ class Functions:
         return loss, aux, head, embed if tied else None, dy
 
 
-class Buffers(NamedTuple):
+class BufferShapes(NamedTuple):
     """Shapes of one slot of each buffer, and of the auxiliary outputs.
 
-    Residuals and crossing have room for what any variant of the stages keeps.
+    Residuals and wgrad_residuals have room for the values of any variant.
     """
 
     activation: PyTree
     residuals: PyTree
-    crossing: PyTree
+    wgrad_residuals: PyTree
     output: PyTree
     stage_aux: PyTree
     loss_aux: PyTree
@@ -109,8 +111,8 @@ class Buffers(NamedTuple):
 
 def forward_work(
     functions: Functions, params: PipelineParams, chunk: PyTree, inputs, targets
-) -> tuple[Work, Buffers]:
-    """The work of a program that runs no backward; its output is the last stage's."""
+) -> tuple[Work, BufferShapes]:
+    """The work of a forward-only program, which returns the last stage's outputs."""
     del targets
     x, stages, _ = _trace_stages(functions, params, chunk, inputs)
 
@@ -126,12 +128,12 @@ def forward_work(
         embed=functools.partial(functions.embed, params.embed, inputs),
         finish=lambda y, microbatch: (y, None, None, None, None),
     )
-    return work, Buffers(x, (), (), x, None, None)
+    return work, BufferShapes(x, (), (), x, None, None)
 
 
 def training_work(
     functions: Functions, params: PipelineParams, chunk: PyTree, inputs, targets
-) -> tuple[Work, Buffers]:
+) -> tuple[Work, BufferShapes]:
     """The work of a training program: backward in one piece or two, and the loss."""
     x, stages, stage_aux = _trace_stages(functions, params, chunk, inputs)
     index = jax.ShapeDtypeStruct((), jnp.int32)
@@ -143,7 +145,7 @@ def training_work(
         for stage in stages
     ]
     residuals, residual_places = _share([plan.residuals for plan in plans])
-    crossing, crossing_places = _share([plan.crossing for plan in plans])
+    wgrad_residuals, wgrad_places = _share([plan.wgrad_residuals for plan in plans])
     loss_aux = _checks.check_loss(
         jax.eval_shape(
             functions.loss_fn,  # pyright: ignore[reportArgumentType]
@@ -156,7 +158,7 @@ def training_work(
     def inputs_of(x, number, microbatch):
         return x, functions.key_of(number, microbatch)
 
-    def work_of(plan: SplitBackward, residuals, crossing) -> StageWork:
+    def work_of(plan: SplitBackward, residuals, wgrad_residuals) -> StageWork:
         def forward(p, *args):
             (y, aux), kept = plan.forward(p, *inputs_of(*args))
             return y, aux, kept
@@ -166,8 +168,8 @@ def training_work(
             return grads, cotangents[0]
 
         def backward_input(*args):
-            cotangents, crossing = plan.backward_input(*args)
-            return cotangents[0], crossing
+            cotangents, wgrad_residuals = plan.backward_input(*args)
+            return cotangents[0], wgrad_residuals
 
         return StageWork(
             forward,
@@ -175,7 +177,7 @@ def training_work(
             backward_input,
             plan.backward_weights,
             residuals,
-            crossing,
+            wgrad_residuals,
         )
 
     def pair(forward, backward):
@@ -197,20 +199,20 @@ def training_work(
         return pullback(dx)[0]
 
     work = Work(
-        stages=tuple(map(work_of, plans, residual_places, crossing_places)),
+        stages=tuple(map(work_of, plans, residual_places, wgrad_places)),
         embed=functools.partial(functions.embed, params.embed, inputs),
         finish=finish,
         pair=pair,
         embed_backward=embed_backward if jax.tree.leaves(params.embed) else None,
     )
     loss = jax.ShapeDtypeStruct((), jnp.float32)
-    return work, Buffers(x, residuals, crossing, loss, stage_aux, loss_aux)
+    return work, BufferShapes(x, residuals, wgrad_residuals, loss, stage_aux, loss_aux)
 
 
 def _share(
     wanted: list[tuple[jax.ShapeDtypeStruct, ...]],
 ) -> tuple[tuple[jax.ShapeDtypeStruct, ...], list[tuple[int, ...]]]:
-    """The fewest arrays that hold the arrays of any one list, and where they stand."""
+    """The fewest arrays that can hold those of any one list, and their positions."""
     shared: list[jax.ShapeDtypeStruct] = []
     places = []
     for structs in wanted:
@@ -231,7 +233,7 @@ def _share(
 
 
 def _trace_stages(functions: Functions, params: PipelineParams, chunk: PyTree, inputs):
-    """Shapes of an activation, stages as (params, x, key) -> (y, aux), their aux."""
+    """Shapes of an activation, stages as (params, x, key) -> (y, aux), and aux."""
     index = jax.ShapeDtypeStruct((), jnp.int32)
     x = jax.eval_shape(lambda p, m: functions.embed(p, inputs, m), params.embed, index)
     _checks.check_activations(x, functions.embed_fn)

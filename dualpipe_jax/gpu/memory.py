@@ -33,7 +33,7 @@ class MemoryReport:
       temporaries: of everything that lives in the step, as XLA has laid it out.
       code: of the compiled kernels.
       buffers: what the program keeps, or None.
-      working_set: temporaries of the dearest task, compiled alone; or None.
+      working_set: temporaries of the costliest task, compiled alone; or None.
       capacity: of the device, or None.
 
     Examples:
@@ -92,7 +92,7 @@ class MemoryReport:
         rows += self._rows_of_buffers()
         if self.working_set is not None:
             rows.append(
-                ("  working set", self.working_set, "of the dearest task alone")
+                ("  working set", self.working_set, "of the costliest task alone")
             )
         if self.code:
             rows.append(("code", self.code, ""))
@@ -116,7 +116,11 @@ class MemoryReport:
             return []
         rows = [
             ("  activation slots", held.residuals, f"{held.num_slots} slots"),
-            ("  W queue", held.crossing, f"{held.num_weight_slots} slots"),
+            (
+                "  wgrad residuals",
+                held.wgrad_residuals,
+                f"{held.num_wgrad_residual_slots} slots",
+            ),
             ("  messages", held.messages, ""),
             ("  gradients", held.gradients, ""),
             ("  parameters", held.parameters, "as the stages compute with them"),
@@ -148,7 +152,7 @@ def memory_report(
       compiled: a `jax.stages.Compiled`, for any backend that tells its bytes.
       buffers: what the program keeps: `step.buffers(...)` of
         `pipeline_value_and_grad`.
-      task: its dearest task, compiled: `step.lower_task(...).compile()`.
+      task: its costliest task, compiled: `step.lower_costliest_task(...).compile()`.
       arguments: trees of the step's arguments by what they are, as arrays or as shapes
         with shardings; a device's share is counted.
       gpu: whose memory it is to fit, a name of `dualpipe_jax.gpu.topology.GPUS` or one.
@@ -173,7 +177,7 @@ def memory_report(
       >>> report = memory_report(
       ...     step.lower(*args).compile(),
       ...     buffers=step.buffers(*args),
-      ...     task=step.lower_task(*args).compile(),
+      ...     task=step.lower_costliest_task(*args).compile(),
       ... )
       >>> report.buffers.num_slots, report.buffers.parameters
       (3, 32768)

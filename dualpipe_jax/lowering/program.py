@@ -58,7 +58,7 @@ class Table(NamedTuple):
     b_in: np.ndarray
     b_out: np.ndarray
     b_slot: np.ndarray  # activation slot that B, I or W reads
-    queue: np.ndarray  # weight-gradient slot that I fills or W empties
+    wgrad_slot: np.ndarray  # slot of wgrad residuals that I fills or W reads
     loss_out: np.ndarray  # message slot for the cotangent that the loss makes
     send: np.ndarray  # [num_ticks, num_ranks, rounds]: message slot sent
     receive: np.ndarray  # [num_ticks, num_ranks, rounds]: filled, or the spare one
@@ -81,7 +81,7 @@ class Program:
       table: what the executor reads.
       num_slots: activation slots (residuals between F and W).
       num_message_slots: slots for activations and cotangents on their way.
-      num_weight_slots: slots for what waits between an I and its W.
+      num_wgrad_residual_slots: slots for what an I keeps for its W.
     """
 
     schedule: Schedule
@@ -93,7 +93,7 @@ class Program:
     table: Table
     num_slots: int
     num_message_slots: int
-    num_weight_slots: int
+    num_wgrad_residual_slots: int
 
     @property
     def num_ticks(self) -> int:
@@ -109,7 +109,7 @@ class Program:
         return (
             f"Program({self.schedule.kind}, {self.num_ticks} ticks of which {steady} "
             f"steady, {self.num_slots} activation slots, {self.num_message_slots} "
-            f"message slots, {self.num_weight_slots} weight-gradient slots)"
+            f"message slots, {self.num_wgrad_residual_slots} wgrad residual slots)"
         )
 
 
@@ -167,7 +167,7 @@ def lower(schedule: Schedule) -> Program:
         table=table,
         num_slots=slots["activation"],
         num_message_slots=slots["message"],
-        num_weight_slots=slots["queue"],
+        num_wgrad_residual_slots=slots["wgrad_residuals"],
     )
 
 
@@ -224,7 +224,7 @@ class _Tabulator:
             self.fields[name] = np.zeros((*shape, self.num_rounds), np.int32)
         # Per kind of slot: the lives of the values, and which fields name the slot.
         self.lives: dict[str, list[Interval]] = {
-            name: [] for name in ("activation", "message", "queue")
+            name: [] for name in ("activation", "message", "wgrad_residuals")
         }
         self.uses: dict[str, list[list[tuple]]] = {name: [] for name in self.lives}
 
@@ -295,8 +295,8 @@ class _Tabulator:
         elif op == "W":
             filled = tick_of("I", stage)
             starts, ends = (filled, self.WRITE), (tick, self.READ)
-            uses = ("queue", filled, rank), ("queue", *at)
-            self._keep("queue", rank, starts, ends, *uses)
+            uses = ("wgrad_slot", filled, rank), ("wgrad_slot", *at)
+            self._keep("wgrad_residuals", rank, starts, ends, *uses)
         else:
             self.fields["b_microbatch"][at] = microbatch
             self.fields["b_first"][at] = stage == 0

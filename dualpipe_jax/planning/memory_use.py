@@ -157,7 +157,7 @@ def memory_of(
         gradients=held * memory.gradients,
         optimizer=memory.optimizer,
         residuals=program.num_slots * slot * kept.residuals,
-        wgrad_residuals=program.num_weight_slots * slot * kept.wgrad_residuals,
+        wgrad_residuals=program.num_wgrad_residual_slots * slot * kept.wgrad_residuals,
         # One more, written by ranks that receive nothing in a permute.
         messages=(program.num_message_slots + 1) * microbatch * memory.message,
         workspace=max(1.0, microbatch) * workspace,

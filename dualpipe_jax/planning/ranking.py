@@ -79,7 +79,7 @@ class RankedSchedule:
             "memory": {**vars(self.memory), "total": self.memory.total},
             "costs": vars(self.costs),
             "num_slots": self.program.num_slots,
-            "num_weight_slots": self.program.num_weight_slots,
+            "num_wgrad_residual_slots": self.program.num_wgrad_residual_slots,
             "num_message_slots": self.program.num_message_slots,
         }
 

@@ -112,7 +112,9 @@ def _largest(each: RankedSchedule, best: RankedSchedule | None) -> str:
         "gradients": f"accumulators of {stages} {half}stage{'s' * (stages > 1)}",
         "optimizer": "optimizer state",
         "residuals": f"{program.num_slots} activation slots",
-        "wgrad_residuals": f"{program.num_weight_slots} slots of wgrad residuals",
+        "wgrad_residuals": (
+            f"{program.num_wgrad_residual_slots} slots of wgrad residuals"
+        ),
         "messages": "messages",
         "workspace": "workspace",
         "other": "the rest",

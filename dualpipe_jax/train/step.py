@@ -49,7 +49,7 @@ class Programs:
         buffers for its result.
       held_out_loss: (state, inputs, targets) -> mean loss.
       buffers: () -> what the train step keeps on one device from tick to tick.
-      lower_task: () -> its dearest task alone, lowered; see `PipelineStep`.
+      lower_costliest_task: () -> its costliest task alone, lowered; see `PipelineStep`.
       checkpoint_info: what a checkpoint says of the model and its layout; JSON.
       restore_plan: `checkpoint_info` of the programs that wrote a checkpoint ->
         (the abstract state to read, the function from that to this run's state). It
@@ -68,7 +68,7 @@ class Programs:
     train_step: Any
     held_out_loss: Any
     buffers: Callable[[], PipelineBuffers]
-    lower_task: Callable[[], Any]
+    lower_costliest_task: Callable[[], Any]
     checkpoint_info: dict[str, Any]
     restore_plan: Callable[[dict[str, Any]], tuple[TrainState, Callable]]
     sample: Callable[..., np.ndarray] | None
@@ -182,6 +182,7 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         "embed_fn": model.embed,
         "data_axes": DATA_AXES,
         "param_specs": prepared_specs,
+        "overlap": config.overlap,
     }
     value_and_grad = pipeline_value_and_grad(
         model.stage_fns, model.loss, tied=model.tied, **layout
@@ -284,7 +285,7 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         ),
         held_out_loss=jax.jit(held_out_loss),
         buffers=functools.partial(about_step, "buffers"),
-        lower_task=functools.partial(about_step, "lower_task"),
+        lower_costliest_task=functools.partial(about_step, "lower_costliest_task"),
         checkpoint_info=model.checkpoint_info,
         restore_plan=restore_plan,
         sample=sample if config.sample_tokens else None,

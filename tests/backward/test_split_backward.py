@@ -96,8 +96,8 @@ def test_equals_jax_vjp(name):
     def split(params, *inputs):
         outputs, residuals = plan.forward(params, *inputs)
         cts = cotangents(outputs)
-        input_cts, crossing = plan.backward_input(params, residuals, cts)
-        param_cts = plan.backward_weights(params, residuals, crossing)
+        input_cts, wgrad_residuals = plan.backward_input(params, residuals, cts)
+        param_cts = plan.backward_weights(params, residuals, wgrad_residuals)
         both = plan.backward(params, residuals, cts)
         return outputs, (param_cts, *input_cts), (both[0], *both[1])
 
@@ -156,7 +156,7 @@ F32, MASK = ("float32", BATCH, D), ("bool", BATCH, D)
 
 
 @pytest.mark.parametrize(
-    ("name", "residuals", "crossing"),
+    ("name", "residuals", "wgrad_residuals"),
     [
         # gelu's derivative is recomputed from the products, and the input of each
         # layer from the product before; one cotangent a layer crosses.
@@ -188,10 +188,10 @@ F32, MASK = ("float32", BATCH, D), ("bool", BATCH, D)
         ("switch", [F32, ("int32",), F32], [F32] * 2),
     ],
 )
-def test_what_is_kept_and_what_crosses(name, residuals, crossing):
+def test_what_is_kept_and_what_crosses(name, residuals, wgrad_residuals):
     plan = plan_of(name)
     assert shapes(plan.residuals) == residuals
-    assert shapes(plan.crossing) == crossing
+    assert shapes(plan.wgrad_residuals) == wgrad_residuals
 
 
 @pytest.mark.parametrize("name", ["nnx bf16"])
@@ -215,7 +215,7 @@ def test_constants_are_not_kept():
 
     plan = SplitBackward.trace(fn, Q, X)
     assert shapes(plan.residuals) == [F32]
-    assert shapes(plan.crossing) == [F32]
+    assert shapes(plan.wgrad_residuals) == [F32]
 
 
 def test_reads_of_weights_are_marked():
@@ -235,8 +235,8 @@ def test_sums_for_norm_scales_may_run_early():
     scale = jnp.ones(D)
     early = SplitBackward.trace(norm, scale, X)
     late = SplitBackward.trace(norm, scale, X, early_reductions=False)
-    assert shapes(early.crossing) == [("float32", D)]
-    assert shapes(late.crossing) == [F32]
+    assert shapes(early.wgrad_residuals) == [("float32", D)]
+    assert shapes(late.wgrad_residuals) == [F32]
     _, backward_input, backward_weights = split_vjp(norm, scale, X)
     ct = jnp.sin(3 * X)  # not y, which the norm's pullback maps to nothing
     (dx,), saved = backward_input(ct)
@@ -257,8 +257,8 @@ def test_equal_bits_without_fusion():
     outputs, *want = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *weights(2), X)
     plan = SplitBackward.trace(fn, weights(2), X)
     y, residuals = plan.forward(weights(2), X)
-    (dx,), crossing = plan.backward_input(weights(2), residuals, y)
-    dws = plan.backward_weights(weights(2), residuals, crossing)
+    (dx,), wgrad_residuals = plan.backward_input(weights(2), residuals, y)
+    dws = plan.backward_weights(weights(2), residuals, wgrad_residuals)
     for got, expected in zip([y, *dws, dx], [outputs, *want], strict=True):
         np.testing.assert_array_equal(got, expected)
 
@@ -270,13 +270,13 @@ def test_xla_counts_no_more_than_for_the_whole_backward():
     x = normal(5, batch, width)
     plan = SplitBackward.trace(mlp, ws, x)
     y, residuals = jax.eval_shape(plan.forward, ws, x)
-    _, crossing = jax.eval_shape(plan.backward_input, ws, residuals, y)
+    _, wgrad_residuals = jax.eval_shape(plan.backward_input, ws, residuals, y)
 
     def count(fn, *args):
         return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
     i = count(plan.backward_input, ws, residuals, y)
-    w = count(plan.backward_weights, ws, residuals, crossing)
+    w = count(plan.backward_weights, ws, residuals, wgrad_residuals)
     pullback = jax.eval_shape(lambda ws, x: jax.vjp(mlp, ws, x)[1], ws, x)
     b = count(lambda pullback, y: pullback(y), pullback, y)
     assert i + w <= 1.01 * b
@@ -293,8 +293,8 @@ def test_remat_saves_memory_within_one_program():
 
         def run(ws, x):
             y, residuals = plan.forward(ws, x)
-            input_cts, crossing = plan.backward_input(ws, residuals, y)
-            return input_cts, plan.backward_weights(ws, residuals, crossing)
+            input_cts, wgrad_residuals = plan.backward_input(ws, residuals, y)
+            return input_cts, plan.backward_weights(ws, residuals, wgrad_residuals)
 
         return jax.jit(run).lower(ws, x).compile().cost_analysis()["flops"]
 

@@ -29,7 +29,7 @@ def test_named_scopes_survive():
     plan = SplitBackward.trace(fn, jnp.stack([W, W]), X)
     for run, args in [
         (plan.backward_input, (plan.residuals, X)),
-        (plan.backward_weights, (plan.residuals, plan.crossing)),
+        (plan.backward_weights, (plan.residuals, plan.wgrad_residuals)),
     ]:
         text = jax.jit(run).lower(jnp.stack([W, W]), *args).as_text(debug_info=True)
         assert "around" in text
@@ -77,9 +77,9 @@ def test_prints_happen_once_and_where_they_belong():
     plan = SplitBackward.trace(fn, W, X)
     y, residuals = plan.forward(W, X)
     assert report.take() == ["x"]
-    _, crossing = plan.backward_input(W, residuals, y)
+    _, wgrad_residuals = plan.backward_input(W, residuals, y)
     assert sorted(report.take()) == ["dx", "x"]  # remat repeats the report
-    plan.backward_weights(W, residuals, crossing)
+    plan.backward_weights(W, residuals, wgrad_residuals)
     assert report.take() == ["dw"]
     plan.backward(W, residuals, y)
     assert sorted(report.take()) == ["dw", "dx", "x"]
@@ -98,6 +98,6 @@ def test_prints_in_a_scanned_layer_happen_once_per_layer():
     plan = SplitBackward.trace(fn, W, X)
     y, residuals = plan.forward(W, X)
     assert report.take() == ["layer"] * 3
-    _, crossing = plan.backward_input(W, residuals, y)
-    plan.backward_weights(W, residuals, crossing)
+    _, wgrad_residuals = plan.backward_input(W, residuals, y)
+    plan.backward_weights(W, residuals, wgrad_residuals)
     assert report.take() == []

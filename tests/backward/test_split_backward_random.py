@@ -122,8 +122,8 @@ def check(fn, seed, monkeypatch):
 
     def split(ws, x):
         y, residuals = plan.forward(ws, x)
-        (dx,), crossing = plan.backward_input(ws, residuals, jnp.cos(y))
-        return y, (plan.backward_weights(ws, residuals, crossing), dx)
+        (dx,), wgrad_residuals = plan.backward_input(ws, residuals, jnp.cos(y))
+        return y, (plan.backward_weights(ws, residuals, wgrad_residuals), dx)
 
     got = jax.jit(split)(ws, x)
     want = jax.jit(reference)(ws, x)

@@ -35,8 +35,8 @@ def halves(fn, params, *inputs, ct):
     """The same, by I and W."""
     plan = SplitBackward.trace(fn, params, *inputs)
     outputs, residuals = plan.forward(params, *inputs)
-    input_cts, crossing = plan.backward_input(params, residuals, ct)
-    param_cts = plan.backward_weights(params, residuals, crossing)
+    input_cts, wgrad_residuals = plan.backward_input(params, residuals, ct)
+    param_cts = plan.backward_weights(params, residuals, wgrad_residuals)
     return outputs, (param_cts, *input_cts)
 
 
@@ -130,8 +130,8 @@ def test_plan_from_structs_runs_a_scan_over_stored_microbatches():
         def backward(grads, args):
             i, y = args
             residuals = [lax.dynamic_index_in_dim(s, i, 0, False) for s in slots]
-            (dx, _), crossing = plan.backward_input(w, residuals, y)
-            return grads + plan.backward_weights(w, residuals, crossing), dx
+            (dx, _), wgrad_residuals = plan.backward_input(w, residuals, y)
+            return grads + plan.backward_weights(w, residuals, wgrad_residuals), dx
 
         return lax.scan(backward, jnp.zeros_like(w), (jnp.arange(4), ys))
 
@@ -282,11 +282,11 @@ def test_without_inputs_everything_is_for_the_weights():
 
 def test_without_parameters_nothing_crosses():
     plan = SplitBackward.trace(lambda _, x: jnp.sin(x @ x), None, X)
-    assert plan.crossing == ()
+    assert plan.wgrad_residuals == ()
     _, residuals = plan.forward(None, X)
-    (dx,), crossing = plan.backward_input(None, residuals, X)
+    (dx,), wgrad_residuals = plan.backward_input(None, residuals, X)
     assert_close(dx, jax.vjp(lambda x: jnp.sin(x @ x), X)[1](X)[0])
-    assert plan.backward_weights(None, residuals, crossing) is None
+    assert plan.backward_weights(None, residuals, wgrad_residuals) is None
 
 
 def ordered_in_weights(w, x):
@@ -331,7 +331,7 @@ def test_what_cannot_be_run():
     plan = SplitBackward.trace(lambda p, x: x @ p["w"], {"w": W}, X)
     params = {"w": W}
     y, residuals = plan.forward(params, X)
-    _, crossing = plan.backward_input(params, residuals, y)
+    _, wgrad_residuals = plan.backward_input(params, residuals, y)
     for message, call, *args in [
         ("params must have the structure", plan.forward, W, X),
         ("inputs must have the structure", plan.forward, params, X, X),
@@ -363,13 +363,19 @@ def test_what_cannot_be_run():
         ),
         ("residuals must hold 1 arrays, got 0", plan.backward_input, params, (), y),
         (
-            "crossing must hold 1 arrays, got 2",
+            "wgrad_residuals must hold 1 arrays, got 2",
             plan.backward_weights,
             params,
             residuals,
-            crossing * 2,
+            wgrad_residuals * 2,
         ),
-        (r"crossing\[0\] must be", plan.backward_weights, params, residuals, [X[0]]),
+        (
+            r"wgrad_residuals\[0\] must be",
+            plan.backward_weights,
+            params,
+            residuals,
+            [X[0]],
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call(*args)

@@ -78,7 +78,7 @@ def test_json_is_the_ranking(capsys):
     first = found["candidates"][0]
     assert first["memory"]["total"] == ranking.best.memory.total
     assert first["spare"] == found["limit"] - first["memory"]["total"]
-    assert (first["num_slots"], first["num_weight_slots"]) == (9, 4)
+    assert (first["num_slots"], first["num_wgrad_residual_slots"]) == (9, 4)
     assert found["left_out"] == [] and len(found["notes"]) == 1
 
 

@@ -41,9 +41,9 @@ def run(builder, name, **options):
 
 
 @functools.cache
-def pipelined(name):
+def pipelined(name, overlap=None):
     mesh = make_mesh(pp=SCHEDULES[name].num_ranks)
-    return run(pipeline_value_and_grad, name, mesh=mesh)
+    return run(pipeline_value_and_grad, name, mesh=mesh, overlap=overlap)
 
 
 @functools.cache
@@ -51,7 +51,8 @@ def unpipelined(name):
     return run(reference_value_and_grad, name)
 
 
-# One of the five stays in the quick tier.
+# One of the ten stays in the quick tier.
+@pytest.mark.parametrize("overlap", [None, True], ids=["", "overlap"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -59,8 +60,8 @@ def unpipelined(name):
         for n in SCHEDULES
     ],
 )
-def test_matches_unpipelined(name):
-    (losses, aux), grads = pipelined(name)
+def test_matches_unpipelined(name, overlap):
+    (losses, aux), grads = pipelined(name, overlap)
     (expected_losses, _), expected_grads = unpipelined(name)
     assert aux is None
     # Two units in the last place: XLA fuses the two programs differently.

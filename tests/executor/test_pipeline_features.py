@@ -42,8 +42,11 @@ def tree_loss(params, y, targets):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduction", ["sum", "mean", "stack"])
-def test_trees_and_auxiliary_outputs(reduction):
+@pytest.mark.parametrize(
+    ("reduction", "overlap"),
+    [("sum", None), ("mean", None), ("stack", None), ("stack", True)],
+)
+def test_trees_and_auxiliary_outputs(reduction, overlap):
     schedule = dualpipev(2, 4)
     params = make_params(schedule.num_stages)
     tokens, targets = make_batch(schedule.num_microbatches)
@@ -54,6 +57,7 @@ def test_trees_and_auxiliary_outputs(reduction):
         mesh=make_mesh(pp=2),
         embed_fn=tree_embed,
         aux_reduction=reduction,
+        overlap=overlap,
     )
     (losses, aux), grads = step(params, tokens, targets)
 
@@ -138,13 +142,15 @@ def test_dropout_depends_on_stage_and_microbatch_only(remat):
     params, batch = make_params(4), make_batch(8)
     key = jax.random.key(7)
     results = []
-    for schedule in [dualpipev(2, 8), *([] if remat else [zb1p(4, 8)])]:
+    cases = [(dualpipev(2, 8), None), *([] if remat else [(zb1p(4, 8), True)])]
+    for schedule, overlap in cases:
         step = pipeline_value_and_grad(
             stage,
             loss_fn,
             schedule=schedule,
             mesh=make_mesh(pp=schedule.num_ranks),
             embed_fn=dropout_embed,
+            overlap=overlap,
         )
         results.append(step(params, *batch, key=key))
 

@@ -53,11 +53,14 @@ def run_stages(fns, params, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dualpipe", "zb1p", "dualpipev, whole backwards"])
+@pytest.mark.parametrize(
+    "kind",
+    ["dualpipe", "dualpipe, overlap", "zb1p, overlap", "dualpipev, whole backwards"],
+)
 def test_gradients_of_stages_that_differ(kind):
-    name, *whole = kind.split(", ")
+    name, *options = kind.split(", ")
     schedule = SCHEDULES[name]
-    if whole:
+    if "whole backwards" in options:
         schedule = schedule.with_whole_backwards()
     fns = fns_of(schedule)
     params = make_params(schedule.num_stages)
@@ -68,6 +71,7 @@ def test_gradients_of_stages_that_differ(kind):
         schedule=schedule,
         mesh=make_mesh(pp=schedule.num_ranks),
         embed_fn=embed_fn,
+        overlap="overlap" in options,
     )
     (losses, aux), grads = step(params, tokens, targets)
 
@@ -81,7 +85,8 @@ def test_gradients_of_stages_that_differ(kind):
 
     (_, expected_losses), expected = jax.value_and_grad(mean, has_aux=True)(params)
     assert_grads_close(losses, expected_losses)
-    assert_grads_close(grads, expected)
+    # f32: `first` takes the exponential of a sum over the hidden units, of up to 32.
+    assert_grads_close(grads, expected, rtol=5e-5)
     assert aux["is_last"].tolist() == [0] * (schedule.num_stages - 1) + [
         schedule.num_microbatches
     ]
@@ -129,7 +134,7 @@ def test_the_same_function_compiles_once():
 
 
 def test_variants_share_the_buffers():
-    """A slot has room for what the dearest variant keeps, not for all of them."""
+    """A slot has room for what the largest variant keeps, not for all of them."""
     schedule = dualpipe(2, 4)
     args = make_params(2), *make_batch(4)
     alone = [make_step(fn, schedule).buffers(*args) for fn in (stage_fn, last)]

@@ -14,12 +14,13 @@ from dualpipe_jax.gpu.memory import MemoryReport, PipelineBuffers
 RANKS, MICROBATCHES, ROWS, WIDTH = 2, 4, 8, 64
 
 
-def step_of(schedule):
+def step_of(schedule, overlap=None):
     return pipeline_value_and_grad(
         lambda w, x: jnp.tanh(x @ w),
         lambda head, y, target: jnp.mean((y @ head - target) ** 2),
         schedule=schedule,
         mesh=jax.make_mesh((RANKS,), ("pp",), devices=jax.devices()[:RANKS]),
+        overlap=overlap,
     )
 
 
@@ -30,15 +31,21 @@ def arguments():
     return PipelineParams(weights, None, head), x, x
 
 
-def test_buffers_are_counted_as_the_program_plans_them():
+@pytest.mark.parametrize("overlap", [True, False])
+def test_buffers_are_counted_as_the_program_plans_them(overlap):
     schedule = dualpipe(RANKS, MICROBATCHES)
-    program, found = lower(schedule), step_of(schedule).buffers(*arguments())
+    program = lower(schedule)
+    found = step_of(schedule, overlap).buffers(*arguments())
     activation, weights = 2 * ROWS * WIDTH, 2 * WIDTH * WIDTH
-    assert (found.num_slots, found.num_weight_slots) == (RANKS + 1, 1)
+    # A backward that runs whole keeps nothing for W.
+    assert (found.num_slots, found.num_wgrad_residual_slots) == (
+        RANKS + 1,
+        int(overlap),
+    )
     # x for the weights, y for tanh's derivative.
     assert found.residuals == found.num_slots * 2 * activation
     # The cotangent of the product, which W needs beside x.
-    assert found.crossing == found.num_weight_slots * activation
+    assert found.wgrad_residuals == found.num_wgrad_residual_slots * activation
     assert found.messages == (program.num_message_slots + 1) * activation
     # Two stages a rank and the head; gradients in float32.
     assert found.parameters == 3 * weights
@@ -48,7 +55,7 @@ def test_buffers_are_counted_as_the_program_plans_them():
 
 def test_a_schedule_that_splits_nothing_has_no_w_queue():
     found = step_of(gpipe(RANKS, MICROBATCHES)).buffers(*arguments())
-    assert found.crossing == found.num_weight_slots == 0
+    assert found.wgrad_residuals == found.num_wgrad_residual_slots == 0
     assert found.num_slots == MICROBATCHES
 
 
@@ -116,4 +123,4 @@ def test_parameters_that_do_not_fit_are_refused_as_by_the_step():
     with pytest.raises(ValueError, match="params is a dict"):
         step.buffers({}, *arguments()[1:])
     with pytest.raises(ValueError, match="params is a dict"):
-        step.lower_task({}, *arguments()[1:])
+        step.lower_costliest_task({}, *arguments()[1:])

@@ -44,7 +44,7 @@ class Machine:
         ranks = range(program.schedule.num_ranks)
         self.messages = [{} for _ in ranks]
         self.saved = [{} for _ in ranks]
-        self.queue = [{} for _ in ranks]
+        self.wgrad = [{} for _ in ranks]
         self.done = []
 
     def run(self):
@@ -73,7 +73,7 @@ class Machine:
         if row.kind < 0:
             return
         chunks = self.program.chunks[rank]
-        mail, saved, queue = self.messages[rank], self.saved[rank], self.queue[rank]
+        mail, saved, wgrad = self.messages[rank], self.saved[rank], self.wgrad[rank]
         kind = dict(self.program.kinds[row.kind])
         stages = {op: chunks[chunk] for op, chunk in kind.items()}
         f, b = int(row.f_microbatch), int(row.b_microbatch)
@@ -96,10 +96,10 @@ class Machine:
                 assert row.b_first == (stage == 0)
                 writes.append((mail, row.b_out, ("dy", stage - 1, b)))
                 if op == "I":
-                    writes.append((queue, row.queue, ("cross", stage, b)))
+                    writes.append((wgrad, row.wgrad_slot, ("cross", stage, b)))
             else:
-                _, crossing_stage, w = queue[int(row.queue)]
-                assert crossing_stage == stage
+                _, kept_stage, w = wgrad[int(row.wgrad_slot)]
+                assert kept_stage == stage
                 assert saved[int(row.b_slot)] == ("res", stage, w)
             m = f if op == "F" else b if op in "BI" else w
             self.done.append((op, stage, m))
@@ -128,7 +128,7 @@ def test_forward_only_program_computes_the_schedule(kind, ranks, microbatches):
     schedule = kind(ranks, microbatches).forward_only()
     program = lower(schedule)
     assert sorted(Machine(program).run()) == tasks_of(schedule)
-    assert program.num_slots == program.num_weight_slots == 0
+    assert program.num_slots == program.num_wgrad_residual_slots == 0
 
 
 @pytest.mark.parametrize(("kind", "ranks", "microbatches"), SIZES, ids=IDS)
@@ -142,7 +142,7 @@ def test_slots_are_the_peak_of_the_schedule(kind, ranks, microbatches):
 def test_dualpipe_buffers(ranks, factor):
     program = lower(dualpipe(ranks, factor * ranks))
     assert program.num_slots == ranks + 1
-    assert program.num_weight_slots == ranks // 2
+    assert program.num_wgrad_residual_slots == ranks // 2
     # An activation and a cotangent: what arrives is used in the tick that follows.
     assert program.num_message_slots == 2
 

@@ -92,7 +92,7 @@ def test_memory_is_what_xla_allocates(name, remat):
     plan = SplitBackward.trace(function, stage, message)
     memory = StageMemory(
         residuals=num_bytes(plan.residuals),
-        wgrad_residuals=num_bytes(plan.crossing),
+        wgrad_residuals=num_bytes(plan.wgrad_residuals),
         parameters=num_bytes(stage),
         gradients=2 * num_bytes(stage),
         message=num_bytes(message),

@@ -273,4 +273,4 @@ def test_whole_backwards_are_the_same_work_with_nothing_waiting(make, num_ranks)
         assert [len(step) for step in before if step[0].op != "W"] == list(
             map(len, after)
         )
-    assert lower(whole).num_weight_slots == 0
+    assert lower(whole).num_wgrad_residual_slots == 0

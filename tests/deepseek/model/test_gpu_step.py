@@ -1,7 +1,7 @@
 """The main job's train step with one layer per stage, compiled for H100s without any.
 
 The whole job's takes three minutes to compile; see benchmarks/results/ for its figures.
-A step with a W queue is in tests/executor/test_gpu_program.py.
+A step with wgrad residuals is in tests/executor/test_gpu_program.py.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def test_memory_is_what_the_program_says(programs, compiled):
     report = memory_report(
         compiled,
         buffers=programs.buffers(),
-        task=programs.lower_task().compile(OPTIONS),
+        task=programs.lower_costliest_task().compile(OPTIONS),
         arguments={"state": programs.abstract_state},
         gpu="h100",
     )

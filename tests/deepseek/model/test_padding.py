@@ -206,7 +206,7 @@ def programs(layout):
     return {
         "F": (plan.forward, (params, x)),
         "I": (plan.backward_input, (params, plan.residuals, x)),
-        "W": (plan.backward_weights, (params, plan.residuals, plan.crossing)),
+        "W": (plan.backward_weights, (params, plan.residuals, plan.wgrad_residuals)),
         "B": (plan.backward, (params, plan.residuals, x)),
     }
 

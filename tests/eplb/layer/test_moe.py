@@ -371,8 +371,8 @@ def test_its_backward_splits_into_input_and_weight_halves():
 
     def halves(params, x):
         y, residuals = plan.forward(params, x)
-        (dx,), crossing = plan.backward_input(params, residuals, OUT)
-        return y, (plan.backward_weights(params, residuals, crossing), dx)
+        (dx,), wgrad_residuals = plan.backward_input(params, residuals, OUT)
+        return y, (plan.backward_weights(params, residuals, wgrad_residuals), dx)
 
     def whole(params, x):
         y, pullback = jax.vjp(fn, params, x)

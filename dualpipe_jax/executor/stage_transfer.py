@@ -2,7 +2,7 @@
 
 The user keeps one copy of each stage: with the stage axis sharded over `pp`, rank r
 owns stages `r*V .. r*V+V-1`. A schedule runs stage s where it likes, DualPipe even on
-two ranks. `Exchange` turns the owned layout into the chunks of a program and
+two ranks. `StageParamTransfer` turns the owned layout into the chunks of a program and
 back, by permutes outside all rank-dependent control flow.
 """
 
@@ -29,7 +29,7 @@ class _Move:
     chunk: np.ndarray  # [num_ranks] chunk that a rank receives, -1 for none
 
 
-class Exchange:
+class StageParamTransfer:
     """The moves between a program's chunks and the owners of its stages."""
 
     def __init__(self, program: Program, axis_name: str):
