@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from dualpipe_jax.train import data, distributed
+from dualpipe_jax.train.compiling import CompileProgress
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.outputs import RunOutputs
 from dualpipe_jax.train.profiler import StepProfiler
@@ -99,12 +100,11 @@ def train(
         state, position = outputs.restore() if resume else (None, 0)
         outputs.describe()
         with stop_signals() as received:
-            started = time.perf_counter()
-            with console.status("compiling"):
-                programs = programs.compile()
+            with CompileProgress(console) as progress:
+                programs = programs.compile(progress)
                 if state is None:
                     state = programs.init()
-            compile_s = time.perf_counter() - started
+                compile_s = progress.elapsed_s
             console.print(
                 f"{config.name}: {programs.schedule.kind} on "
                 f"{' x '.join(f'{a}={n}' for a, n in config.mesh.items())}, "
@@ -114,7 +114,9 @@ def train(
             step, stopped_by = int(state.step), None
             with (
                 outputs.recording(step, compile_s) as record,
-                outputs.profiler(profile_steps, step + 1, programs.compiled) as profiler,
+                outputs.profiler(
+                    profile_steps, step + 1, programs.compiled
+                ) as profiler,
             ):
                 steps = _steps(config, programs, state, position, text, profiler)
                 for state, position, metrics in steps:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 from dualpipe_jax.executor import PipelineBuffers
 from dualpipe_jax.gpu.overlap import compile_for, options_here
 from dualpipe_jax.schedules import Schedule
+from dualpipe_jax.train.compiling import CompileProgress, Job, compile_together
 from dualpipe_jax.train.state import TrainState
 
 
@@ -66,26 +66,37 @@ class Programs:
                 f"{self.vocab_size}; give it data of its own vocabulary."
             )
 
-    def compile(self) -> Programs:
-        """The same, compiled ahead of the first step; nothing compiles after that."""
+    def compile(self, progress: CompileProgress | None = None) -> Programs:
+        """Compiles ahead of the first step; nothing compiles after that.
+
+        Args:
+          progress: where to show what compiles.
+        """
         tokens = self.abstract_tokens
         args = (self.abstract_state, tokens, tokens)
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = {} if on_cpu else options_here()
         # Drawing random bits takes little time however they are compiled, but
         # optimizing the code for it takes much: as much as a train step's.
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         quick = {"xla_backend_optimization_level": 0} if on_cpu else {}
-        options = {} if on_cpu else options_here()
-        lowered = [
-            jitted.lower(*args) for jitted in (self.train_step, self.held_out_loss)
-        ]
-        # XLA's passes run in one thread each; three programs use more.
-        with futures.ThreadPoolExecutor() as pool:
-            running = [
-                pool.submit(compile_for, lowered[0], self.mesh),
-                pool.submit(lowered[1].compile, options),
-                pool.submit(self.init.lower().compile, {**options, **quick}),
-            ]
-            train_step, held_out_loss, init = (each.result() for each in running)
+        jobs = (
+            Job(
+                "train step",
+                lambda: self.train_step.lower(*args),
+                lambda lowered: compile_for(lowered, self.mesh),
+            ),
+            Job(
+                "evaluation",
+                lambda: self.held_out_loss.lower(*args),
+                lambda lowered: lowered.compile(options),
+            ),
+            Job(
+                "initial state",
+                lambda: self.init.lower(),
+                lambda lowered: lowered.compile({**options, **quick}),
+            ),
+        )
+        train_step, held_out_loss, init = compile_together(jobs, progress)
         return dataclasses.replace(
             self,
             train_step=self._taking_whole_batches(train_step),
