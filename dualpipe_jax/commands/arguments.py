@@ -63,6 +63,15 @@ def add_lowered(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_no_cache(parser: argparse.ArgumentParser) -> None:
+    """Adds `--no-cache`."""
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="compile everything again, and keep nothing for the next time",
+    )
+
+
 def read_integers(option: str, text: str) -> list[int]:
     """Reads `16,32`.
 

@@ -14,11 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
+from dualpipe_jax.commands.arguments import add_no_cache
 from dualpipe_jax.schedules.generators import SCHEDULES
 from dualpipe_jax.train import (
     AXES,
     Result,
     TrainConfig,
+    compilation_cache,
     distributed,
     load_config,
     load_text,
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="profile so many steps (2) into the run's folder; `trace FOLDER/profile` "
         "reads it",
     )
+    add_no_cache(parser)
     several = parser.add_argument_group(
         "several processes", "start the same command once per process"
     )
@@ -116,14 +119,15 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out or Path("runs") / config.name
     _connect(args)
     try:
-        result = train(
-            config,
-            text,
-            folder,
-            resume=args.resume,
-            console=console,
-            profile_steps=args.profile,
-        )
+        with compilation_cache(console.print, enabled=not args.no_cache):
+            result = train(
+                config,
+                text,
+                folder,
+                resume=args.resume,
+                console=console,
+                profile_steps=args.profile,
+            )
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -10,6 +10,14 @@ profiles.
 try:
     from dualpipe_jax.train import distributed as distributed
     from dualpipe_jax.train.checkpoint import Checkpoints as Checkpoints
+    from dualpipe_jax.train.compilation_cache import (
+        compilation_cache as compilation_cache,
+    )
+    from dualpipe_jax.train.compiling import (
+        CompileProgress as CompileProgress,
+        Job as Job,
+        compile_together as compile_together,
+    )
     from dualpipe_jax.train.config import (
         AXES as AXES,
         OptimizerConfig,
@@ -23,9 +31,10 @@ try:
     from dualpipe_jax.train.loop import Result, train
     from dualpipe_jax.train.mesh import ask_for_devices as ask_for_devices
     from dualpipe_jax.train.model import ModelConfig, PipelineModel
+    from dualpipe_jax.train.programs import Programs
     from dualpipe_jax.train.report import write_report as write_report
     from dualpipe_jax.train.state import TrainState
-    from dualpipe_jax.train.step import Programs, make_programs
+    from dualpipe_jax.train.step import make_programs
 except ModuleNotFoundError as error:
     if error.name is None or error.name.startswith("dualpipe_jax"):
         raise

@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import math
 import os
-import platform
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
-from dualpipe_jax import pictures
-from dualpipe_jax.lowering import lower
-from dualpipe_jax.schedules import simulate
 from dualpipe_jax.train import data, distributed
-from dualpipe_jax.train.checkpoint import Checkpoints
+from dualpipe_jax.train.compiling import CompileProgress
 from dualpipe_jax.train.config import TrainConfig
-from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
+from dualpipe_jax.train.outputs import RunOutputs
 from dualpipe_jax.train.profiler import StepProfiler
-from dualpipe_jax.train.progress import TrainProgress
-from dualpipe_jax.train.report import LiveReport
+from dualpipe_jax.train.programs import Programs
+from dualpipe_jax.train.signals import stop_signals
 from dualpipe_jax.train.state import TrainState
-from dualpipe_jax.train.step import Programs, make_programs
+from dualpipe_jax.train.step import make_programs
 
-# What a run writes into its folder, and nothing else there is ever touched.
-ARTEFACTS = (
-    "config.json",
-    "metrics.jsonl",
-    "schedule.svg",
-    "schedule.png",
-    "loss.png",
-    "sample.txt",
-    "run.json",
-    "report.html",
-    "profile",
-    "overlap.json",
-    "checkpoints",
-)
 PROMPT_TOKENS = 64
+# All of a large file would take long to check at once; each batch is checked too.
+CHECKED_TOKENS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +39,7 @@ class Result:
       compile_s: seconds that compiling took.
       train_s: seconds of this call's steps, evaluations and checkpoints.
       save_failure: why the last checkpoint could not be written, or None.
-      sample: a prompt of held-out text and what the model makes of it, or None.
+      sample: a prompt of held-out text and the model's continuation, or None.
     """
 
     step: int
@@ -99,46 +78,33 @@ def train(
         run's files there are moved into a subfolder, unless it is resumed.
       resume: continue from the folder's latest checkpoint that is whole.
       console: where progress is shown.
-      profile_steps: profile so many steps into the folder's `profile`, the first two
-        left out; `read_trace` reads it.
+      profile_steps: how many steps to profile into the folder's `profile`, after the
+        first two; `read_trace` reads it.
 
     Raises:
       ValueError: `profile_steps` is negative, the config fits neither the devices
         nor the model, or there is nothing to resume from; before anything is compiled.
-      FloatingPointError: the loss is not finite any more.
+      FloatingPointError: the loss is no longer finite.
     """
     if profile_steps < 0:
         raise ValueError(f"{profile_steps=} must be >= 0; 0 profiles nothing.")
-    console, folder = console or Console(stderr=True), Path(folder)
     programs = make_programs(config)
-    # All of a large file would take long to look at; each batch is checked too.
-    for tokens in (text.held_out, text.train[:10_000_000]):
+    for tokens in (text.held_out, text.train[:CHECKED_TOKENS]):
         programs.check_tokens(tokens)
-    main = distributed.is_main()
-    if not main:
+    console = console or Console(stderr=True)
+    if not distributed.is_main():
         console = Console(quiet=True)
-    _prepare(folder, resume, console)
-    with Checkpoints(folder / "checkpoints", console.print) as checkpoints:
-        state, position = None, 0
-        if resume:
-            state, position = _restore(programs, checkpoints)
-        # The lowered program at structural costs: virtual devices that share a few
-        # cores cannot show their bubble by a clock.
-        timeline = simulate(lower(programs.schedule))
-        if programs.description:
-            console.print(programs.description)
-        if main:
-            (folder / "config.json").write_text(config.to_json() + "\n")
-            for suffix in ("svg", "png"):
-                pictures.save(timeline, folder / f"schedule.{suffix}")
-
-        with _stop_signals() as received:
-            started = time.perf_counter()
-            with console.status("compiling"):
-                programs = programs.compile()
+    with RunOutputs(
+        Path(folder), console, config, programs, text, resume=resume
+    ) as outputs:
+        state, position = outputs.restore() if resume else (None, 0)
+        outputs.describe()
+        with stop_signals() as received:
+            with CompileProgress(console) as progress:
+                programs = programs.compile(progress)
                 if state is None:
                     state = programs.init()
-            compile_s = time.perf_counter() - started
+                compile_s = progress.elapsed_s
             console.print(
                 f"{config.name}: {programs.schedule.kind} on "
                 f"{' x '.join(f'{a}={n}' for a, n in config.mesh.items())}, "
@@ -146,85 +112,35 @@ def train(
             )
             started = time.perf_counter()
             step, stopped_by = int(state.step), None
-            log = MetricsLog(folder / "metrics.jsonl", step) if main else None
-            report = None
-            if main:
-                report = LiveReport(folder, _facts(config, programs, text, compile_s))
             with (
-                log or contextlib.nullcontext(),
-                report or contextlib.nullcontext(),
-                TrainProgress(console, config.num_steps, step) as progress,
-                StepProfiler(
-                    folder / "profile",
-                    profile_steps if main else 0,
-                    first=step + 1,
-                    last=config.num_steps,
-                    compiled=[programs.compiled] if programs.compiled else [],
-                    say=console.print,
+                outputs.recording(step, compile_s) as record,
+                outputs.profiler(
+                    profile_steps, step + 1, programs.compiled
                 ) as profiler,
             ):
                 steps = _steps(config, programs, state, position, text, profiler)
-                for state, position, record in steps:
-                    step = record["step"]
-                    record["pipeline_bubble_ratio"] = timeline.bubble_ratio
-                    if log:
-                        log.write(record)
-                    if report:
-                        report.update()
-                    progress.update(record)
-                    checkpoints.poll()
+                for state, position, metrics in steps:
+                    step = metrics["step"]
+                    record(metrics)
                     if step % config.checkpoint_every == 0:
-                        _save(checkpoints, programs, state, position)
+                        outputs.save(state, position)
                     stopped_by = distributed.first_said(next(iter(received), None))
                     if stopped_by:
                         break
-            _save(checkpoints, programs, state, position)
-            checkpoints.wait()
-    train_s = time.perf_counter() - started
-    sample = None
-    if programs.sample is not None and not stopped_by:
-        sample = _sample(config, programs, state, text)
-    metrics = []
-    if main:
-        metrics = read_metrics(folder / "metrics.jsonl")
-        try:
-            draw_loss(metrics, folder / "loss.png", unit=text.unit)
-            if sample is not None:
-                (folder / "sample.txt").write_text("".join(sample))
-        except OSError as error:  # a full disk must not end a run that is done
-            console.print(f"not everything could be written: {error}")
-    if report:
-        ended = f"stopped by {stopped_by}; --resume continues" if stopped_by else "done"
-        report.finish(ended)
-        if report.failure:
-            console.print(f"the report could not be written: {report.failure}")
-    return Result(
-        step=step,
-        metrics=metrics,
-        stopped_by=stopped_by,
-        compile_s=compile_s,
-        train_s=train_s,
-        save_failure=checkpoints.failure,
-        sample=sample,
-    )
-
-
-def _facts(
-    config: TrainConfig, programs: Programs, text: data.Text, compile_s: float
-) -> dict[str, Any]:
-    """What run.json says of a run beside its config."""
-    device, number = programs.mesh.devices.flat[0], config.num_devices
-    names = ("jax", "jaxlib", "flax", "optax")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return {
-        "compile_s": compile_s,
-        "devices": f"{number} x {device.device_kind} ({device.platform})",
-        "processes": jax.process_count(),
-        "data": text.source,
-        "unit": text.unit,
-        "model": programs.description,
-        "versions": {"python": platform.python_version(), **versions},
-    }
+            outputs.save(state, position, wait=True)
+        train_s = time.perf_counter() - started
+        sample = None
+        if programs.sample is not None and not stopped_by:
+            sample = _sample(config, programs, state, text)
+        return Result(
+            step=step,
+            metrics=outputs.finish(sample, stopped_by),
+            stopped_by=stopped_by,
+            compile_s=compile_s,
+            train_s=train_s,
+            save_failure=outputs.save_failure,
+            sample=sample,
+        )
 
 
 def _steps(
@@ -266,30 +182,15 @@ def _steps(
 
 
 def _plain(value: Any) -> float | list[float]:
-    """A metric for JSON; of those of many layers, four decimals are plenty."""
+    """A metric for JSON; for one value per layer, four decimals are plenty."""
     array = np.asarray(value)
     return array.astype(float).round(4).tolist() if array.ndim else float(array)
-
-
-def _save(
-    checkpoints: Checkpoints, programs: Programs, state: TrainState, position: int
-) -> None:
-    info = {"position": position, **programs.checkpoint_info}
-    checkpoints.save(int(state.step), state, info)
-
-
-def _restore(programs: Programs, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    def plan(info: dict[str, Any]):
-        return programs.restore_plan({k: v for k, v in info.items() if k != "position"})
-
-    _, state, info = checkpoints.restore(plan)
-    return state, info["position"]
 
 
 def _sample(
     config: TrainConfig, programs: Programs, state: TrainState, text: data.Text
 ) -> tuple[str, str]:
-    """A prompt of held-out text, and what the model continues it with, as text."""
+    """A prompt of held-out text, and the model's continuation, as text."""
     assert programs.sample is not None
     length = min(PROMPT_TOKENS, max(1, config.sequence_length // 2))
     prompt = np.asarray(text.held_out[:length], np.int32)
@@ -301,61 +202,3 @@ def _sample(
         return " ".join(map(str, tokens.tolist())) + " "
 
     return as_text(prompt), as_text(new)
-
-
-def _prepare(folder: Path, resume: bool, console: Console) -> None:
-    """Makes the run's folder, and makes sure that all processes see it."""
-    checkpoints, problem = folder / "checkpoints", None
-    if resume and not checkpoints.is_dir():
-        problem = f"no checkpoint in {folder}; start a run there without --resume."
-    elif distributed.is_main():
-        if not resume:
-            _move_earlier_run(folder, console)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    problem = distributed.first_said(problem)
-    if problem is None and not checkpoints.is_dir():
-        problem = (
-            f"{folder} is not seen by every process; use an --out on a file system "
-            "that all of them share."
-        )
-    if problem := distributed.first_said(problem):
-        raise ValueError(problem)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """Collects SIGTERM and SIGINT in a list; a second one acts as it always does."""
-    received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python allows handlers in the main thread only.
-        return
-    names = (signal.SIGTERM, signal.SIGINT)
-    before = {name: signal.getsignal(name) for name in names}
-
-    def restore() -> None:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-    def receive(number: int, _) -> None:
-        received.append(signal.Signals(number).name)
-        restore()
-
-    for name in names:
-        signal.signal(name, receive)
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def _move_earlier_run(folder: Path, console: Console) -> None:
-    found = [folder / name for name in ARTEFACTS if (folder / name).exists()]
-    if not (folder / "config.json").exists():
-        return
-    number = 1
-    while (aside := folder / f"previous-{number}").exists():
-        number += 1
-    aside.mkdir()
-    for path in found:
-        path.rename(aside / path.name)
-    console.print(f"the earlier run's files are now in {aside}")

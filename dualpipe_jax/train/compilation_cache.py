@@ -1,0 +1,182 @@
+"""The persistent cache of compiled programs that `train` and `serve` use by default.
+
+jax finds and writes its entries. Here are the folder and its size, and what to do when
+an entry cannot be read or written: a line on the console, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from dualpipe_jax.train import distributed
+
+# Of all entries in the default folder; those of `configs/tiny.py` take 5 MB.
+MAX_BYTES = 2 * 2**30
+_FAILURE = re.compile(
+    r"Error (?P<what>reading|writing) persistent compilation cache entry for "
+    r"'(?P<program>[^']*)': (?P<why>.*)",
+    re.DOTALL,
+)
+
+
+@contextlib.contextmanager
+def compilation_cache(
+    say: Callable[[str], Any], *, enabled: bool = True
+) -> Iterator[None]:
+    """Keeps what compiles in the block for later processes, and uses what they kept.
+
+    A cache that jax was told to use, as by JAX_COMPILATION_CACHE_DIR, is left as it is.
+    Without one, all programs are kept in `default_folder()`, unless the run has several
+    processes: they need a folder that all of them see, which only the user knows.
+
+    Args:
+      say: is given a line when entries cannot be read or written.
+      enabled: False: compile everything, and keep nothing.
+    """
+    settings: dict[str, Any] = {}
+    folder = None
+    if not enabled:
+        settings["jax_enable_compilation_cache"] = False
+    elif _is_unconfigured() and distributed.num_processes() == 1:
+        folder = _prepare_default_folder(say)
+        if folder is not None:
+            settings["jax_compilation_cache_dir"] = str(folder)
+            # Small programs too: a run has dozens of them.
+            settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
+    with _configured(settings), _failures_as_lines(say, folder):
+        yield
+
+
+def default_folder() -> Path:
+    """This package's folder among the user's caches.
+
+    Raises:
+      RuntimeError: the user has no home.
+    """
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "dualpipe_jax"
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not caches.is_absolute():  # as its specification asks
+        caches = Path.home() / ".cache"
+    return caches / "dualpipe_jax"
+
+
+def prune(folder: Path, max_bytes: int) -> None:
+    """Deletes the entries that were used the longest ago, until the others fit.
+
+    jax could do so (`jax_compilation_cache_max_size`), but needs the package filelock
+    for it, and writes nothing any more after a process was killed between the two
+    files of an entry.
+    """
+    entries = []
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another process prunes, too
+            stat = path.stat()
+            entries.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+    excess = sum(size for _, size, _ in entries) - max_bytes
+    for _, size, path in sorted(entries):
+        if excess <= 0:
+            break
+        path.unlink(missing_ok=True)
+        excess -= size
+
+
+def _is_unconfigured() -> bool:
+    config = jax.config
+    return config.jax_enable_compilation_cache and (
+        config.jax_compilation_cache_dir is None
+    )
+
+
+def _prepare_default_folder(say: Callable[[str], Any]) -> Path | None:
+    """Makes the folder and checks that it can be written to; None if it cannot."""
+    try:
+        folder = default_folder()
+        # Whoever can write there can run code here: jax loads what it finds.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        prune(folder, MAX_BYTES)
+    except (OSError, RuntimeError) as error:
+        say(
+            f"compiled programs are not kept ({error}); set JAX_COMPILATION_CACHE_DIR "
+            "to a folder that can be written to"
+        )
+        return None
+    return folder
+
+
+@contextlib.contextmanager
+def _configured(settings: dict[str, Any]) -> Iterator[None]:
+    before = {name: jax.config.values[name] for name in settings}
+
+    def update(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values:
+            jax_cache.reset_cache()  # or it stays with what it found first
+
+    update(settings)
+    try:
+        yield
+    finally:
+        update(before)
+
+
+@contextlib.contextmanager
+def _failures_as_lines(
+    say: Callable[[str], Any], folder: Path | None
+) -> Iterator[None]:
+    """Says once what jax warns of for each program, and removes what is damaged.
+
+    Args:
+      say: see `compilation_cache`.
+      folder: whose entries may be deleted, or None.
+    """
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", "Error (reading|writing) persistent comp")
+        show = warnings.showwarning
+
+        def show_or_say(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+            failure = _FAILURE.match(str(message))
+            if failure is None:
+                show(message, *args, **kwargs)
+                return
+            if folder is not None:
+                _remove_entries(folder, failure["program"])
+            if failure["what"] not in said:
+                said.add(failure["what"])
+                say(_line(failure))
+
+        warnings.showwarning = show_or_say
+        yield
+
+
+def _line(failure: re.Match[str]) -> str:
+    why = failure["why"].partition("\n")[0][:200]
+    if failure["what"] == "reading":
+        return f"a program in the compilation cache cannot be read: {why}"
+    return f"compiled programs cannot be kept: {why}"
+
+
+def _remove_entries(folder: Path, program: str) -> None:
+    """Removes all entries of a program's name; jax does not tell which of them failed.
+
+    It would neither load nor replace one that was cut off, by a kill or a full disk.
+    """
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{glob.escape(program)}-*-cache"):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,237 @@
+"""What a run leaves in its folder and shows on the console."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from dualpipe_jax import pictures
+from dualpipe_jax.lowering import lower
+from dualpipe_jax.schedules import simulate
+from dualpipe_jax.train import distributed
+from dualpipe_jax.train.checkpoint import Checkpoints
+from dualpipe_jax.train.config import TrainConfig
+from dualpipe_jax.train.data import Text
+from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
+from dualpipe_jax.train.profiler import StepProfiler
+from dualpipe_jax.train.programs import Programs
+from dualpipe_jax.train.progress import TrainProgress
+from dualpipe_jax.train.report import LiveReport
+from dualpipe_jax.train.state import TrainState
+
+# What a run writes into its folder. Nothing else there is ever touched.
+ARTEFACTS = (
+    "config.json",
+    "metrics.jsonl",
+    "schedule.svg",
+    "schedule.png",
+    "loss.png",
+    "sample.txt",
+    "run.json",
+    "report.html",
+    "profile",
+    "overlap.json",
+    "checkpoints",
+)
+Record = dict[str, Any]
+
+
+class RunOutputs:
+    """A run's folder, checkpoints, metrics, report and progress; a context manager.
+
+    All processes of a run make the same calls. Checkpoints are written by all of
+    them, everything else by process 0.
+
+    Args:
+      folder: made if it is not there. An earlier run's files in it are moved into a
+        subfolder, unless that run is resumed.
+      console: where progress is shown.
+      config: the run.
+      programs: not compiled yet.
+      text: what the run trains on.
+      resume: whether the folder's latest checkpoint is to be read.
+
+    Raises:
+      ValueError: there is nothing to resume from, or some process does not see the
+        folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        config: TrainConfig,
+        programs: Programs,
+        text: Text,
+        *,
+        resume: bool,
+    ):
+        _prepare(folder, resume, console)
+        self._folder, self._console = folder, console
+        self._config, self._programs, self._text = config, programs, text
+        # The lowered program at structural costs: virtual devices that share a few
+        # cores cannot show their bubble by a clock.
+        self._timeline = simulate(lower(programs.schedule))
+        self._checkpoints = Checkpoints(folder / "checkpoints", console.print)
+        self._report: LiveReport | None = None
+
+    def __enter__(self) -> RunOutputs:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._checkpoints.__exit__(*error)
+
+    @property
+    def save_failure(self) -> str | None:
+        """Why the last checkpoint could not be written, or None."""
+        return self._checkpoints.failure
+
+    def restore(self) -> tuple[TrainState, int]:
+        """The state of the latest checkpoint, and how many sequences it has seen."""
+
+        def plan(info: dict[str, Any]):
+            info = {name: each for name, each in info.items() if name != "position"}
+            return self._programs.restore_plan(info)
+
+        _, state, info = self._checkpoints.restore(plan)
+        return state, info["position"]
+
+    def save(self, state: TrainState, position: int, *, wait: bool = False) -> None:
+        """Starts to write a checkpoint; `wait` until it is written, or has failed."""
+        info = {"position": position, **self._programs.checkpoint_info}
+        self._checkpoints.save(int(state.step), state, info)
+        if wait:
+            self._checkpoints.wait()
+
+    def describe(self) -> None:
+        """Prints how the model is laid out; writes the config and the schedule."""
+        if self._programs.description:
+            self._console.print(self._programs.description)
+        if distributed.is_main():
+            config = self._folder / "config.json"
+            config.write_text(self._config.to_json() + "\n")
+            for suffix in ("svg", "png"):
+                pictures.save(self._timeline, self._folder / f"schedule.{suffix}")
+
+    @contextlib.contextmanager
+    def recording(self, step: int, compile_s: float) -> Iterator[Callable]:
+        """Around the steps: yields a function that takes each step's metrics.
+
+        Args:
+          step: steps done already.
+          compile_s: seconds that compiling took.
+        """
+        config = self._config
+        with contextlib.ExitStack() as stack:
+            log = None
+            if distributed.is_main():
+                log = MetricsLog(self._folder / "metrics.jsonl", step)
+                self._report = LiveReport(self._folder, self._facts(compile_s))
+                stack.enter_context(log)
+                stack.enter_context(self._report)
+            progress = TrainProgress(self._console, config.num_steps, step)
+            stack.enter_context(progress)
+
+            def record(metrics: Record) -> None:
+                ratio = self._timeline.bubble_ratio
+                metrics = metrics | {"pipeline_bubble_ratio": ratio}
+                if log is not None and self._report is not None:
+                    log.write(metrics)
+                    self._report.update()
+                progress.update(metrics)
+                self._checkpoints.poll()
+
+            yield record
+
+    def profiler(self, num_steps: int, first: int, compiled: Any) -> StepProfiler:
+        """Profiles some of the steps from `first` on, in process 0."""
+        return StepProfiler(
+            self._folder / "profile",
+            num_steps if distributed.is_main() else 0,
+            first=first,
+            last=self._config.num_steps,
+            compiled=[] if compiled is None else [compiled],
+            say=self._console.print,
+        )
+
+    def finish(
+        self, sample: tuple[str, str] | None, stopped_by: str | None
+    ) -> list[Record]:
+        """Writes what a run ends with.
+
+        Args:
+          sample: a prompt and its continuation, or None.
+          stopped_by: the signal that ended the run early, or None.
+
+        Returns:
+          The records of metrics.jsonl; none in processes other than process 0.
+        """
+        if self._report is None:
+            return []
+        metrics = read_metrics(self._folder / "metrics.jsonl")
+        try:
+            draw_loss(metrics, self._folder / "loss.png", unit=self._text.unit)
+            if sample is not None:
+                (self._folder / "sample.txt").write_text("".join(sample))
+        except OSError as error:  # a full disk must not end a run that is done
+            self._console.print(f"not everything could be written: {error}")
+        ended = f"stopped by {stopped_by}; --resume continues" if stopped_by else "done"
+        self._report.finish(ended)
+        if failure := self._report.failure:
+            self._console.print(f"the report could not be written: {failure}")
+        return metrics
+
+    def _facts(self, compile_s: float) -> dict[str, Any]:
+        """What run.json holds beside the config."""
+        device = self._programs.mesh.devices.flat[0]
+        names = ("jax", "jaxlib", "flax", "optax")
+        versions = {name: importlib.metadata.version(name) for name in names}
+        number = self._config.num_devices
+        return {
+            "compile_s": compile_s,
+            "devices": f"{number} x {device.device_kind} ({device.platform})",
+            "processes": jax.process_count(),
+            "data": self._text.source,
+            "unit": self._text.unit,
+            "model": self._programs.description,
+            "versions": {"python": platform.python_version(), **versions},
+        }
+
+
+def _prepare(folder: Path, resume: bool, console: Console) -> None:
+    """Makes the run's folder, and checks that all processes see it."""
+    checkpoints, problem = folder / "checkpoints", None
+    if resume and not checkpoints.is_dir():
+        problem = f"no checkpoint in {folder}; start a run there without --resume."
+    elif distributed.is_main():
+        if not resume:
+            _move_earlier_run(folder, console)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    problem = distributed.first_said(problem)
+    if problem is None and not checkpoints.is_dir():
+        problem = (
+            f"{folder} is not seen by every process; use an --out on a file system "
+            "that all of them share."
+        )
+    if problem := distributed.first_said(problem):
+        raise ValueError(problem)
+
+
+def _move_earlier_run(folder: Path, console: Console) -> None:
+    found = [folder / name for name in ARTEFACTS if (folder / name).exists()]
+    if not (folder / "config.json").exists():
+        return
+    number = 1
+    while (aside := folder / f"previous-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    console.print(f"the earlier run's files are now in {aside}")
