@@ -133,8 +133,8 @@ def pipeline_value_and_grad(
         the parameter's own if that is wider, and returned in it.
       overlap: whether F and B of a pair compile into one body, in which each can hide
         the communication of the other. False compiles a smaller program: a pair runs
-        as F, then B, and a split backward runs whole where its I stands. By default
-        False on CPU devices, which hide nothing, else True.
+        as F, then B, and a split backward runs whole at its I. By default False on the
+        CPU devices of one process, where nothing can be hidden; otherwise True.
 
     Returns:
       `step(params, inputs, targets, key=None) -> (losses, aux), grads`; see

@@ -94,9 +94,9 @@ def prune(folder: Path, max_bytes: int) -> None:
 
 
 def _is_unconfigured() -> bool:
-    config = jax.config
-    return config.jax_enable_compilation_cache and (
-        config.jax_compilation_cache_dir is None
+    values = jax.config.values
+    return values["jax_enable_compilation_cache"] and (
+        values["jax_compilation_cache_dir"] is None
     )
 
 

@@ -93,7 +93,7 @@ class TrainConfig:
       shard_at_rest: divides parameters and optimizer state over `dp` and `ep` too,
         where a matrix can be; a step gathers what the pipeline needs whole (ZeRO-1).
       sample_tokens: tokens of generated text at the end of the run.
-      overlap: see `pipeline_value_and_grad`; None overlaps on GPUs, not on CPUs.
+      overlap: see `pipeline_value_and_grad`.
       platform: `"cpu"` trains on virtual CPU devices whatever else the machine has,
         unless JAX_PLATFORMS is set; None takes jax's own choice.
     """

@@ -55,7 +55,8 @@ class PipelineModel(abc.ABC):
       tied: whether `loss` gets (embed, head) instead of the head's parameters.
       param_specs: how parameters lie on the mesh beside the pipeline's axis, a prefix
         of their tree; the stage axis is left out.
-      prepared_specs: the same for what `prepare_params` returns; None: as `param_specs`.
+      prepared_specs: the same for the result of `prepare_params`; None: the same as
+        `param_specs`.
     """
 
     description: str = ""

@@ -31,7 +31,7 @@ class Programs:
         buffers for its result.
       held_out_loss: (state, inputs, targets) -> mean loss.
       buffers: () -> what the train step keeps on one device from tick to tick.
-      lower_costliest_task: () -> its most expensive task alone, lowered; see `PipelineStep`.
+      lower_costliest_task: () -> its costliest task alone, lowered; see `PipelineStep`.
       checkpoint_info: what a checkpoint records about the model and its layout; JSON.
       restore_plan: `checkpoint_info` of the programs that wrote a checkpoint ->
         (the abstract state to read, the function from that to this run's state).
