@@ -221,8 +221,8 @@ def _check(
         )
     if num_devices < 1 or tables.num_physical_experts % num_devices:
         raise ValueError(
-            f"{num_devices=} must divide the {tables.num_physical_experts} physical experts of "
-            "the tables."
+            f"{num_devices=} must divide the {tables.num_physical_experts} physical "
+            "experts of the tables."
         )
     if num_nodes < 1 or num_devices % num_nodes:
         raise ValueError(f"{num_nodes=} must divide {num_devices=}.")

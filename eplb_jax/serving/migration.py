@@ -172,7 +172,8 @@ def _check(
         )
     if num_devices < 1 or old.num_physical_experts % num_devices:
         raise ValueError(
-            f"{num_devices=} must divide the {old.num_physical_experts} physical experts."
+            f"{num_devices=} must divide the {old.num_physical_experts} physical "
+            "experts."
         )
     if num_slices < 1:
         raise ValueError(f"{num_slices=} must be at least 1; 1 moves all at once.")
