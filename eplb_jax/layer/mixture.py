@@ -272,7 +272,6 @@ def _check_fit(
     if held * parallel.num_devices != tables.num_physical_experts:
         raise ValueError(
             f"weights of {held} physical experts per device do not fit tables of "
-            f"{tables.num_physical_experts} physical experts on "
-            f"{parallel.num_devices} devices; gather them with physical_weights and "
-            "these tables."
+            f"{tables.num_physical_experts} physical experts on {parallel.num_devices} "
+            "devices; gather them with physical_weights and these tables."
         )

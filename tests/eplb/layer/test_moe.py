@@ -427,7 +427,7 @@ def test_bad_arguments():
         ),
         (
             lambda: ExpertTables.from_placement(jnp.zeros(16, int), 16),
-            "Expert 1 of layer 0 has no ",
+            "Expert 1 of layer 0 has no replica",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -288,11 +288,11 @@ def test_what_does_not_fit_the_balancer():
         ValueError, match=r"= \[3, 16\]; pass a placement of this model"
     ):
         balancer.init(np.zeros((LAYERS, PHYSICAL + 4), np.int32))
-    with pytest.raises(ValueError, match=r"Expert 1 of layer 0 has no "):
+    with pytest.raises(ValueError, match="Expert 1 of layer 0 has no replica"):
         balancer.init(np.zeros((LAYERS, PHYSICAL), np.int32))
     with pytest.raises(ValueError, match=r"counts has shape \(3, 11\)"):
         balancer.observe(state, jnp.zeros((LAYERS, 11)))
-    with pytest.raises(ValueError, match=r"leaves 2 of num_\w+=4 devices alive"):
+    with pytest.raises(ValueError, match="leaves 2 of 4 devices alive"):
         balancer.with_capacity(state, [1, 0, 0, 1])
     with pytest.raises(ValueError, match="must be finite and not negative"):
         balancer.with_capacity(state, [1, 1, -1, 1])
