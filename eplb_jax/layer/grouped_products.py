@@ -6,9 +6,9 @@ loop goes over the groups in blocks of rows, with trip counts that depend on the
 sizes, so empty rows of a buffer cost nothing. On GPUs tokamax's kernels are used if
 tokamax is installed.
 
-Shape suffixes: see `eplb_jax`; here I groups, one per physical expert of this device,
-and B rows of a block. F and H are those of a gate or up product; in a down product they
-change places.
+Shape suffixes: see `eplb_jax`; here B rows of a block. The groups are I, one per
+physical expert of this device. F and H are those of a gate or up product; in a down
+product they change places.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A key is an int64 that holds a value, the index that breaks ties, and a count, s
 one `min` finds all three. The keys form a tournament of two levels: a step reads the
 blocks' minima and one block instead of all keys.
 
-Shape suffixes: see `eplb_jax`; here also Z blocks of Q keys.
+Shape suffixes: see `eplb_jax`; here also Z blocks, Q keys of a block.
 """
 
 from __future__ import annotations
