@@ -61,13 +61,23 @@ def compile_overlapped(
       True
     """
     options = {**options_here(), **(compiler_options or {})}
-    first = lowered.compile(options)
+    first = _compile(lowered, options)
     report = overlap_report(
         first, gpu=gpu, gpus_per_node=gpus_per_node, efficiency=efficiency
     )
     if not report.collectives:
         return first
-    return lowered.compile({**options, _PROFILE: _written(scheduling_profile(report))})
+    profile = _written(scheduling_profile(report))
+    return _compile(lowered, {**options, _PROFILE: profile})
+
+
+def _compile(lowered: Any, options: dict[str, Any]) -> Any:
+    """Compiles, without a word of what jax's cache cannot load for compile-only GPUs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Error reading persistent compilation cache entry"
+        )
+        return lowered.compile(options)
 
 
 def compile_for(lowered: Any, mesh: Mesh) -> Any:
