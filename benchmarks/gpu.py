@@ -46,17 +46,17 @@ def pair(quick):
     scale = 16 if quick else 1
     arch = DeepSeekConfig(
         vocab_size=64,
-        dim=7168 // scale,
-        num_layers=1,
+        hidden_size=7168 // scale,
+        num_hidden_layers=1,
         first_k_dense_replace=0,
         intermediate_size=64,
-        num_heads=128 // scale,
+        num_attention_heads=128 // scale,
         q_lora_rank=1536 // scale,
         kv_lora_rank=512 // scale,
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
         v_head_dim=128,
-        num_experts=16,
+        n_routed_experts=16,
         moe_intermediate_size=2048 // scale,
         num_experts_per_tok=8,
         n_shared_experts=1,
@@ -69,7 +69,9 @@ def pair(quick):
     )(jax.random.key(0))
     stage = jax.tree.map(lambda leaf: leaf[0], params)
     tokens = 256 if quick else 4096
-    x = jax.random.normal(jax.random.key(1), (1, tokens, arch.dim), jnp.bfloat16)
+    x = jax.random.normal(
+        jax.random.key(1), (1, tokens, arch.hidden_size), jnp.bfloat16
+    )
     plan = SplitBackward.trace(
         model.stage, stage, x, has_aux=True, platform=_platform()
     )

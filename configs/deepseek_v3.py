@@ -11,24 +11,24 @@ def architecture() -> DeepSeekConfig:
     """The published sizes (arXiv:2412.19437, section 4.2), with depth-1 MTP."""
     return DeepSeekConfig(
         vocab_size=129_280,
-        dim=7168,
-        num_layers=61,
+        hidden_size=7168,
+        num_hidden_layers=61,
         first_k_dense_replace=3,
         intermediate_size=18_432,
-        num_heads=128,
+        num_attention_heads=128,
         q_lora_rank=1536,
         kv_lora_rank=512,
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
         v_head_dim=128,
-        num_experts=256,
+        n_routed_experts=256,
         moe_intermediate_size=2048,
         num_experts_per_tok=8,
         n_shared_experts=1,
-        num_groups=8,
-        topk_groups=4,
-        route_scale=2.5,
-        mtp=True,
+        n_group=8,
+        topk_group=4,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=1,
     )
 
 

@@ -26,9 +26,9 @@ def training() -> TrainConfig:
     num_ranks, layers_a_chunk, num_devices = 4, 4, 64
     sizes = dataclasses.replace(
         architecture(),
-        num_layers=num_ranks * layers_a_chunk,
+        num_hidden_layers=num_ranks * layers_a_chunk,
         first_k_dense_replace=0,
-        mtp=False,
+        num_nextn_predict_layers=0,
     )
     return TrainConfig(
         name="profile_training",
@@ -39,7 +39,7 @@ def training() -> TrainConfig:
             remat=("attention",),
             payload="fp8",
             # Four layers a stage, whatever the head behind the last one costs.
-            layer_costs=(1.0,) * sizes.num_layers,
+            layer_costs=(1.0,) * sizes.num_hidden_layers,
             head_cost=0.0,
         ),
         mesh={"pp": num_ranks, "ep": num_devices},
@@ -67,7 +67,7 @@ def prefill() -> ServeConfig:
     return ServeConfig(
         name="profile_prefill",
         architecture=dataclasses.replace(
-            architecture(), num_layers=16, first_k_dense_replace=0
+            architecture(), num_hidden_layers=16, first_k_dense_replace=0
         ),
         phase="prefill",
         num_devices=32,
@@ -94,7 +94,7 @@ def decode() -> ServeConfig:
     """
     return ServeConfig(
         name="profile_decode",
-        architecture=dataclasses.replace(architecture(), num_layers=32),
+        architecture=dataclasses.replace(architecture(), num_hidden_layers=32),
         phase="decode",
         num_devices=128,
         num_nodes=16,

@@ -1,7 +1,7 @@
 """Multi-head latent attention with decoupled rotary positions.
 
 DeepSeek-V3 report (arXiv:2412.19437), section 2.1.1; its names for the matrices are
-given in brackets. Shape suffixes: see `dualpipe_jax.deepseek.model.config`.
+given in parentheses. Shape suffixes: see `dualpipe_jax.deepseek`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from eplb_jax.layer import load_tokamax, on_cuda
 
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), neighbours as pairs.
+    """Applies rotary position embeddings (Su et al. 2021), pairing neighbors.
 
     Args:
       x_BTHR: [batch, sequence, heads, R], R even.
       positions_BT: [batch, sequence] int32.
-      base: the slowest pair turns by about 1 / base a position.
+      base: the slowest pair rotates by about 1 / base per position.
 
     Returns:
-      Like `x_BTHR`; angles are taken in float32.
+      Like `x_BTHR`; angles are computed in float32.
 
     Examples:
       >>> x = jnp.ones((1, 2, 1, 2))
@@ -39,18 +39,18 @@ def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     pairs = x_BTHR.astype(jnp.float32).reshape(*x_BTHR.shape[:-1], half, 2)
     first, second = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack(
+    rotated = jnp.stack(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     )
-    return turned.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
+    return rotated.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
 
 
 def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array:
-    """Causal softmax attention; keys and values may differ in width.
+    """Computes causal softmax attention; keys and values may differ in width.
 
-    The probabilities, which grow with the square of the sequence, are computed again in
-    the backward pass. Compiled for CUDA with tokamax installed, its flash attention
-    (arXiv:2205.14135) does the work, and they never reach memory.
+    The probabilities, which grow with the square of the sequence, are recomputed in the
+    backward pass. When compiled for CUDA with tokamax installed, its flash attention
+    (arXiv:2205.14135) is used, and they never reach memory.
 
     Args:
       q_BTHK: [batch, sequence, heads, K].
@@ -58,7 +58,7 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array
       v_BTHV: [batch, sequence, heads, V].
 
     Returns:
-      [batch, sequence, heads, V]; the softmax is taken in float32.
+      [batch, sequence, heads, V]; the softmax is computed in float32.
 
     Examples:
       >>> x = jnp.ones((1, 3, 2, 4))
@@ -75,29 +75,30 @@ def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     )
 
 
-# What AD keeps are the arguments.
+# Only the arguments are kept for the backward pass.
 @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-def _by_xla(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array:
+def _by_xla(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHV: jax.Array) -> jax.Array:
     scores_BHTS = jnp.einsum(
-        "bthk,bshk->bhts", q_BTHK, k_BTHK, preferred_element_type=jnp.float32
+        "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
     )
     scores_BHTS = scores_BHTS / math.sqrt(q_BTHK.shape[-1])
+    # Queries and keys are of the same positions.
     position_T = jnp.arange(q_BTHK.shape[1], dtype=jnp.int32)
     is_past_TS = position_T[:, None] >= position_T[None]
     scores_BHTS = jnp.where(is_past_TS[None, None], scores_BHTS, -jnp.inf)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BTHV.dtype)
-    return jnp.einsum("bhts,bshv->bthv", weights_BHTS, v_BTHV)
+    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHV.dtype)
+    return jnp.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV)
 
 
 class LatentAttention(nnx.Module):
     """Causal multi-head latent attention.
 
     Attributes:
-      q_down, q_norm, q_up: the queries' compression (W^DQ, W^UQ with W^QR); without
-        compression there is `q_up` alone, from the residual stream.
+      q_down, q_norm, q_up: compression of the queries (W^DQ, W^UQ with W^QR); without
+        compression only `q_up`, from the residual stream.
       kv_down: to the latent, and to the one key with a position that all heads share
         (W^DKV with W^KR).
-      kv_norm: of the latent.
+      kv_norm: norm of the latent.
       kv_up: from the latent to each head's key and value (W^UK with W^UV).
       out: from the heads' values to the residual stream (W^O).
     """
@@ -111,25 +112,23 @@ class LatentAttention(nnx.Module):
             rngs=rngs,
         )
         norm = functools.partial(nnx.RMSNorm, epsilon=c.rms_norm_eps, rngs=rngs)
-        heads = (c.num_heads, c.head_dim)
-        self.q_down = nnx.data(linear(c.dim, c.q_lora_rank) if c.q_lora_rank else None)
-        self.q_norm = nnx.data(norm(c.q_lora_rank) if c.q_lora_rank else None)
-        self.q_up = linear(c.q_lora_rank or c.dim, heads)
-        self.kv_down = linear(c.dim, c.kv_lora_rank + c.qk_rope_head_dim)
+        width, heads, rank = c.hidden_size, c.num_attention_heads, c.q_lora_rank
+        self.q_down = nnx.data(linear(width, rank) if rank else None)
+        self.q_norm = nnx.data(norm(rank) if rank else None)
+        self.q_up = linear(rank or width, (heads, c.qk_head_dim))
+        self.kv_down = linear(width, c.kv_lora_rank + c.qk_rope_head_dim)
         self.kv_norm = norm(c.kv_lora_rank)
-        self.kv_up = linear(
-            c.kv_lora_rank, (c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
-        )
-        self.out = linear((c.num_heads, c.v_head_dim), c.dim, axis=(-2, -1))
+        self.kv_up = linear(c.kv_lora_rank, (heads, c.qk_nope_head_dim + c.v_head_dim))
+        self.out = linear((heads, c.v_head_dim), width, axis=(-2, -1))
 
     def compress(self, x: jax.Array) -> jax.Array:
-        """What queries come from, [..., q_lora_rank]; `x` itself without compression."""
+        """Returns the queries' compression, [..., Q]; without one, `x` itself."""
         if self.q_down is None or self.q_norm is None:
             return x
         return self.q_norm(self.q_down(x))
 
     def queries(self, compressed_BTQ: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """[batch, sequence, heads, N + R]: the part without a position comes first."""
+        """Returns [batch, sequence, heads, N + R], in this order of the parts."""
         c = self.config
         nope, rope = jnp.split(self.q_up(compressed_BTQ), [c.qk_nope_head_dim], axis=-1)
         rope = rotate(rope, positions_BT, c.rope_theta)
@@ -138,24 +137,27 @@ class LatentAttention(nnx.Module):
     def latents(
         self, x_BTD: jax.Array, positions_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What a cache keeps: [batch, sequence, kv_lora_rank] and [batch, sequence, R]."""
+        """Returns what a cache keeps: [batch, sequence, C] and [batch, sequence, R]."""
         c = self.config
         latent, rope = jnp.split(self.kv_down(x_BTD), [c.kv_lora_rank], axis=-1)
         rope_BT1R = rotate(rope[:, :, None], positions_BT, c.rope_theta)
         return self.kv_norm(latent), rope_BT1R[:, :, 0]
 
     def mix(
-        self, q_BTHK: jax.Array, latent_BTL: jax.Array, rope_BTR: jax.Array
+        self, q_BTHK: jax.Array, latent_BTC: jax.Array, rope_BTR: jax.Array
     ) -> jax.Array:
-        """Each head's values, of what is no later: [batch, sequence, heads, V].
+        """Attends to each position and those before it.
 
         Args:
           q_BTHK: see `queries`.
-          latent_BTL: see `latents`, of the same positions.
+          latent_BTC: see `latents`, of the same positions.
           rope_BTR: the same.
+
+        Returns:
+          [batch, sequence, heads, V].
         """
         c = self.config
-        nope, v_BTHV = jnp.split(self.kv_up(latent_BTL), [c.qk_nope_head_dim], axis=-1)
+        nope, v_BTHV = jnp.split(self.kv_up(latent_BTC), [c.qk_nope_head_dim], axis=-1)
         rope = jnp.broadcast_to(
             rope_BTR[:, :, None], (*nope.shape[:3], c.qk_rope_head_dim)
         )
@@ -172,26 +174,26 @@ class LatentAttention(nnx.Module):
     def decode(
         self, x_BD: jax.Array, positions_B: jax.Array, cache_BSW: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """One more token of each sequence, whose past is in a cache.
+        """Computes one more token of each sequence, with its past in a cache.
 
-        Keys and values are never made: what would make them is absorbed into the
-        queries and into the output (section 2.1.1 and arXiv:2405.04434, section 2.1.2).
+        Keys and values are never materialized: the matrices that would produce them are
+        absorbed into the queries and into the output (section 2.1.1 and
+        arXiv:2405.04434, section 2.1.2).
 
         Args:
           x_BD: [batch, D].
-          positions_B: [batch] int32, of these tokens.
-          cache_BSW: [batch, positions, kv_lora_rank + R], see `latents`.
+          positions_B: [batch] int32, positions of these tokens.
+          cache_BSW: [batch, positions, C + R], see `latents`.
 
         Returns:
           outputs: [batch, D].
-          cache: with the tokens' latents.
+          cache: with the latents of these tokens added.
         """
         c = self.config
         position_B1 = positions_B[:, None]
         q_BHK = self.queries(self.compress(x_BD[:, None]), position_B1)[:, 0]
-        new_BW = jnp.concatenate(self.latents(x_BD[:, None], position_B1), axis=-1)[
-            :, 0
-        ]
+        pair = self.latents(x_BD[:, None], position_B1)
+        new_BW = jnp.concatenate(pair, axis=-1)[:, 0]
         batch_B = jnp.arange(len(x_BD), dtype=jnp.int32)
         cache_BSW = cache_BSW.at[batch_B, positions_B].set(
             new_BW.astype(cache_BSW.dtype),
@@ -199,23 +201,23 @@ class LatentAttention(nnx.Module):
             mode="promise_in_bounds",
             wrap_negative_indices=False,
         )
-        up_LHN, up_LHV = jnp.split(
+        up_CHN, up_CHV = jnp.split(
             self.kv_up.kernel[...].astype(x_BD.dtype), [c.qk_nope_head_dim], axis=-1
         )
         nope_BHN, rope_BHR = jnp.split(q_BHK, [c.qk_nope_head_dim], axis=-1)
-        q_BHL = jnp.einsum("bhn,lhn->bhl", nope_BHN, up_LHN)
-        q_BHW = jnp.concatenate([q_BHL, rope_BHR], axis=-1)
+        q_BHC = jnp.einsum("bhn,chn->bhc", nope_BHN, up_CHN)
+        q_BHW = jnp.concatenate([q_BHC, rope_BHR], axis=-1)
         scores_BHS = jnp.einsum(
             "bhw,bsw->bhs", q_BHW, cache_BSW, preferred_element_type=jnp.float32
         )
         position_S = jnp.arange(cache_BSW.shape[1], dtype=jnp.int32)
         is_past_BS = position_S[None] <= position_B1
         scores_BHS = jnp.where(
-            is_past_BS[:, None], scores_BHS / math.sqrt(c.head_dim), -jnp.inf
+            is_past_BS[:, None], scores_BHS / math.sqrt(c.qk_head_dim), -jnp.inf
         )
         weights_BHS = jax.nn.softmax(scores_BHS, axis=-1).astype(cache_BSW.dtype)
-        # Of the whole cache: what is cut off is an eighth of the product, and cutting
-        # it off before would copy the cache.
+        # Over the whole cache: R is a ninth of this product in DeepSeek-V3, and slicing
+        # it off first would copy the cache.
         mixed_BHW = jnp.einsum("bhs,bsw->bhw", weights_BHS, cache_BSW)
-        v_BHV = jnp.einsum("bhl,lhv->bhv", mixed_BHW[..., : c.kv_lora_rank], up_LHV)
+        v_BHV = jnp.einsum("bhc,chv->bhv", mixed_BHW[..., : c.kv_lora_rank], up_CHV)
         return self.out(v_BHV), cache_BSW

@@ -1,23 +1,20 @@
-"""The sizes of a DeepSeek-V3-style model, and what follows from them.
-
-Shape suffixes here and in the modules beside: B batch, T and S sequence, D width of the
-residual stream, H heads, N and R width of a head without and with a position, V width
-of a head's value, L layers, E experts.
-"""
+"""The sizes of a DeepSeek-V3-style model, and what follows from them."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import NamedTuple
 
+_MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}
+
 
 class ParameterCount(NamedTuple):
     """How many parameters a model has.
 
     Attributes:
-      total: all, without the multi-token prediction module.
-      active: those that one token meets: all but the routed experts that it does not
-        go to. As in DeepSeek's own count, the embedding is among them.
+      total: all, except those of the multi-token prediction module.
+      active: those used for one token: all but the routed experts that it is not sent
+        to. As in DeepSeek's own count, the embedding is included.
       mtp: those of the multi-token prediction module alone.
     """
 
@@ -30,99 +27,113 @@ class ParameterCount(NamedTuple):
 class DeepSeekConfig:
     """The architecture of DeepSeek-V3 (arXiv:2412.19437, section 2), at any size.
 
+    Fields are named as in the `config.json` of DeepSeek's published models.
+
     Attributes:
-      vocab_size: tokens; 256 for bytes.
-      dim: width of the residual stream.
-      num_layers: transformer layers.
-      first_k_dense_replace: of these, the first ones have a dense feed-forward network.
-      intermediate_size: its width.
-      num_heads: attention heads.
+      vocab_size: tokens of the vocabulary; 256 for bytes.
+      hidden_size: width of the residual stream.
+      num_hidden_layers: transformer layers.
+      first_k_dense_replace: how many of them, at the start, have a dense feed-forward
+        network instead of experts.
+      intermediate_size: width of the dense networks.
+      num_attention_heads: attention heads.
       q_lora_rank: rank of the queries' compression; None: queries are not compressed.
       kv_lora_rank: rank of the latent that keys and values come from.
       qk_nope_head_dim: width of a head's query and key without a position.
       qk_rope_head_dim: width of a head's query and key with one; even.
       v_head_dim: width of a head's value.
-      num_experts: routed experts of a layer.
+      n_routed_experts: routed experts of a layer.
       moe_intermediate_size: width of an expert.
-      num_experts_per_tok: routed experts a token, k.
+      num_experts_per_tok: routed experts per token, k.
       n_shared_experts: experts that every token goes to.
-      num_groups: groups of experts that the router chooses among.
-      topk_groups: groups that a token's experts may be in.
-      route_scale: what the experts' weights, made to add up to 1, are multiplied with.
-      rope_theta: of the rotary positions.
-      rms_norm_eps: of the RMS norms.
-      initializer_range: standard deviation of the first values of all matrices.
-      tied: whether the output head is the embedding, transposed.
-      mtp: whether there is a multi-token prediction module (section 2.2; depth 1).
+      n_group: groups of experts that the router chooses among.
+      topk_group: groups that a token's experts may be in.
+      routed_scaling_factor: multiplies the experts' weights, which are first normalized
+        to add up to 1.
+      rope_theta: base of the rotary positions.
+      rms_norm_eps: epsilon of the RMS norms.
+      initializer_range: standard deviation of the initial values of all matrices.
+      tie_word_embeddings: whether the output matrix is the embedding, transposed.
+      num_nextn_predict_layers: 1 adds a multi-token prediction module (section 2.2);
+        0: none.
 
     Raises:
       ValueError: sizes that do not fit each other.
 
     Examples:
       >>> DeepSeekConfig(
-      ...     vocab_size=256, dim=64, num_layers=4, first_k_dense_replace=1,
-      ...     intermediate_size=128, num_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
-      ...     v_head_dim=16, num_experts=8, moe_intermediate_size=32, num_experts_per_tok=2,
+      ...     vocab_size=256, hidden_size=64, num_hidden_layers=4,
+      ...     first_k_dense_replace=1, intermediate_size=128, num_attention_heads=4,
+      ...     kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+      ...     n_routed_experts=8, moe_intermediate_size=32, num_experts_per_tok=2,
       ... ).num_moe_layers
       3
     """
 
     vocab_size: int
-    dim: int
-    num_layers: int
+    hidden_size: int
+    num_hidden_layers: int
     first_k_dense_replace: int
     intermediate_size: int
-    num_heads: int
+    num_attention_heads: int
     q_lora_rank: int | None = None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    num_experts: int
+    n_routed_experts: int
     moe_intermediate_size: int
     num_experts_per_tok: int
     n_shared_experts: int = 1
-    num_groups: int = 1
-    topk_groups: int = 1
-    route_scale: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
-    tied: bool = False
-    mtp: bool = False
+    tie_word_embeddings: bool = False
+    num_nextn_predict_layers: int = 0
 
     def __post_init__(self):
-        may_be_zero = {"first_k_dense_replace", "n_shared_experts"}
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), int(field.name not in may_be_zero)
+            value, least = (
+                getattr(self, field.name),
+                int(field.name not in _MAY_BE_ZERO),
+            )
             if field.type == "int" and value < least:
                 raise ValueError(f"{field.name}={value} must be at least {least}.")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"{self.q_lora_rank=} must be at least 1, or None.")
-        if self.first_k_dense_replace > self.num_layers:
+        if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
-                f"{self.first_k_dense_replace=} must be at most {self.num_layers=}."
+                f"{self.first_k_dense_replace=} must be at most "
+                f"{self.num_hidden_layers=}."
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(
-                f"{self.qk_rope_head_dim=} must be even: positions turn pairs."
+                f"{self.qk_rope_head_dim=} must be even: positions rotate pairs."
             )
-        if self.num_experts_per_tok > self.num_experts:
+        if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
-                f"{self.num_experts_per_tok=} must be at most {self.num_experts=}."
+                f"{self.num_experts_per_tok=} must be at most {self.n_routed_experts=}."
             )
-        if self.num_experts % self.num_groups:
-            raise ValueError(f"{self.num_groups=} must divide {self.num_experts=}.")
-        if not self.topk_groups <= self.num_groups:
-            raise ValueError(f"{self.topk_groups=} must be at most {self.num_groups=}.")
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(f"{self.n_group=} must divide {self.n_routed_experts=}.")
+        if not self.topk_group <= self.n_group:
+            raise ValueError(f"{self.topk_group=} must be at most {self.n_group=}.")
+        if self.num_nextn_predict_layers > 1:
+            raise ValueError(
+                f"{self.num_nextn_predict_layers=} must be 0 or 1; deeper multi-token "
+                "prediction is not implemented."
+            )
 
     @property
     def num_moe_layers(self) -> int:
         """MoE layers, without the one in the multi-token prediction module."""
-        return self.num_layers - self.first_k_dense_replace
+        return self.num_hidden_layers - self.first_k_dense_replace
 
     @property
-    def head_dim(self) -> int:
+    def qk_head_dim(self) -> int:
         """Width of a head's query and key."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
@@ -133,44 +144,54 @@ class DeepSeekConfig:
     def forward_flops(self, layer: int, sequence_length: int) -> float:
         """Estimated FLOPs of a layer's forward pass for one token.
 
-        Matrix products, two FLOPs for each multiply and add, with a causal attention's
-        mean of half the sequence. Kernels and links do not all reach one part of their
-        peak: give measured costs where you have them.
+        Counts matrix products, two FLOPs for each multiply and add, and half the
+        sequence for a causal attention. Kernels and links do not all reach the same
+        part of their peak; where measured costs exist, use those instead.
 
         Args:
-          layer: which one.
+          layer: index of the layer.
           sequence_length: tokens of a sequence.
         """
         counts = layer_parameters(self)
         weights = counts.attention + (
             counts.dense if self.is_dense(layer) else counts.active_moe
         )
-        mixing = (
-            self.num_heads * (self.head_dim + self.v_head_dim) * sequence_length / 2
-        )
+        head = self.qk_head_dim + self.v_head_dim
+        mixing = self.num_attention_heads * head * sequence_length / 2
         return 2.0 * (weights + mixing)
 
     def head_flops(self, sequence_length: int) -> float:
-        """The same of what stands behind the last layer: the head, twice with MTP."""
-        head = 2.0 * self.dim * self.vocab_size
-        if not self.mtp:
+        """Estimated FLOPs of what follows the last layer, for one token.
+
+        That is the output matrix, and with multi-token prediction the module and the
+        output matrix again.
+        """
+        head = 2.0 * self.hidden_size * self.vocab_size
+        if not self.num_nextn_predict_layers:
             return head
-        project = 4.0 * self.dim**2
-        return 2 * head + project + self.forward_flops(self.num_layers, sequence_length)
+        project = 4.0 * self.hidden_size**2
+        layer = self.forward_flops(self.num_hidden_layers, sequence_length)
+        return 2 * head + project + layer
 
     def count_parameters(self) -> ParameterCount:
-        """Total and active parameters; see `ParameterCount`."""
+        """Counts total and active parameters; see `ParameterCount`."""
         layer = layer_parameters(self)
-        dense, moe = self.first_k_dense_replace, self.num_moe_layers
-        outer = self.vocab_size * self.dim * (1 if self.tied else 2) + self.dim
-        each = self.num_layers * (layer.attention + layer.norms)
+        dense, moe, width = (
+            self.first_k_dense_replace,
+            self.num_moe_layers,
+            self.hidden_size,
+        )
+        matrices = 1 if self.tie_word_embeddings else 2
+        outer = self.vocab_size * width * matrices + width
+        each = self.num_hidden_layers * (layer.attention + layer.norms)
         rest = outer + each + dense * layer.dense
-        # Two norms of its inputs, one behind, and the projection of both to one.
-        mtp = layer.attention + layer.norms + layer.moe + 3 * self.dim + 2 * self.dim**2
+        # Two norms of its inputs, one after its layer, and the projection of both
+        # inputs to one.
+        mtp = layer.attention + layer.norms + layer.moe + 3 * width + 2 * width**2
         return ParameterCount(
             total=rest + moe * layer.moe,
             active=rest + moe * layer.active_moe,
-            mtp=mtp if self.mtp else 0,
+            mtp=mtp if self.num_nextn_predict_layers else 0,
         )
 
 
@@ -179,10 +200,10 @@ class LayerParameters(NamedTuple):
 
     Attributes:
       attention: its matrices and inner norms.
-      norms: before the attention and before the feed-forward network.
+      norms: the norms before the attention and before the feed-forward network.
       dense: a dense feed-forward network.
-      moe: router, all experts, shared ones.
-      active_moe: router, the experts of one token, shared ones.
+      moe: router, all routed experts, shared experts.
+      active_moe: router, the routed experts of one token, shared experts.
     """
 
     attention: int
@@ -194,20 +215,20 @@ class LayerParameters(NamedTuple):
 
 def layer_parameters(config: DeepSeekConfig) -> LayerParameters:
     """Counts the parameters of the parts of a layer."""
-    c = config
-    queries = c.num_heads * c.head_dim
+    c, width, heads = config, config.hidden_size, config.num_attention_heads
+    queries = heads * c.qk_head_dim
     if c.q_lora_rank is None:
-        query = c.dim * queries
+        query = width * queries
     else:
-        query = c.dim * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * queries
-    keys = c.dim * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
-    keys += c.kv_lora_rank * c.num_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    expert = 3 * c.dim * c.moe_intermediate_size
-    router, shared = c.dim * c.num_experts, c.n_shared_experts * expert
+        query = width * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * queries
+    keys = width * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
+    keys += c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+    expert = 3 * width * c.moe_intermediate_size
+    router, shared = width * c.n_routed_experts, c.n_shared_experts * expert
     return LayerParameters(
-        attention=query + keys + c.num_heads * c.v_head_dim * c.dim,
-        norms=2 * c.dim,
-        dense=3 * c.dim * c.intermediate_size,
-        moe=router + shared + c.num_experts * expert,
+        attention=query + keys + heads * c.v_head_dim * width,
+        norms=2 * width,
+        dense=3 * width * c.intermediate_size,
+        moe=router + shared + c.n_routed_experts * expert,
         active_moe=router + shared + c.num_experts_per_tok * expert,
     )

@@ -1,7 +1,7 @@
 """A transformer layer, the output head and the multi-token prediction module.
 
 DeepSeek-V3 report (arXiv:2412.19437), sections 2.1 and 2.2. Shape suffixes: see
-`dualpipe_jax.deepseek.model.config`.
+`dualpipe_jax.deepseek`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from eplb_jax.layer import MoEStats
 
 
 def _norm(config: DeepSeekConfig, key: jax.Array) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.dim, epsilon=config.rms_norm_eps, rngs=nnx.Rngs(key))
+    return nnx.RMSNorm(
+        config.hidden_size, epsilon=config.rms_norm_eps, rngs=nnx.Rngs(key)
+    )
 
 
 class FeedForward(nnx.Module):
@@ -28,9 +30,9 @@ class FeedForward(nnx.Module):
             initial = nnx.initializers.truncated_normal(stddev=config.initializer_range)
             return nnx.Linear(into, out, use_bias=False, kernel_init=initial, rngs=rngs)
 
-        self.gate = linear(config.dim, config.intermediate_size)
-        self.up = linear(config.dim, config.intermediate_size)
-        self.down = linear(config.intermediate_size, config.dim)
+        self.gate = linear(config.hidden_size, config.intermediate_size)
+        self.up = linear(config.hidden_size, config.intermediate_size)
+        self.down = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -39,10 +41,11 @@ class FeedForward(nnx.Module):
 class Layer(nnx.Module):
     """A pre-norm layer: latent attention, then a dense network or a mixture of experts.
 
-    A pipeline's stages have one structure, so a layer may hold both kinds of
-    feed-forward network; which of them runs is said by which method is called.
+    All stages of a pipeline have one structure, so a layer may hold both kinds of
+    feed-forward network; the method that is called, `feed_forward` or `mix`, chooses
+    the one that runs.
 
-    Each part draws its first values from a key of its own, so that they do not depend
+    Each part draws its initial values from a separate key, so that they do not depend
     on what else the layer holds.
     """
 
@@ -65,14 +68,14 @@ class Layer(nnx.Module):
         )
         self.moe = nnx.data(
             MoE(
-                c.dim,
+                c.hidden_size,
                 c.moe_intermediate_size,
-                num_experts=c.num_experts,
-                top_k=c.num_experts_per_tok,
+                num_experts=c.n_routed_experts,
+                k=c.num_experts_per_tok,
                 num_shared=c.n_shared_experts,
-                num_groups=c.num_groups,
-                topk_groups=c.topk_groups,
-                route_scale=c.route_scale,
+                num_groups=c.n_group,
+                topk_groups=c.topk_group,
+                scaling=c.routed_scaling_factor,
                 parallel=parallel,
                 rngs=nnx.Rngs(keys[4]),
             )
@@ -81,52 +84,53 @@ class Layer(nnx.Module):
         )
 
     def attend(self, x_BTD: jax.Array) -> jax.Array:
-        """The attention and the residual stream."""
+        """Applies the attention, and adds it to the residual stream."""
         return x_BTD + self.attention(self.attention_norm(x_BTD))
 
     def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
-        """The dense network and the residual stream."""
+        """Applies the dense network, and adds it to the residual stream."""
         assert self.dense is not None
         return x_BTD + self.dense(self.feed_forward_norm(x_BTD))
 
     def mix(
         self, x_BTD: jax.Array, tables: ExpertTables | None
     ) -> tuple[jax.Array, MoEStats]:
-        """The mixture of experts and the residual stream.
+        """Applies the mixture of experts, and adds it to the residual stream.
 
         Args:
           x_BTD: activations.
-          tables: None: the experts are the device's share of the logical ones; else
-            they are those of its slots.
+          tables: where the physical experts are, if this layer holds the weights of the
+            device's physical experts; None if it holds the device's share of the
+            logical ones.
         """
         assert self.moe is not None
         x = self.feed_forward_norm(x_BTD)
         if tables is None:
             y, stats = self.moe(x)
         else:
-            slots = ExpertWeights(*(leaf[...] for leaf in self.moe.experts))
-            y, stats = self.moe(x, tables, physical=slots)
+            physical = ExpertWeights(*(leaf[...] for leaf in self.moe.experts))
+            y, stats = self.moe(x, tables, physical=physical)
         return x_BTD + y, stats
 
 
 class Head(nnx.Module):
-    """The last norm and, unless the embedding serves as one, the output matrix."""
+    """The last norm and, unless it is tied to the embedding, the output matrix."""
 
     def __init__(self, config: DeepSeekConfig, key: jax.Array):
         keys = jax.random.split(key)
         self.norm = _norm(config, keys[0])
-        shape = (config.dim, config.vocab_size)
+        shape = (config.hidden_size, config.vocab_size)
         initial = nnx.initializers.truncated_normal(stddev=config.initializer_range)
         self.kernel = nnx.data(
-            None if config.tied else nnx.Param(initial(keys[1], shape))
+            None if config.tie_word_embeddings else nnx.Param(initial(keys[1], shape))
         )
 
 
 class MultiTokenPrediction(nnx.Module):
     """The multi-token prediction module, depth 1: predicts the token after the next.
 
-    It joins what the model knows at a position with the embedding of the next token,
-    runs one more layer, and shares embedding and output matrix with the model
+    It combines the model's activations at a position with the embedding of the next
+    token, runs one more layer, and shares embedding and output matrix with the model
     (section 2.2, equations 21 to 23).
     """
 
@@ -137,7 +141,7 @@ class MultiTokenPrediction(nnx.Module):
         self.hidden_norm, self.token_norm, self.norm = (
             _norm(config, key) for key in keys[:3]
         )
-        shape = (2 * config.dim, config.dim)
+        shape = (2 * config.hidden_size, config.hidden_size)
         initial = nnx.initializers.truncated_normal(stddev=config.initializer_range)
         self.project = nnx.Param(initial(keys[3], shape))
         self.layer = Layer(config, parallel, has_dense=False, has_moe=True, key=keys[4])
@@ -145,12 +149,12 @@ class MultiTokenPrediction(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, next_BTD: jax.Array, tables: ExpertTables | None
     ) -> tuple[jax.Array, MoEStats]:
-        """Normalised activations that the output matrix turns into logits.
+        """Returns normalized activations, from which the output matrix makes logits.
 
         Args:
-          x_BTD: what the last layer gave.
+          x_BTD: output of the last layer.
           next_BTD: embeddings of the next tokens.
-          tables: as for `Layer.mix`.
+          tables: see `Layer.mix`.
         """
         joined = jnp.concatenate(
             [self.hidden_norm(x_BTD), self.token_norm(next_BTD)], axis=-1

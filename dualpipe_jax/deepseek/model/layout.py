@@ -1,10 +1,11 @@
-"""Layers that differ, laid over stages of one structure.
+"""How layers of different kinds are laid out over stages of one structure.
 
-All stages have the same number of slots, and a slot has room for every kind of layer
-that any stage has there: an SPMD program knows one stage only. What a slot does is told
-by numbers, so that room without a layer costs memory but no compute.
+An SPMD program has one structure for all stages. So every stage has the same number of
+layer positions, and a position has room for each kind of layer that any stage has
+there. Arrays of numbers tell a stage which kind of layer to run at a position; a
+position without a layer (padding) takes memory but no compute.
 
-Shape suffixes: G stages, S slots of a stage, L layers.
+Shape suffixes: see `dualpipe_jax.deepseek`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which layer stands in which slot of which stage.
+    """Which layer is at which position of which stage.
 
     Attributes:
       layers: layers of each stage, in model order.
-      first_k_dense_replace: these come first in the model.
+      first_k_dense_replace: how many layers at the start of the model are dense.
     """
 
     layers: tuple[tuple[int, ...], ...]
@@ -37,96 +38,102 @@ class Layout:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Layout:
-        """The inverse of `to_json`."""
+        """Reads what `to_json` returned."""
         layers = tuple(tuple(int(layer) for layer in own) for own in value["layers"])
         return cls(layers, int(value["first_k_dense_replace"]))
 
     def to_json(self) -> dict[str, Any]:
-        """As values that JSON knows."""
+        """Returns the layout as a JSON object."""
         return {
             "layers": [list(own) for own in self.layers],
             "first_k_dense_replace": self.first_k_dense_replace,
         }
 
     @property
-    def num_slots(self) -> int:
-        """Slots of a stage: layers of the longest one."""
+    def num_layer_positions(self) -> int:
+        """Layer positions of a stage: as many as the longest stage has layers."""
         return max(map(len, self.layers))
 
     @functools.cached_property
-    def layer_GS(self) -> np.ndarray:
-        """[stages, slots] int32, the layer in each slot; -1 for padding."""
-        rows = [own + (-1,) * (self.num_slots - len(own)) for own in self.layers]
+    def layer_GP(self) -> np.ndarray:
+        """[stages, layer positions] int32, the layer at each position; -1: padding."""
+        rows = [
+            own + (-1,) * (self.num_layer_positions - len(own)) for own in self.layers
+        ]
         return np.array(rows, np.int32)
 
     @functools.cached_property
-    def kind_GS(self) -> np.ndarray:
-        """[stages, slots] int32, `NONE`, `DENSE` or `MOE`."""
-        kind_GS = np.where(self.layer_GS < self.first_k_dense_replace, DENSE, MOE)
-        return np.where(self.layer_GS < 0, NONE, kind_GS).astype(np.int32)
+    def kind_GP(self) -> np.ndarray:
+        """[stages, layer positions] int32, `NONE`, `DENSE` or `MOE`."""
+        kind_GP = np.where(self.layer_GP < self.first_k_dense_replace, DENSE, MOE)
+        return np.where(self.layer_GP < 0, NONE, kind_GP).astype(np.int32)
 
     @functools.cached_property
     def place(self) -> dict[int, tuple[int, ...]]:
-        """Layer -> (stage, slot)."""
+        """Layer -> (stage, layer position)."""
         return {
-            layer: (stage, slot)
+            layer: (stage, position)
             for stage, own in enumerate(self.layers)
-            for slot, layer in enumerate(own)
+            for position, layer in enumerate(own)
         }
 
-    def kinds(self, slot: int) -> frozenset[int]:
-        """The kinds that stages have in a slot."""
-        return frozenset(self.kind_GS[:, slot].tolist())
+    def kinds(self, position: int) -> frozenset[int]:
+        """Returns the kinds of layers that stages have at a position."""
+        return frozenset(self.kind_GP[:, position].tolist())
 
-    def slots_of(self, kind: int) -> list[int]:
-        """Slots that have room for a kind of layer."""
-        return [slot for slot in range(self.num_slots) if kind in self.kinds(slot)]
+    def positions_of(self, kind: int) -> list[int]:
+        """Returns the positions at which some stage has a kind of layer."""
+        every = range(self.num_layer_positions)
+        return [position for position in every if kind in self.kinds(position)]
 
-    def to_slot(self, values_L: jax.Array, slot: int, first: int = 0) -> jax.Array:
-        """Values of layers, for the stages' layers in one slot.
+    def to_position(
+        self, values_L: jax.Array, position: int, first: int = 0
+    ) -> jax.Array:
+        """Selects values of layers for the stages' layers at one position.
 
         Args:
-          values_L: [layers, ...], of layers `first` and those behind.
-          slot: the slot.
-          first: see above.
+          values_L: [layers, ...], of layer `first` and those after it.
+          position: the layer position.
+          first: the first layer that has values.
 
         Returns:
-          [stages, ...]; those of some other layer where the stage has none that counts.
+          [stages, ...]; for a stage whose layer has no value, that of another layer.
         """
-        index = np.clip(self.layer_GS[:, slot] - first, 0, len(values_L) - 1)
+        index = np.clip(self.layer_GP[:, position] - first, 0, len(values_L) - 1)
         return values_L[index]
 
     def to_layers(
-        self, slots: Sequence[jax.Array | None], first: int, last: int
+        self, values: Sequence[jax.Array | None], first: int, last: int
     ) -> jax.Array:
-        """The inverse of `to_slot`, over all slots.
+        """Inverts `to_position`, over all positions.
 
         Args:
-          slots: one [stages, ...] for each slot; None for a slot without such values.
-          first: the first layer whose values are wanted.
-          last: one behind the last.
+          values: for each position [stages, ...]; None for a position without values.
+          first: the first layer to return values of.
+          last: one past the last.
 
         Returns:
           [last - first, ...].
         """
         wanted = [self.place[layer] for layer in range(first, last)]
-        return jnp.stack([jnp.asarray(slots[slot])[stage] for stage, slot in wanted])
+        rows = [jnp.asarray(values[position])[stage] for stage, position in wanted]
+        return jnp.stack(rows)
 
 
-def relayout(slots: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
-    """Lays the parameters of one layout out anew, layer by layer.
+def relayout(trees: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
+    """Moves the parameters of one layout to another, layer by layer.
 
     Args:
-      slots: one pytree for each slot of `old`, leaves [stages, ...], with the parts
-        of a kind of layer under the keys `"dense"` and `"moe"`.
-      old: where the layers stand.
-      new: where they are to stand; of the same model.
+      trees: one pytree for each layer position of `old`, leaves [stages, ...], with the
+        parts of a kind of layer under the keys `"dense"` and `"moe"`.
+      old: the layout of `trees`.
+      new: another layout of the same model.
 
     Returns:
-      The same for `new`, zeros in its padding.
+      The same for `new`, with zeros in its padding.
 
     Raises:
-      ValueError: the two are not of the same layers.
+      ValueError: the two layouts are of different layers.
     """
     if _kinds_of_layers(old) != _kinds_of_layers(new):
         raise ValueError(
@@ -135,16 +142,16 @@ def relayout(slots: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
             f"{len(_kinds_of_layers(new))} of which {new.first_k_dense_replace} are."
         )
 
-    def part_of(slot: int, name: str, kinds: frozenset[int]) -> PyTree:
-        """One part of a new slot, from wherever its layers stood."""
+    def part_of(position: int, name: str, kinds: frozenset[int]) -> PyTree:
+        """Collects one part of a new position from the old places of its layers."""
         parts = []
         for layer, kind in zip(
-            new.layer_GS[:, slot], new.kind_GS[:, slot], strict=True
+            new.layer_GP[:, position], new.kind_GP[:, position], strict=True
         ):
             parts.append(None)
             if kind in kinds:
-                stage, old_slot = old.place[int(layer)]
-                part = slots[old_slot][name]
+                stage, old_position = old.place[int(layer)]
+                part = trees[old_position][name]
                 parts[-1] = jax.tree.map(lambda leaf, at=stage: leaf[at], part)
         some = next(part for part in parts if part is not None)
         zeros = jax.tree.map(jnp.zeros_like, some)
@@ -154,13 +161,14 @@ def relayout(slots: Sequence[PyTree], old: Layout, new: Layout) -> list[PyTree]:
         )
 
     result = []
-    for slot in range(new.num_slots):
-        # What stands in every layer, then what belongs to one kind.
-        names = set().union(*(tree.keys() for tree in slots)) - {"dense", "moe"}
-        parts = {name: part_of(slot, name, frozenset({DENSE, MOE})) for name in names}
+    for position in range(new.num_layer_positions):
+        # The parts of every layer, then those of one kind.
+        names = set().union(*(tree.keys() for tree in trees)) - {"dense", "moe"}
+        both = frozenset({DENSE, MOE})
+        parts = {name: part_of(position, name, both) for name in names}
         for name, kind in (("dense", DENSE), ("moe", MOE)):
-            if kind in new.kinds(slot):
-                parts[name] = part_of(slot, name, frozenset({kind}))
+            if kind in new.kinds(position):
+                parts[name] = part_of(position, name, frozenset({kind}))
         result.append(parts)
     return result
 

@@ -1,6 +1,6 @@
 """The terms of the loss.
 
-Shape suffixes: see `dualpipe_jax.deepseek.model.config`.
+Shape suffixes: see `dualpipe_jax.deepseek`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ MAX_LOGITS = 2**27
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_loss(x: jax.Array, loss: jax.Array, weight: float) -> jax.Array:
-    """`x`, on whose way back the gradient of `weight * loss` is added.
+    """Returns `x`; its backward pass adds the gradient of `weight * loss`.
 
-    So a stage contributes to the step's loss without handing a scalar from stage to
-    stage; DeepSeek-V2's published model does the same.
+    A stage contributes to the step's loss this way without passing a scalar from stage
+    to stage; DeepSeek-V2's published model does the same.
 
     Args:
       x: activations.
       loss: [] float32.
-      weight: its factor in what is differentiated.
+      weight: factor of `loss` in the step's loss.
     """
     del loss, weight
     return x
@@ -40,8 +40,8 @@ add_loss.defvjp(
 
 
 def logits_of(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[batch, sequence, vocabulary] float32, of normalised activations."""
-    return jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+    """Returns [batch, sequence, vocabulary] float32 from normalized activations."""
+    return jnp.einsum("btd,du->btu", hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def cross_entropy(
@@ -51,11 +51,11 @@ def cross_entropy(
     *,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy, and the mean square of the log-normaliser.
+    """Returns the mean cross-entropy, and the mean square of the log-normalizer.
 
     Args:
-      hidden: [batch, sequence, dim], normalised activations.
-      kernel: [dim, vocabulary].
+      hidden: [batch, sequence, D], normalized activations.
+      kernel: [D, vocabulary].
       targets: [batch, sequence] int32.
       max_logits: see `cross_entropies`.
 
@@ -71,23 +71,23 @@ def cross_entropies(
     *,
     max_logits: int = MAX_LOGITS,
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """`cross_entropy` of several sets of tokens, in one pass over the kernel.
+    """Computes `cross_entropy` for several sets of tokens, in one pass over the kernel.
 
-    One pass has one gradient of the kernel, where one for each set would be held until
-    they are added: 1.7 GiB each for DeepSeek-V3, in bfloat16.
+    One pass has one gradient of the kernel. A pass for each set would hold one gradient
+    each until they are added: 1.7 GiB each for DeepSeek-V3, in bfloat16.
 
     Args:
-      sets: of (hidden [batch, sequence, dim], targets [batch, sequence]).
-      kernel: [dim, vocabulary].
-      max_logits: of so many at a time; what the backward pass needs of them is computed
-        again. All of DeepSeek-V3's for one sequence are 2 GiB.
+      sets: pairs (hidden [batch, sequence, D], targets [batch, sequence]).
+      kernel: [D, vocabulary].
+      max_logits: how many logits to compute at a time; beyond one chunk, the backward
+        pass recomputes them. DeepSeek-V3's logits for one sequence are 2 GiB.
 
     Returns:
       For each set two [] float32.
     """
     numbers = [targets.size for _, targets in sets]
-    num_tokens, dim = sum(numbers), kernel.shape[0]
-    hidden = jnp.concatenate([hidden.reshape(-1, dim) for hidden, _ in sets])
+    num_tokens, width = sum(numbers), kernel.shape[0]
+    hidden = jnp.concatenate([hidden.reshape(-1, width) for hidden, _ in sets])
     targets = jnp.concatenate([targets.reshape(-1) for _, targets in sets])
     # [tokens, sets], 1 for the tokens of a set.
     owner = np.repeat(np.arange(len(sets)), numbers)
@@ -96,8 +96,8 @@ def cross_entropies(
     def sums(hidden: jax.Array, targets: jax.Array, weights: jax.Array):
         logits = logits_of(hidden[None], kernel)[0]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        terms = jnp.stack([losses, jnp.square(normaliser)])
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        terms = jnp.stack([losses, jnp.square(normalizer)])
         return (terms[..., None] * weights[None]).sum(axis=1)
 
     parts = min(num_tokens, -(-num_tokens * kernel.shape[1] // max_logits))
@@ -107,7 +107,7 @@ def cross_entropies(
         size = -(-num_tokens // parts)
 
         def cut(x: jax.Array) -> jax.Array:
-            """In parts, the last one filled up with tokens of no weight."""
+            """Divides the tokens into parts; padding of the last one has no weight."""
             room = [(0, parts * size - num_tokens), *((0, 0) for _ in x.shape[1:])]
             return jnp.pad(x, room).reshape(parts, size, *x.shape[1:])
 

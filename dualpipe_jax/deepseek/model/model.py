@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dualpipe_jax.deepseek.model.layout import Layout
 from dualpipe_jax.deepseek.model.options import DeepSeekOptions
-from dualpipe_jax.deepseek.model.stages import DeepSeekPipeline, unpipelined
+from dualpipe_jax.deepseek.model.pipeline import DeepSeekPipeline, unpipelined
 from dualpipe_jax.planning import Partition, partition_layers
 from dualpipe_jax.schedules import Schedule
 from eplb_jax import ExpertParallel
@@ -21,41 +21,43 @@ class DeepSeek(DeepSeekOptions):
 
     Attributes:
       architecture: its sizes.
-      compute_dtype: of activations and of the weights that products see; parameters,
+      compute_dtype: of activations and of the weights in matrix products; parameters,
         gradients and the optimizer are float32, and so is the router.
-      eplb: redundant experts, placed anew as the load changes; None: none.
+      eplb: redundant experts, placed anew as the load changes; None: no redundant
+        experts.
       bias_update_rate: of the auxiliary-loss-free balancing.
       balance_loss: factor of the sequence-wise balance loss, alpha.
       mtp_weight: factor of the multi-token prediction loss, lambda.
-      z_loss: factor of the squared log-normaliser of the output (arXiv:2204.02311).
-      buffer_factor: rows of a device's buffer for the tokens of its experts over the
-        mean; None: room for all that can come. What finds no room counts as zero, and
-        is reported as `overflow`.
-      remat: what the backward pass computes again instead of keeping it: `"attention"`
-        keeps the residual stream and nothing else of an attention, `"experts"` the
-        tokens that came to the experts and nothing of what is inside them; both keep of
-        a layer its input and what was exchanged.
+      z_loss: factor of the squared log-normalizer of the output (arXiv:2204.02311).
+      buffer_factor: rows of a device's buffer for the tokens of its experts, as a
+        multiple of the mean; None: room for all that can arrive. Choices that exceed
+        the buffer count as zero, and are reported as `overflow`.
+      remat: what the backward pass recomputes instead of keeping it. `"attention"`
+        keeps only the residual stream of an attention; `"experts"` keeps the tokens
+        that arrived at the experts and nothing computed inside them; both together keep
+        of a layer only its input and what was exchanged.
       payload: `"fp8"` sends tokens to their experts in float8, and keeps them so; see
         `eplb_jax.ExpertParallel`.
-      layer_costs: of each layer, in any unit; None: `DeepSeekConfig.forward_flops`.
-      head_cost: of what stands behind the layers, in the same unit.
-      rank_speeds: of the pipeline's ranks, in any unit; None: all alike.
-      stage_code: what stages of different layers run. `"shared"`: the same, with a
-        branch wherever two of them differ. `"own"`: code for each kind of stage,
-        without branches, inside which exchanges cannot be hidden. It takes longer to
-        compile; where all stages are alike it is the same.
-      max_layers: of a stage, at most. Every rank has room for as many as the longest
-        stage has, so that a better balance may cost memory everywhere.
+      layer_costs: costs of the layers, in any unit; None: those of
+        `DeepSeekConfig.forward_flops`.
+      head_cost: cost of what follows the layers, in the same unit.
+      rank_speeds: speeds of the pipeline's ranks, in any unit; None: all alike.
+      stage_code: what stages of different layers run. `"shared"`: one code, with a
+        branch wherever two of them differ. `"own"`: separate code for each kind of
+        stage, without branches; exchanges inside a branch cannot be hidden. It takes
+        longer to compile; where all stages are alike it makes no difference.
+      max_layers: most layers of a stage. Every rank has room for as many as the longest
+        stage has, so a better balance may cost memory everywhere.
     """
 
     def partition(self, schedule: Schedule, sequence_length: int) -> Partition:
-        """Which layers each stage gets."""
+        """Divides the layers over the stages."""
         arch = self.architecture
         costs, head_cost = self.layer_costs, self.head_cost
         if costs is None or head_cost is None:
             costs = tuple(
                 arch.forward_flops(layer, sequence_length)
-                for layer in range(arch.num_layers)
+                for layer in range(arch.num_hidden_layers)
             )
             head_cost = arch.head_flops(sequence_length)
         return partition_layers(
@@ -74,7 +76,7 @@ class DeepSeek(DeepSeekOptions):
         microbatch_size: int,
         sequence_length: int,
     ) -> DeepSeekPipeline:
-        """The model over the stages of `schedule`.
+        """Returns the model over the stages of a schedule.
 
         Args:
           schedule: the pipeline's.
@@ -83,7 +85,8 @@ class DeepSeek(DeepSeekOptions):
           sequence_length: tokens of a sequence.
 
         Raises:
-          ValueError: the layers do not fit the stages, or the experts the ep axis.
+          ValueError: the layers do not fit the stages, or the experts do not fit the ep
+            axis.
         """
         partition = self.partition(schedule, sequence_length)
         devices, num_rows = mesh.shape["ep"], None
@@ -109,5 +112,5 @@ class DeepSeek(DeepSeekOptions):
         )
 
     def build_unpipelined(self, num_microbatches: int = 1) -> DeepSeekPipeline:
-        """The model as one stage on one device, without redundant experts."""
+        """Returns the model as one stage on one device, without redundant experts."""
         return unpipelined(self, num_microbatches)

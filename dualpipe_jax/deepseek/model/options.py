@@ -1,12 +1,12 @@
-"""How a DeepSeek-V3-style model is trained: options, and which values they may have."""
+"""How a DeepSeek-V3-style model is trained: options, and the values they may have."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal, get_args
 
-from dualpipe_jax.deepseek.model.balancing import EplbConfig
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
+from dualpipe_jax.deepseek.model.placement_config import EplbConfig
 from eplb_jax.layer import Payload
 
 Remat = Literal["attention", "experts"]
@@ -15,7 +15,7 @@ StageCode = Literal["shared", "own"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepSeekOptions:
-    """The fields of `DeepSeek`, which explains them."""
+    """The fields of `DeepSeek`; see there."""
 
     architecture: DeepSeekConfig
     compute_dtype: str = "float32"
@@ -45,11 +45,12 @@ class DeepSeekOptions:
             raise ValueError(f"{self.stage_code=} must be 'shared' or 'own'.")
         if (self.layer_costs is None) != (self.head_cost is None):
             raise ValueError(
-                "layer_costs and head_cost share a unit; give both or neither."
+                "layer_costs and head_cost share a unit; set both or neither."
             )
-        costs, num_layers = self.layer_costs, self.architecture.num_layers
-        if costs is not None and len(costs) != num_layers:
+        costs = self.layer_costs
+        num_hidden_layers = self.architecture.num_hidden_layers
+        if costs is not None and len(costs) != num_hidden_layers:
             raise ValueError(
                 f"layer_costs has {len(costs)} entries, but the model has "
-                f"{num_layers=}; give one a layer."
+                f"{num_hidden_layers=}; give one cost per layer."
             )

@@ -1,6 +1,6 @@
 """From the parameters that are trained to those that the pipeline runs with, and back.
 
-Done once a step, for all of its microbatches.
+This runs once per step, for all of its microbatches.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from dualpipe_jax.deepseek.model.balancing import (
-    Balancer,
-    RouterState,
-    from_slots,
-    to_slots,
-)
+from dualpipe_jax.deepseek.model.balancing import RouterState, TrainingBalancer
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
 from dualpipe_jax.deepseek.model.layout import MOE, Layout
+from dualpipe_jax.deepseek.model.physical_experts import (
+    gather_physical_experts,
+    sum_replica_grads,
+)
 from dualpipe_jax.deepseek.model.trees import map_with_names
 from dualpipe_jax.executor import PipelineParams
 from eplb_jax import ExpertTables
 
+P = PartitionSpec
 PyTree = Any
 
 
 class Balancing(NamedTuple):
-    """What an MoE layer is given beside its parameters.
+    """What an MoE layer needs besides its parameters.
 
     Attributes:
       bias: [experts] float32, see `eplb_jax.layer.moe.RouterBias`.
-      tables: of this layer, where the experts' weights are those of the device's slots;
-        None: slot i is expert i.
+      tables: of this layer, if the experts' weights are those of the device's physical
+        experts; None: physical expert i is expert i.
     """
 
     bias: Any
@@ -42,77 +42,94 @@ class Balancing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ParamPreparation:
-    """Casts parameters, gathers the slots' experts, and adds what is no parameter.
+    """Casts parameters, gathers physical experts, and adds what is not a parameter.
 
-    What the pipeline gets: `stages` is a dict of `slots`, as the parameters' `stages`;
-    `kind`, [stages, slots] of the layout; and `balancing`, for each slot with experts
-    (by its number, as text) its stages' `Balancing`. `head` is a dict of `params`, as
-    the parameters' `head`, and the `balancing` of the multi-token prediction module.
+    In the prepared parameters, `stages` is a dict: `layers`, like the parameters'
+    `stages`; `kind`, [stages, layer positions] of the layout; and `balancing`, for each
+    layer position with experts (its number, as text) the `Balancing` of each stage.
+    `head` is a dict: `params`, like the parameters' `head`, and the `balancing` of the
+    multi-token prediction module.
 
     Attributes:
       arch: the sizes.
-      layout: which layer stands where.
-      balancer: whose tables are used.
+      layout: which layer is at which position.
+      balancer: makes the tables.
       mesh: with the axes pp and ep.
-      compute_dtype: of all weights but the routers'.
+      compute_dtype: of all weights except the routers'.
     """
 
     arch: DeepSeekConfig
     layout: Layout
-    balancer: Balancer
+    balancer: TrainingBalancer
     mesh: Mesh | AbstractMesh
     compute_dtype: str
 
     def prepare_params(
-        self, params: PipelineParams, buffers: RouterState
+        self, params: PipelineParams, state: RouterState
     ) -> PipelineParams:
-        """See the class."""
+        """Returns the parameters that the pipeline runs with; see the class."""
         params = map_with_names(self._cast, params)
-        tables = self.balancer.tables(buffers)
-        params = self._for_experts(to_slots, params, tables)
-        every = Balancing(buffers.bias, tables)
+        tables = self.balancer.tables(state)
+        params = self._for_experts(gather_physical_experts, params, tables)
+        every = Balancing(state.bias, tables)
         last = None
-        if self.arch.mtp:
+        if self.arch.num_nextn_predict_layers:
             last = jax.tree.map(lambda leaf: leaf[-1], every)
         stages = {
-            "slots": params.stages,
-            "kind": jnp.asarray(self.layout.kind_GS),
+            "layers": params.stages,
+            "kind": jnp.asarray(self.layout.kind_GP),
             "balancing": {
-                str(slot): self._of_slot(every, slot)
-                for slot in self.layout.slots_of(MOE)
+                str(position): self._at_position(every, position)
+                for position in self.layout.positions_of(MOE)
             },
         }
         head = {"params": params.head, "balancing": last}
         return PipelineParams(stages, params.embed, head)
 
     def unprepare_grads(
-        self, grads: PipelineParams, buffers: RouterState
+        self, grads: PipelineParams, state: RouterState
     ) -> PipelineParams:
-        """Gradients of what `prepare_params` took; those of an expert's replicas are added."""
-        grads = PipelineParams(grads.stages["slots"], grads.embed, grads.head["params"])
-        return self._for_experts(from_slots, grads, self.balancer.tables(buffers))
+        """Returns gradients of the parameters, from those of the prepared ones."""
+        grads = PipelineParams(
+            grads.stages["layers"], grads.embed, grads.head["params"]
+        )
+        tables = self.balancer.tables(state)
+        return self._for_experts(sum_replica_grads, grads, tables)
+
+    def specs(self, specs: PipelineParams) -> PipelineParams:
+        """Returns how prepared parameters are sharded, from the parameters' specs."""
+        stages = {"layers": specs.stages, "kind": P(), "balancing": P()}
+        # The output matrix is gathered once for all microbatches of a step: gathering
+        # it for each of them would take longer than the product with it.
+        params = {
+            name: P() if name == "kernel" else each for name, each in specs.head.items()
+        }
+        head = {"params": params, "balancing": P()}
+        return PipelineParams(stages, specs.embed, head)
 
     def _cast(self, names: tuple[str, ...], leaf: jax.Array) -> jax.Array:
         return leaf if "router" in names else leaf.astype(self.compute_dtype)
 
-    def _of_slot(self, tree: PyTree, slot: int) -> PyTree:
-        """Values of MoE layers, for the layers that the stages have in a slot."""
+    def _at_position(self, tree: PyTree, position: int) -> PyTree:
+        """Selects values of MoE layers for the stages' layers at a position."""
         first = self.arch.first_k_dense_replace
-        return jax.tree.map(lambda leaf: self.layout.to_slot(leaf, slot, first), tree)
+        return jax.tree.map(
+            lambda leaf: self.layout.to_position(leaf, position, first), tree
+        )
 
     def _for_experts(
         self, function, tree: PipelineParams, tables: ExpertTables | None
     ) -> PipelineParams:
-        """Applies `to_slots` or `from_slots` to all experts."""
+        """Applies a function of `physical_experts.py` to all experts."""
         if tables is None:
             return tree
-        slots, head = list(tree.stages), tree.head
-        for slot in self.layout.slots_of(MOE):
-            own = self._of_slot(tables, slot)
-            moe = slots[slot]["moe"]
+        layers, head = list(tree.stages), tree.head
+        for position in self.layout.positions_of(MOE):
+            own = self._at_position(tables, position)
+            moe = layers[position]["moe"]
             experts = function(moe["experts"], own, self.mesh, "pp")
-            slots[slot] = slots[slot] | {"moe": moe | {"experts": experts}}
-        if self.arch.mtp:
+            layers[position] = layers[position] | {"moe": moe | {"experts": experts}}
+        if self.arch.num_nextn_predict_layers:
             layer = head["mtp"]["layer"]
             one = jax.tree.map(lambda leaf: leaf[None], layer["moe"]["experts"])
             last = jax.tree.map(lambda leaf: leaf[-1:], tables)
@@ -120,4 +137,4 @@ class ParamPreparation:
             experts = jax.tree.map(lambda leaf: leaf[0], experts)
             layer = layer | {"moe": layer["moe"] | {"experts": experts}}
             head = head | {"mtp": head["mtp"] | {"layer": layer}}
-        return PipelineParams(slots, tree.embed, head)
+        return PipelineParams(layers, tree.embed, head)

@@ -1,6 +1,6 @@
-"""A few tokens from a model in training: the whole context again for each of them.
+"""A few tokens from a model in training, to see what it has learned.
 
-On one device and without a cache, to see what a small model has learnt.
+It runs on one device and without a cache: each token computes the whole context again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def sample(
     single: Any,
     model: PipelineModel,
     params: PipelineParams,
-    buffers: RouterState,
+    state: RouterState,
     prompt: np.ndarray,
     num_tokens: int,
 ) -> np.ndarray:
@@ -31,23 +31,23 @@ def sample(
 
     Args:
       single: the `DeepSeekPipeline` of one stage on one device.
-      model: the one that `params` belongs to.
+      model: the model that `params` belongs to.
       params: on any mesh.
-      buffers: of the same step.
-      prompt: [n] int32; the model sees the last n tokens whatever it has written.
-      num_tokens: how many to write.
+      state: of the same step.
+      prompt: [n] int32; the context is always the last n tokens.
+      num_tokens: how many tokens to generate.
 
     Returns:
       [num_tokens] int32; the same for the same arguments.
     """
     here = jax.local_devices()[0]
-    params, bias = on_host((params, buffers.bias))
+    params, bias = on_host((params, state.bias))
     params, bias = jax.device_put((single.convert_params(params, model), bias), here)
-    buffers = buffers._replace(bias=bias, loads=(), placement=())
+    state = state._replace(bias=bias, loads=(), placement=())
 
     @jax.jit
     def write(params: PipelineParams, prompt: jax.Array, key: jax.Array) -> jax.Array:
-        prepared = single.prepare_params(params, buffers)
+        prepared = single.prepare_params(params, state)
         stage = jax.tree.map(lambda leaf: leaf[0], prepared.stages)
 
         def step(context: jax.Array, key: jax.Array):

@@ -1,4 +1,4 @@
-"""Parameters as plain nested dicts: taken from modules, masked, laid on the mesh."""
+"""Parameters as nested dicts: taken from modules, masked, laid out on the mesh."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ PyTree = Any
 
 
 def parameters(module: nnx.Module) -> PyTree:
-    """A module's parameters, without the router's bias."""
+    """Returns a module's parameters, without the router's bias."""
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
 def bias_state(bias: jax.Array) -> PyTree:
-    """The router's bias where `nnx.merge` expects it in a `Layer`."""
+    """Returns the router's bias as the state that `nnx.merge` expects for a `Layer`."""
     return {"moe": {"bias": bias}}
 
 
 def zero_where(mask_G: np.ndarray, tree: PyTree) -> PyTree:
-    """Zeros in the stages of a mask."""
+    """Replaces the values of the masked stages by zeros."""
 
     def zero(leaf: jax.Array) -> jax.Array:
         mask = jnp.asarray(mask_G).reshape(-1, *[1] * (leaf.ndim - 1))
@@ -35,7 +35,7 @@ def zero_where(mask_G: np.ndarray, tree: PyTree) -> PyTree:
 
 
 def map_with_names(function, tree: PyTree) -> PyTree:
-    """Maps (keys on the way to a leaf, leaf)."""
+    """Maps a function of (keys of the path to a leaf, leaf) over a tree."""
 
     def names(path) -> tuple[str, ...]:
         return tuple(str(getattr(entry, "key", "")) for entry in path)
@@ -46,7 +46,7 @@ def map_with_names(function, tree: PyTree) -> PyTree:
 
 
 def spec_of(names: tuple[str, ...]) -> PartitionSpec:
-    """How a parameter lies beside the pipeline's axis."""
+    """Returns how a parameter is divided over the axes other than the pipeline's."""
     if "experts" in names:
         return P("ep")
     if names == ("kernel",) or ("dense" in names and "down" in names):

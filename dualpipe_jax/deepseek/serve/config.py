@@ -64,7 +64,7 @@ class ServeConfig:
       prefill_tokens: of one prefill on a device, even; None: as many as
         `prompts_per_device` of the longest ones have.
       route: see `eplb_jax.ExpertParallel`.
-      payload: see `eplb_jax.ExpertParallel`.
+      payload: see `eplb_jax.layer.dispatch.send`.
       buffer_factor: see `DeepSeek`; what finds no room counts as zero. None: nothing
         is ever lost.
       rebalance: None: experts stay where they are.
@@ -104,10 +104,10 @@ class ServeConfig:
             if getattr(self, name) not in get_args(kind):
                 known = " or ".join(map(repr, get_args(kind)))
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {known}.")
-        if self.payload == "fp8" and self.architecture.dim % 128:
+        if self.payload == "fp8" and self.architecture.hidden_size % 128:
             raise ValueError(
                 f"payload='fp8' scales tiles of 128 channels, which do not divide "
-                f"dim={self.architecture.dim}; use payload='plain'."
+                f"dim={self.architecture.hidden_size}; use payload='plain'."
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"{self.compute_dtype=} must be 'float32' or 'bfloat16'.")
@@ -141,7 +141,7 @@ class ServeConfig:
     @property
     def num_slots(self) -> int:
         """Slots of a layer."""
-        return self.architecture.num_experts + self.num_redundant
+        return self.architecture.n_routed_experts + self.num_redundant
 
     @property
     def num_moe_layers(self) -> int:
@@ -191,8 +191,8 @@ class ServeConfig:
         plan = self.rebalance or RebalanceConfig()
         return ExpertBalancer(
             num_layers=self.num_moe_layers,
-            num_experts=self.architecture.num_experts,
-            num_physical_experts=self.num_slots,
+            num_experts=self.architecture.n_routed_experts,
+            num_slots=self.num_slots,
             num_devices=self.num_devices,
             estimator=moving_average(plan.decay),
             layers_per_plan=plan.layers_per_plan,
@@ -213,6 +213,6 @@ class ServeConfig:
             num_nodes=self.num_nodes,
             num_rows=num_rows,
             payload=self.payload,
-            apply_scores="after",
+            weigh="tokens",
             route=self.route,
         )

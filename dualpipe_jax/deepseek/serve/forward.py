@@ -140,7 +140,7 @@ class Forward:
                 module.moe.parallel = self.config.parallel(self.num_tokens)
             return module
 
-        is_dense = [arch.is_dense(layer) for layer in range(arch.num_layers)]
+        is_dense = [arch.is_dense(layer) for layer in range(arch.num_hidden_layers)]
         graphs = {
             dense: nnx.graphdef(nnx.eval_shape(functools.partial(make, dense)))
             for dense in set(is_dense)
@@ -274,7 +274,7 @@ class Forward:
         """The tokens [B] after those at these positions."""
         arch = self.config.architecture
         hidden_BD = nnx.merge(self._head, params.head).norm(x_BD)
-        kernel = params.embed.T if arch.tied else params.head["kernel"]
+        kernel = params.embed.T if arch.tie_word_embeddings else params.head["kernel"]
         logits_BV = logits_of(hidden_BD[None], kernel)[0]
         return choose_tokens(logits_BV, position_B + 1, sampling)
 

@@ -369,7 +369,7 @@ class _Steps:
             caches=tuple(
                 [
                     jnp.zeros(shape, c.compute_dtype)
-                    for _ in range(c.architecture.num_layers)
+                    for _ in range(c.architecture.num_hidden_layers)
                 ]
                 for _ in range(HALVES)
             ),

@@ -43,7 +43,7 @@ def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
     """
     arch = config.architecture
     *keys, embed_key, head_key = jax.random.split(
-        jax.random.key(seed), arch.num_layers + 2
+        jax.random.key(seed), arch.num_hidden_layers + 2
     )
     layers = []
     for layer, key in enumerate(keys):
@@ -53,9 +53,9 @@ def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
         )
         layers.append(parameters(module))
         if not is_dense:
-            layers[-1]["moe"]["bias"] = jnp.zeros(arch.num_experts, jnp.float32)
+            layers[-1]["moe"]["bias"] = jnp.zeros(arch.n_routed_experts, jnp.float32)
     embed = (
-        jax.random.normal(embed_key, (arch.vocab_size, arch.dim))
+        jax.random.normal(embed_key, (arch.vocab_size, arch.hidden_size))
         * arch.initializer_range
     )
     return _in_slots(config, embed, parameters(Head(arch, head_key)), layers)
@@ -73,9 +73,9 @@ def trained_params(
       bias: [MoE layers, experts] float32, of its buffers.
     """
     arch, layers = config.architecture, []
-    for layer in range(arch.num_layers):
-        stage, slot = model.layout.place[layer]
-        tree = jax.tree.map(lambda leaf, at=stage: leaf[at], params.stages[slot])
+    for layer in range(arch.num_hidden_layers):
+        stage, position = model.layout.place[layer]
+        tree = jax.tree.map(lambda leaf, at=stage: leaf[at], params.stages[position])
         other = "moe" if arch.is_dense(layer) else "dense"
         tree = {name: part for name, part in tree.items() if name != other}
         if not arch.is_dense(layer):
@@ -143,7 +143,7 @@ def load_checkpoint(
     placement = rebalance_experts(
         loads_LE,
         config.num_slots,
-        arch.num_groups,
+        arch.n_group,
         config.num_nodes,
         config.num_devices,
     )
@@ -166,7 +166,7 @@ def _in_slots(
     """With the experts apart, by slot, and in the dtype that they compute in."""
     # As `ExpertBalancer.init` places them.
     slot_S = jnp.arange(config.num_slots, dtype=jnp.int32)
-    expert_S = slot_S % config.architecture.num_experts
+    expert_S = slot_S % config.architecture.n_routed_experts
     rest, experts = [], []
     for tree in layers:
         if "moe" in tree:

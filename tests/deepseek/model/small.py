@@ -9,27 +9,27 @@ import numpy as np
 import optax
 
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
-from dualpipe_jax.executor.params import PipelineAux
+from dualpipe_jax.executor import PipelineAux
 from dualpipe_jax.train import OptimizerConfig, TrainConfig
 from dualpipe_jax.train.optimizer import make_optimizer
 
 ARCHITECTURE = DeepSeekConfig(
     vocab_size=32,
-    dim=16,
-    num_layers=3,
+    hidden_size=16,
+    num_hidden_layers=3,
     first_k_dense_replace=1,
     intermediate_size=32,
-    num_heads=2,
+    num_attention_heads=2,
     q_lora_rank=8,
     kv_lora_rank=8,
     qk_nope_head_dim=8,
     qk_rope_head_dim=4,
     v_head_dim=8,
-    num_experts=4,
+    n_routed_experts=4,
     moe_intermediate_size=16,
     num_experts_per_tok=2,
-    num_groups=2,
-    topk_groups=1,
+    n_group=2,
+    topk_group=1,
     initializer_range=0.1,
 )
 

@@ -66,12 +66,12 @@ def latent_attention(c, weights, h):
             if c.q_lora_rank is not None:
                 c_Q = h_t @ weights["q_down"]["kernel"]
                 c_Q = rms_norm(c_Q, weights["q_norm"]["scale"], c.rms_norm_eps)
-            for i in range(c.num_heads):
+            for i in range(c.num_attention_heads):
                 q_R = turned(c_Q @ W_QR[:, i], t, c.rope_theta)
                 q.append(np.concatenate([c_Q @ W_UQ[:, i], q_R]))
                 k.append(np.concatenate([c_KV @ W_UK[:, i], k_R]))
                 v.append(c_KV @ W_UV[:, i])
-        shape = (1, len(sequence), c.num_heads, -1)
+        shape = (1, len(sequence), c.num_attention_heads, -1)
         o = softmax_attention(*(np.array(part).reshape(shape) for part in (q, k, v)))
         for t, i in np.ndindex(o.shape[1:3]):
             u[b, t] += o[0, t, i] @ W_O[i]
@@ -146,7 +146,7 @@ def test_latent_attention_is_the_reports(q_lora_rank):
     config = small(q_lora_rank=q_lora_rank, rope_theta=BASE)
     call, weights = make(config)
     assert ("q_down" in weights) == (q_lora_rank is not None)
-    h = normal(3, 2, 5, config.dim)
+    h = normal(3, 2, 5, config.hidden_size)
     want = latent_attention(config, weights, h)
     # The test is one of the attention only if that is no plain mean of the past.
     assert np.abs(want).max() > 1
@@ -168,7 +168,7 @@ def test_latent_attention_sees_no_later_token():
 def test_scores_see_distances_and_not_positions():
     config = small(rope_theta=BASE)
     call, _ = make(config)
-    h = normal(0, 1, 5, config.dim)
+    h = normal(0, 1, 5, config.hidden_size)
 
     def scores(q_shift, k_shift):
         position = np.arange(5, dtype=np.int32)[None]
@@ -186,7 +186,7 @@ def test_scores_see_distances_and_not_positions():
 def test_only_the_rotary_parts_know_a_position():
     config = small()
     call, _ = make(config)
-    h = normal(0, 1, 5, config.dim)
+    h = normal(0, 1, 5, config.hidden_size)
     here = np.zeros((1, 5), np.int32)
     compressed = call("compress", h)
     q, q2 = (call("queries", compressed, here + shift) for shift in (0, 3))
@@ -227,7 +227,7 @@ def test_ad_keeps_nothing_that_grows_with_the_square_of_the_sequence():
 def test_bfloat16_in_bfloat16_out():
     config = small()
     call, weights = make(config)
-    h = normal(3, 2, 5, config.dim).astype(jnp.bfloat16)
+    h = normal(3, 2, 5, config.hidden_size).astype(jnp.bfloat16)
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights)
     with jax.numpy_dtype_promotion("standard"):  # flax's norms mix dtypes themselves
         got = call("__call__", h, state=low)

@@ -1,6 +1,6 @@
-"""Bias, load estimate and placement from step to step, and weights to slots and back.
+"""Bias, load estimate and placement from step to step; physical experts' weights.
 
-Shape suffixes: L layers, E experts, S slots, G stages.
+Shape suffixes: see `dualpipe_jax.deepseek`.
 """
 
 import dataclasses
@@ -12,14 +12,18 @@ import pytest
 from jax.sharding import AxisType
 
 from dualpipe_jax.deepseek import EplbConfig
-from dualpipe_jax.deepseek.model.balancing import Balancer, from_slots, to_slots
+from dualpipe_jax.deepseek.model.balancing import TrainingBalancer
+from dualpipe_jax.deepseek.model.physical_experts import (
+    gather_physical_experts,
+    sum_replica_grads,
+)
 from eplb_jax import ExpertTables, rebalance_experts
 
 LAYERS, EXPERTS, REDUNDANT, DEVICES = 2, 8, 4, 4
-SLOTS = EXPERTS + REDUNDANT
+PHYSICAL = EXPERTS + REDUNDANT
 EVERY, DECAY, RATE = 2, 0.5, 0.25
 EPLB = EplbConfig(EVERY, REDUNDANT, decay=DECAY)
-BALANCER = Balancer(
+BALANCER = TrainingBalancer(
     num_layers=LAYERS,
     num_experts=EXPERTS,
     num_groups=1,
@@ -34,8 +38,8 @@ def balancer(**changes):
     return dataclasses.replace(BALANCER, **changes)
 
 
-def place(loads, num_slots=SLOTS):
-    plan = rebalance_experts(loads.astype(np.float32), num_slots, 1, 1, DEVICES)
+def place(loads, num_physical=PHYSICAL):
+    plan = rebalance_experts(loads.astype(np.float32), num_physical, 1, 1, DEVICES)
     return np.asarray(plan.physical_to_logical_map)
 
 
@@ -46,24 +50,24 @@ def make_counts(num_steps):
     return (100 / (1 + rng.permuted(np.ones(shape).cumsum(-1), axis=-1))).astype("i4")
 
 
-def mean_over_max(loads_LE, placement_LS):
-    """Balancedness of each layer, slot by slot."""
+def mean_over_max(loads_LE, placement_LX):
+    """Balancedness of each layer, one physical expert after another."""
     values = []
-    for loads, slots in zip(loads_LE.astype(np.float64), placement_LS, strict=True):
-        replicas = np.bincount(slots, minlength=len(loads))
+    for loads, experts in zip(loads_LE.astype(np.float64), placement_LX, strict=True):
+        replicas = np.bincount(experts, minlength=len(loads))
         device = np.zeros(DEVICES)
-        for slot, expert in enumerate(slots):
-            at = slot // (len(slots) // DEVICES)
+        for physical, expert in enumerate(experts):
+            at = physical // (len(experts) // DEVICES)
             device[at] += loads[expert] / replicas[expert]
         values.append(device.mean() / device.max())
     return np.array(values)
 
 
 def test_each_layer_is_placed_every_few_steps_for_the_load_seen():
-    buffers = BALANCER.init()
+    router = BALANCER.init()
     placement = place(np.ones((LAYERS, EXPERTS)))
-    np.testing.assert_array_equal(buffers.placement, placement)
-    np.testing.assert_array_equal(buffers.bias, np.zeros((LAYERS, EXPERTS)))
+    np.testing.assert_array_equal(router.placement, placement)
+    np.testing.assert_array_equal(router.bias, np.zeros((LAYERS, EXPERTS)))
     identity = np.tile(np.arange(EXPERTS), (LAYERS, 1))
     total, weight = np.zeros((LAYERS, EXPERTS), np.float32), np.float32(0)
     bias, num_moves = np.zeros((LAYERS, EXPERTS)), 0
@@ -77,9 +81,9 @@ def test_each_layer_is_placed_every_few_steps_for_the_load_seen():
         if step % EVERY == 0:
             placement = place(estimate)
             num_moves += (placement != before).any(axis=1).all()
-        buffers, metrics = OBSERVE(buffers, counts, np.int32(step))
-        np.testing.assert_array_equal(buffers.placement, placement)
-        np.testing.assert_array_equal(buffers.bias, bias)
+        router, metrics = OBSERVE(router, counts, np.int32(step))
+        np.testing.assert_array_equal(router.placement, placement)
+        np.testing.assert_array_equal(router.bias, bias)
         want = {
             "balancedness": mean_over_max(counts, before).mean(),
             "balancedness_layers": mean_over_max(counts, before),
@@ -93,14 +97,14 @@ def test_each_layer_is_placed_every_few_steps_for_the_load_seen():
     assert metrics["balancedness_next"] > metrics["balancedness_unplaced"]
 
 
-def test_without_redundant_experts_slots_stay_experts():
-    state = balancer(eplb=None)
-    buffers = state.init()
+def test_without_redundant_experts_the_placement_stays_in_order():
+    changed = balancer(eplb=None)
+    router = changed.init()
     identity = np.tile(np.arange(EXPERTS), (LAYERS, 1))
     for step, counts in enumerate(make_counts(2), start=1):
-        buffers, metrics = state.observe(buffers, counts, jnp.int32(step))
-        np.testing.assert_array_equal(buffers.placement, identity)
-        assert state.tables(buffers) is None
+        router, metrics = changed.observe(router, counts, jnp.int32(step))
+        np.testing.assert_array_equal(router.placement, identity)
+        assert changed.tables(router) is None
         assert metrics.keys() == {"balancedness", "balancedness_layers"}
         want = mean_over_max(counts, identity)
         got = metrics["balancedness_layers"]
@@ -108,26 +112,26 @@ def test_without_redundant_experts_slots_stay_experts():
         np.testing.assert_allclose(metrics["balancedness"], got.mean(), rtol=1e-6)
 
 
-def test_a_new_number_of_slots_is_placed_for_the_load_seen():
+def test_a_new_number_of_physical_experts_is_placed_for_the_observed_load():
     """As after a resume with other redundancy."""
     counts = make_counts(1)[0]
     new = balancer(eplb=dataclasses.replace(EPLB, num_redundant=2 * REDUNDANT))
     fresh = BALANCER.init()
     np.testing.assert_array_equal(new.replan(fresh).placement, new.init().placement)
-    buffers, _ = OBSERVE(fresh, counts, np.int32(1))
-    again = new.replan(buffers)
+    router, _ = OBSERVE(fresh, counts, np.int32(1))
+    again = new.replan(router)
     want = place(counts, EXPERTS + 2 * REDUNDANT)
     np.testing.assert_array_equal(again.placement, want)
-    np.testing.assert_array_equal(again.bias, buffers.bias)
+    np.testing.assert_array_equal(again.bias, router.bias)
     assert (again.placement != new.init().placement).any()
 
 
 def test_a_model_without_experts_has_nothing_to_balance():
-    state = balancer(num_layers=0)
-    buffers = state.init()
-    assert buffers.placement.shape == (0, SLOTS)
-    after, metrics = state.observe(buffers, jnp.zeros((0, EXPERTS)), jnp.int32(EVERY))
-    assert after is buffers and metrics == {}
+    changed = balancer(num_layers=0)
+    router = changed.init()
+    assert router.placement.shape == (0, PHYSICAL)
+    after, metrics = changed.observe(router, jnp.zeros((0, EXPERTS)), jnp.int32(EVERY))
+    assert after is router and metrics == {}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +139,7 @@ def test_a_model_without_experts_has_nothing_to_balance():
     [
         (lambda: EplbConfig(0, 4), "every=0 must be at least 1 step"),
         (lambda: EplbConfig(1, -1), "num_redundant=-1 must be at least 0"),
+        (lambda: EplbConfig(1, 4, decay=1.0), r"decay=1.0 must be in \[0, 1\)"),
         (
             lambda: balancer(num_experts=6),
             "num_experts=6 must be a multiple of the ep axis, 4",
@@ -154,7 +159,7 @@ def test_numbers_that_do_not_fit(make, message):
         make()
 
 
-# From experts to slots and back, on meshes of eight devices.
+# From experts to physical experts and back, on meshes of eight devices.
 
 MESHES = [{"pp": 2, "ep": 4}, {"pp": 2, "dp": 2, "ep": 2}]
 MESH_CASES = [
@@ -171,11 +176,11 @@ def moved(axes, leading):
     )
     traces = []
 
-    def both(experts, grads, placement_GS):
+    def both(experts, grads, placement_GX):
         traces.append(1)
-        tables = ExpertTables.from_placement(placement_GS, EXPERTS)
-        there = to_slots(experts, tables, mesh, leading)
-        return there, from_slots(grads, tables, mesh, leading)
+        tables = ExpertTables.from_placement(placement_GX, EXPERTS)
+        there = gather_physical_experts(experts, tables, mesh, leading)
+        return there, sum_replica_grads(grads, tables, mesh, leading)
 
     return jax.jit(both), traces
 
@@ -195,7 +200,7 @@ def draw_placement(rng, stages):
 
 
 @pytest.mark.parametrize("sizes, leading, stages", MESH_CASES)
-def test_slots_get_their_experts_weights_and_give_back_their_gradients(
+def test_physical_experts_get_their_weights_and_give_back_their_gradients(
     sizes, leading, stages
 ):
     run, traces = moved(sizes, leading)
@@ -207,8 +212,8 @@ def test_slots_get_their_experts_weights_and_give_back_their_gradients(
             "vector": whole_numbers(rng, stages, EXPERTS, 5).astype(jnp.bfloat16),
         }
         y = {
-            "matrix": whole_numbers(rng, stages, SLOTS, 3, 2),
-            "vector": whole_numbers(rng, stages, SLOTS, 5).astype(jnp.bfloat16),
+            "matrix": whole_numbers(rng, stages, PHYSICAL, 3, 2),
+            "vector": whole_numbers(rng, stages, PHYSICAL, 5).astype(jnp.bfloat16),
         }
         there, back = run(x, y, placement)
         for name in x:
@@ -217,10 +222,10 @@ def test_slots_get_their_experts_weights_and_give_back_their_gradients(
             want = np.stack([x[name][g, placement[g]] for g in range(stages)])
             np.testing.assert_array_equal(there[name], want)
             want = np.zeros(x[name].shape, np.float32)
-            for g, s in np.ndindex(placement.shape):
-                want[g, placement[g, s]] += y[name][g, s].astype(np.float32)
+            for g, p in np.ndindex(placement.shape):
+                want[g, placement[g, p]] += y[name][g, p].astype(np.float32)
             np.testing.assert_array_equal(np.asarray(back[name], np.float32), want)
-            # <to_slots(x), y> is <x, from_slots(y)>: one is the other's transpose.
+            # <gather(x), y> is <x, sum(y)>: one is the other's transpose.
             a, b, c, d = (
                 np.asarray(leaf, np.float64).ravel()
                 for leaf in (there[name], y[name], x[name], back[name])

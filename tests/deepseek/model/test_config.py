@@ -1,7 +1,6 @@
 """Counts by formula against arrays, traced programs and the published model."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,29 +23,19 @@ def drawn(seed):
     """Sizes with no regard for what is sensible."""
     rng = np.random.default_rng(seed)
     names = [
-        "vocab_size",
-        "dim",
-        "num_layers",
-        "intermediate_size",
-        "num_heads",
-        "kv_lora_rank",
-    ]
-    names += [
-        "qk_nope_head_dim",
-        "v_head_dim",
-        "num_experts",
-        "moe_intermediate_size",
-        "q_lora_rank",
+        *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"),
+        *("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"),
+        *("n_routed_experts", "moe_intermediate_size", "q_lora_rank"),
     ]
     sizes = {name: int(rng.integers(1, 9)) for name in names}
     return DeepSeekConfig(
         **sizes | {"q_lora_rank": None} if seed % 3 == 0 else sizes,
         qk_rope_head_dim=2 * int(rng.integers(1, 4)),
-        first_k_dense_replace=int(rng.integers(sizes["num_layers"] + 1)),
+        first_k_dense_replace=int(rng.integers(sizes["num_hidden_layers"] + 1)),
         n_shared_experts=int(rng.integers(3)),
-        num_experts_per_tok=int(rng.integers(sizes["num_experts"])) + 1,
-        tied=bool(seed & 1),
-        mtp=bool(seed & 2),
+        num_experts_per_tok=int(rng.integers(sizes["n_routed_experts"])) + 1,
+        tie_word_embeddings=bool(seed & 1),
+        num_nextn_predict_layers=seed >> 1 & 1,
     )
 
 
@@ -62,27 +51,27 @@ def test_parameters_are_counted_as_they_are_made(seed):
     counts = config.count_parameters()
     assert size(shapes) == counts.total + counts.mtp
     assert size(shapes.head.get("mtp")) == counts.mtp
-    assert (counts.mtp > 0) == config.mtp
-    experts = [size(slot["moe"]["experts"]) for slot in shapes.stages if "moe" in slot]
-    idle = config.num_experts - config.num_experts_per_tok
-    left_out = sum(experts) * idle // config.num_experts
+    assert (counts.mtp > 0) == (config.num_nextn_predict_layers == 1)
+    experts = [size(each["moe"]["experts"]) for each in shapes.stages if "moe" in each]
+    idle = config.n_routed_experts - config.num_experts_per_tok
+    left_out = sum(experts) * idle // config.n_routed_experts
     assert counts.total - counts.active == left_out
 
 
 def test_random_sizes_cover_the_choices():
     configs = [drawn(seed) for seed in range(8)]
-    assert {(c.tied, c.mtp) for c in configs} == {
+    assert {(c.tie_word_embeddings, c.num_nextn_predict_layers) for c in configs} == {
         (a, b) for a in (0, 1) for b in (0, 1)
     }
     assert {c.q_lora_rank is None for c in configs} == {True, False}
     assert {c.n_shared_experts for c in configs} >= {0, 1}
-    assert any(0 < c.first_k_dense_replace < c.num_layers for c in configs)
+    assert any(0 < c.first_k_dense_replace < c.num_hidden_layers for c in configs)
 
 
 def test_deepseek_v3s_parameters():
     """The total of the published main model, which counts the routers' biases too."""
     counts = DEEPSEEK_V3.count_parameters()
-    biases = DEEPSEEK_V3.num_moe_layers * DEEPSEEK_V3.num_experts
+    biases = DEEPSEEK_V3.num_moe_layers * DEEPSEEK_V3.n_routed_experts
     assert biases == 58 * 256
     assert counts.total == 671_026_404_352
     assert counts.total + biases == 671_026_419_200
@@ -91,14 +80,14 @@ def test_deepseek_v3s_parameters():
 
 
 def test_deepseek_v3s_arrays_are_as_many_as_its_formula_says():
-    model = DeepSeek(architecture=DEEPSEEK_V3).build_unpipelined()
+    # One dense layer and one with experts.
+    two = dataclasses.replace(DEEPSEEK_V3, num_hidden_layers=2, first_k_dense_replace=1)
+    model = DeepSeek(architecture=two).build_unpipelined()
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     counts = layer_parameters(DEEPSEEK_V3)
-    for layer in (0, 3):
-        make = functools.partial(model._layer, layer)
-        shapes = nnx.eval_shape(lambda make=make: make(jax.random.key(0)))
-        feed_forward = counts.dense if layer == 0 else counts.moe
+    for layer, feed_forward in enumerate((counts.dense, counts.moe)):
         want = counts.attention + counts.norms + feed_forward
-        assert size(nnx.state(shapes, nnx.Param)) == want
+        assert size(shapes.stages[layer]) == want
 
 
 BATCH, LENGTH = 2, 6
@@ -113,7 +102,7 @@ def products(config, call, make):
             # Not in blocks, whose number is known only when they run.
             layer.implementation = "xla"
     graph, state = nnx.split(module)
-    x = jax.ShapeDtypeStruct((BATCH, LENGTH, config.dim), jnp.float32)
+    x = jax.ShapeDtypeStruct((BATCH, LENGTH, config.hidden_size), jnp.float32)
     total = flops(lambda state, x: call(nnx.merge(graph, state), x), state, x)
     return total / TOKENS
 
@@ -125,7 +114,12 @@ def inner_norms(config):
 
 def upper_triangle(config):
     """The products of queries with later keys: computed here, and then masked."""
-    return config.num_heads * (config.head_dim + config.v_head_dim) * LENGTH / 2
+    return (
+        config.num_attention_heads
+        * (config.qk_head_dim + config.v_head_dim)
+        * LENGTH
+        / 2
+    )
 
 
 @pytest.mark.parametrize("is_dense", [True, False])
@@ -151,11 +145,11 @@ def test_a_layers_flops_are_those_of_its_products(is_dense, q_lora_rank):
 
 def test_head_flops_are_those_of_its_products():
     config = small()
-    x = jax.ShapeDtypeStruct((TOKENS, config.dim), jnp.float32)
-    kernel = jax.ShapeDtypeStruct((config.dim, config.vocab_size), jnp.float32)
+    x = jax.ShapeDtypeStruct((TOKENS, config.hidden_size), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((config.hidden_size, config.vocab_size), jnp.float32)
     head = flops(jnp.matmul, x, kernel) / TOKENS
     assert config.head_flops(LENGTH) == head
-    config = small(mtp=True)
+    config = small(num_nextn_predict_layers=1)
     got = products(
         config,
         lambda module, x: module(x, x, None),
@@ -168,23 +162,31 @@ def test_head_flops_are_those_of_its_products():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"dim": 0}, "dim=0 must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1 must be at least 0"),
         ({"n_shared_experts": -1}, "n_shared_experts=-1 must be at least 0"),
         ({"q_lora_rank": 0}, "q_lora_rank=0 must be at least 1, or None"),
         (
             {"first_k_dense_replace": 4},
-            "first_k_dense_replace=4 must be at most .*num_layers=3",
+            "first_k_dense_replace=4 must be at most .*num_hidden_layers=3",
         ),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim=3 must be even"),
         (
             {"num_experts_per_tok": 5},
-            "num_experts_per_tok=5 must be at most .*experts=4",
+            "num_experts_per_tok=5 must be at most .*n_routed_experts=4",
         ),
-        ({"num_groups": 3}, "num_groups=3 must divide .*num_experts=4"),
         (
-            {"num_groups": 2, "topk_groups": 3},
-            "topk_groups=3 must be at most .*num_groups=2",
+            {"num_nextn_predict_layers": 2},
+            "num_nextn_predict_layers=2 must be 0 or 1",
+        ),
+        (
+            {"num_nextn_predict_layers": -1},
+            "num_nextn_predict_layers=-1 must be at least 0",
+        ),
+        ({"n_group": 3}, "n_group=3 must divide .*n_routed_experts=4"),
+        (
+            {"n_group": 2, "topk_group": 3},
+            "topk_group=3 must be at most .*n_group=2",
         ),
     ],
 )
@@ -193,15 +195,18 @@ def test_sizes_that_do_not_fit(changes, message):
         small(**changes)
 
 
-@pytest.mark.parametrize("name", ["first_k_dense_replace", "n_shared_experts"])
+MAY_BE_ZERO = ["first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"]
+
+
+@pytest.mark.parametrize("name", MAY_BE_ZERO)
 def test_zero_is_a_size_where_it_makes_sense(name):
     assert getattr(small(**{name: 0}), name) == 0
 
 
 def test_no_other_size_may_be_zero():
     fields = [f.name for f in dataclasses.fields(SMALL) if f.type == "int"]
-    assert len(fields) == 16
-    for name in set(fields) - {"first_k_dense_replace", "n_shared_experts"}:
+    assert len(fields) == 17
+    for name in set(fields) - set(MAY_BE_ZERO):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             small(**{name: 0})
 
@@ -214,11 +219,11 @@ def test_no_other_size_may_be_zero():
             "'mlp' is unknown; choose from attention, ex",
         ),
         ({"compute_dtype": "float16"}, "compute_dtype='float16' must be 'float32' or"),
-        ({"head_cost": 1.0}, "layer_costs and head_cost share a unit; give both"),
+        ({"head_cost": 1.0}, "layer_costs and head_cost share a unit; set both"),
         ({"layer_costs": (1.0,) * 3}, "layer_costs and head_cost share a unit"),
         (
             {"layer_costs": (1.0,) * 9, "head_cost": 1.0},
-            "layer_costs has 9 entries, but the model has num_layers=",
+            "layer_costs has 9 entries, but the model has num_hidden_layers=",
         ),
     ],
 )

@@ -36,10 +36,12 @@ def test_stages_hold_every_layer_and_room_for_no_more_than_it_takes(make):
     model = build(config)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     padding = 0
-    for slot, tree in enumerate(params.stages):
+    for position, tree in enumerate(params.stages):
         for name in tree:
             kinds = {"dense": [1], "moe": [2]}.get(name, [1, 2])
-            unused = sum(kind not in kinds for kind in model.layout.kind_GS[:, slot])
+            unused = sum(
+                kind not in kinds for kind in model.layout.kind_GP[:, position]
+            )
             one = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(tree[name]))
             padding += unused * one
     counted = config.model.architecture.count_parameters()
@@ -65,8 +67,8 @@ def test_the_settings_of_the_published_profiles():
     assert training.mesh["ep"] == 64 and training.sequence_length == 4096
     layout = build(training).layout
     assert {len(own) for own in layout.layers} == {4}
-    # No slot differs between stages: nothing of the steady state stands in a branch.
-    assert all(layout.kinds(slot) == {2} for slot in range(4))
+    # No position differs between stages: nothing in the steady state is in a branch.
+    assert all(layout.kinds(position) == {2} for position in range(4))
     prefill, decode = profiles.prefill(), profiles.decode()
     assert (prefill.num_devices, prefill.tokens_per_device) == (32, 16 * 1024)
     assert (decode.num_devices, decode.tokens_per_device) == (128, 128)

@@ -24,7 +24,10 @@ def programs():
     config = load_config("tiny")
     model = config.model
     sizes = dataclasses.replace(
-        model.architecture, num_layers=4, first_k_dense_replace=0, mtp=False
+        model.architecture,
+        num_hidden_layers=4,
+        first_k_dense_replace=0,
+        num_nextn_predict_layers=0,
     )
     model = dataclasses.replace(model, architecture=sizes)
     config = dataclasses.replace(

@@ -48,13 +48,13 @@ def layer_parts(layer, num_dense):
 
 
 def lay(layout):
-    """What `relayout` takes, written from its docstring: room for all kinds of a slot."""
+    """What `relayout` takes, by its docstring: room for all kinds of a position."""
     rooms = {"norm": (3,), "attention": {"q": (2, 2)}}
     kinds = {DENSE: {"dense": {"w": (2, 3)}}, MOE: {"moe": {"w": (4,)}}}
-    slots = []
-    for slot in range(layout.num_slots):
+    trees = []
+    for position in range(layout.num_layer_positions):
         shapes = dict(rooms)
-        for kind in layout.kinds(slot) - {NONE}:
+        for kind in layout.kinds(position) - {NONE}:
             shapes |= kinds[kind]
         stages = []
         for own in layout.layers:
@@ -63,11 +63,11 @@ def lay(layout):
                 shapes,
                 is_leaf=lambda node: isinstance(node, tuple),
             )
-            if slot < len(own):
-                room |= layer_parts(own[slot], layout.first_k_dense_replace)
+            if position < len(own):
+                room |= layer_parts(own[position], layout.first_k_dense_replace)
             stages.append(room)
-        slots.append(jax.tree.map(lambda *leaves: np.stack(leaves), *stages))
-    return slots
+        trees.append(jax.tree.map(lambda *leaves: np.stack(leaves), *stages))
+    return trees
 
 
 def assert_equal_trees(got, want):
@@ -75,23 +75,26 @@ def assert_equal_trees(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_slots_and_kinds():
+def test_positions_and_kinds():
     for layout in CASES:
         for stage, own in enumerate(layout.layers):
-            for slot in range(layout.num_slots):
-                layer, kind = layout.layer_GS[stage, slot], layout.kind_GS[stage, slot]
-                if slot >= len(own):
+            for position in range(layout.num_layer_positions):
+                layer = layout.layer_GP[stage, position]
+                kind = layout.kind_GP[stage, position]
+                if position >= len(own):
                     assert (layer, kind) == (-1, NONE)
                     continue
-                assert layer == own[slot]
+                assert layer == own[position]
                 assert kind == (DENSE if layer < layout.first_k_dense_replace else MOE)
-                assert kind in layout.kinds(slot) and slot in layout.slots_of(kind)
+                assert kind in layout.kinds(position)
+                assert position in layout.positions_of(kind)
         count = sum(map(len, layout.layers))
-        assert sorted(layout.layer_GS.ravel())[-count:] == list(range(count))
-        room = [kind for s in range(layout.num_slots) for kind in layout.kinds(s)]
+        assert sorted(layout.layer_GP.ravel())[-count:] == list(range(count))
+        every = range(layout.num_layer_positions)
+        room = [kind for position in every for kind in layout.kinds(position)]
         for kind in (NONE, DENSE, MOE):
-            assert len(layout.slots_of(kind)) == room.count(kind)
-            assert (kind in layout.kind_GS) == (room.count(kind) > 0)
+            assert len(layout.positions_of(kind)) == room.count(kind)
+            assert (kind in layout.kind_GP) == (room.count(kind) > 0)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3, 4])
@@ -104,12 +107,12 @@ def test_relaying_moves_every_layer_and_only_layers(num_layers):
         # A third of the pairs, to be quick; each layout is among them, old and new.
         for old, new in itertools.islice(pairs, 0, None, 3):
             # Padding of the old layout, whatever it holds, reaches nothing.
-            slots = jax.tree.map(np.copy, laid[old])
-            for slot, tree in enumerate(slots):
-                padding = layouts[old].kind_GS[:, slot] == NONE
+            trees = jax.tree.map(np.copy, laid[old])
+            for position, tree in enumerate(trees):
+                padding = layouts[old].kind_GP[:, position] == NONE
                 for leaf in jax.tree.leaves(tree):
                     leaf[padding] = np.nan
-            got = relayout(slots, layouts[old], layouts[new])
+            got = relayout(trees, layouts[old], layouts[new])
             assert_equal_trees(got, laid[new])
             assert_equal_trees(relayout(got, layouts[new], layouts[old]), laid[old])
 
@@ -128,20 +131,22 @@ def test_layouts_of_other_models_are_refused(sizes, num_dense, message):
         relayout(lay(old), old, layout_of(sizes, num_dense))
 
 
-def test_values_of_layers_to_slots_and_back():
+def test_values_of_layers_to_positions_and_back():
     for layout in CASES:
         first, last = layout.first_k_dense_replace, sum(map(len, layout.layers))
         if first == last:
             continue
         values = np.random.default_rng(0).integers(100, size=(last - first, 2))
-        slots = [
-            layout.to_slot(values, slot, first) if MOE in layout.kinds(slot) else None
-            for slot in range(layout.num_slots)
+        columns = [
+            layout.to_position(values, position, first)
+            if MOE in layout.kinds(position)
+            else None
+            for position in range(layout.num_layer_positions)
         ]
-        np.testing.assert_array_equal(layout.to_layers(slots, first, last), values)
-        for stage, slot in np.argwhere(layout.kind_GS == MOE):
-            want = values[layout.layer_GS[stage, slot] - first]
-            np.testing.assert_array_equal(slots[slot][stage], want)
+        np.testing.assert_array_equal(layout.to_layers(columns, first, last), values)
+        for stage, position in np.argwhere(layout.kind_GP == MOE):
+            want = values[layout.layer_GP[stage, position] - first]
+            np.testing.assert_array_equal(columns[position][stage], want)
 
 
 def test_json():

@@ -123,7 +123,12 @@ WEIGHTS = {"z_loss": 0.5, "mtp_weight": 0.25, "balance_loss": 2.0}
 @functools.cache
 def loss_of(tied):
     """A function of (params, x, targets), and the parameters' shapes."""
-    arch = small(vocab_size=VOCAB, dim=VOCAB, mtp=True, tied=tied)
+    arch = small(
+        vocab_size=VOCAB,
+        hidden_size=VOCAB,
+        num_nextn_predict_layers=1,
+        tie_word_embeddings=tied,
+    )
     model = DeepSeek(architecture=arch, **WEIGHTS).build_unpipelined()
 
     def loss(params, x, targets):

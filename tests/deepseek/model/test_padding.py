@@ -1,4 +1,4 @@
-"""Room without a layer: nothing there is read, and nothing is computed."""
+"""Positions without a layer: nothing there is read, and nothing is computed."""
 
 import functools
 
@@ -16,7 +16,7 @@ from dualpipe_jax.backward.split_backward import SplitBackward
 from dualpipe_jax.deepseek import DeepSeek
 from dualpipe_jax.deepseek.model.layers import Layer
 from dualpipe_jax.deepseek.model.layout import DENSE, MOE, NONE, Layout
-from dualpipe_jax.deepseek.model.stages import DeepSeekPipeline
+from dualpipe_jax.deepseek.model.pipeline import DeepSeekPipeline
 from dualpipe_jax.deepseek.model.trees import bias_state
 from eplb_jax import ExpertParallel
 from tests.deepseek.model.sizes import SMALL, small
@@ -24,18 +24,19 @@ from tests.deepseek.model.sizes import SMALL, small
 MICROBATCHES = 4
 # So large that the balance loss has a say in the gradient.
 ALPHA = 400.0
-# Slot 0 is dense or has experts; slot 1 has experts or no layer.
+# Position 0 is dense or has experts; position 1 has experts or no layer.
 UNEVEN = Layout(((0,), (1, 2)), first_k_dense_replace=1)
-# Slot 1 is dense or has no layer.
-DENSE_UNEVEN = Layout(((0, 1), (2,)), first_k_dense_replace=2)
-# Slot 1 is dense, has experts, or has no layer.
-ALL_KINDS = Layout(((0, 1), (2, 3), (4,)), first_k_dense_replace=2)
+# Stages of one position, which has a layer of one of these kinds.
 ONE_DENSE, ONE_MOE = Layout(((0,),), 1), Layout(((0,),), 0)
+DENSE_OR_MOE = Layout(((0,), (1,)), first_k_dense_replace=1)
+DENSE_OR_NONE = Layout(((0,), ()), first_k_dense_replace=1)
+MOE_OR_NONE = Layout(((0,), ()), first_k_dense_replace=0)
+ANY_KIND = Layout(((0,), (1,), ()), first_k_dense_replace=1)
 
 
 def make(layout, balance_loss=0.0):
     arch = small(
-        num_layers=sum(map(len, layout.layers)),
+        num_hidden_layers=sum(map(len, layout.layers)),
         first_k_dense_replace=layout.first_k_dense_replace,
     )
     return DeepSeekPipeline(
@@ -68,23 +69,23 @@ def random(pipeline):
 
         return jax.tree.map(draw, tree)
 
-    slots = []
-    for slot, tree in enumerate(shapes_of(pipeline).stages):
-        kind_G = pipeline.layout.kind_GS[:, slot]
+    weights = []
+    for position, tree in enumerate(shapes_of(pipeline).stages):
+        kind_G = pipeline.layout.kind_GP[:, position]
         needs = {"dense": kind_G == DENSE, "moe": kind_G == MOE}
-        slots.append(
+        weights.append(
             {
                 name: fill(~needs.get(name, kind_G != NONE), part)
                 for name, part in tree.items()
             }
         )
-    return slots
+    return weights
 
 
-def pick(pipeline, stage, slots):
+def pick(pipeline, stage, weights):
     """What the pipeline gives a stage; its number is traced there too."""
     prepared = pipeline.prepare_params(
-        PipelineParams(slots), pipeline.init_buffers()
+        PipelineParams(weights), pipeline.init_buffers()
     ).stages
     return jax.tree.map(
         lambda leaf: lax.dynamic_index_in_dim(leaf, stage, keepdims=False), prepared
@@ -93,28 +94,28 @@ def pick(pipeline, stage, slots):
 
 def activations():
     rng = np.random.default_rng(1)
-    return rng.standard_normal((2, 2, 5, SMALL.dim)).astype(np.float32)
+    return rng.standard_normal((2, 2, 5, SMALL.hidden_size)).astype(np.float32)
 
 
 @functools.cache
 def passes(layout, balance_loss=0.0):
-    """(stage, slots, x, ct) -> (y, aux), (gradients of slots, of x)."""
+    """(stage, weights, x, ct) -> (y, aux), (gradients of weights, of x)."""
     pipeline = make(layout, balance_loss)
 
     @jax.jit
-    def run(stage, slots, x, ct):
-        def forward(slots, x):
-            return pipeline.stage(pick(pipeline, stage, slots), x)
+    def run(stage, weights, x, ct):
+        def forward(weights, x):
+            return pipeline.stage(pick(pipeline, stage, weights), x)
 
-        y, pullback, aux = jax.vjp(forward, slots, x, has_aux=True)
+        y, pullback, aux = jax.vjp(forward, weights, x, has_aux=True)
         return (y, aux), pullback(ct)
 
     return run
 
 
-def layer_alone(layout, stage, slots, x):
+def layer_alone(layout, stage, weights, x):
     """The stage's layers, each as a module that has no padding."""
-    for slot, layer in enumerate(layout.layers[stage]):
+    for position, layer in enumerate(layout.layers[stage]):
         kind, other = "dense", "moe"
         if layer >= layout.first_k_dense_replace:
             kind, other = other, kind
@@ -122,9 +123,9 @@ def layer_alone(layout, stage, slots, x):
         module = nnx.eval_shape(
             lambda has=has: Layer(SMALL, ExpertParallel(), **has, key=jax.random.key(0))
         )
-        tree = {name: part for name, part in slots[slot].items() if name != other}
+        tree = {name: part for name, part in weights[position].items() if name != other}
         tree = jax.tree.map(lambda leaf: leaf[stage], tree)
-        bias = [bias_state(jnp.zeros(SMALL.num_experts))] if kind == "moe" else []
+        bias = [bias_state(jnp.zeros(SMALL.n_routed_experts))] if kind == "moe" else []
         block = nnx.merge(nnx.graphdef(module), tree, *bias)
         x = block.attend(x)
         x = block.feed_forward(x) if kind == "dense" else block.mix(x, None)[0]
@@ -136,29 +137,29 @@ def layer_alone(layout, stage, slots, x):
 def test_what_padding_holds_reaches_nothing(stage):
     """NaN there: neither outputs nor gradients know of it."""
     layout = UNEVEN
-    slots = random(make(layout))
-    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(slots))
+    weights = random(make(layout))
+    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(weights))
     x, ct = activations()
-    (y, aux), (grads, dx) = passes(layout)(stage, slots, x, ct)
+    (y, aux), (grads, dx) = passes(layout)(stage, weights, x, ct)
     for value in jax.tree.leaves((y, aux, grads, dx)):
         assert np.isfinite(value).all()
     assert aux.keys() == {"0", "1"}
-    for slot, stats in aux.items():
-        has_experts = layout.kind_GS[stage, int(slot)] == MOE
+    for position, stats in aux.items():
+        has_experts = layout.kind_GP[stage, int(position)] == MOE
         choices = x[..., 0].size * SMALL.num_experts_per_tok
         assert stats["counts"].sum() == has_experts * choices
         assert (stats["balance_loss"] > 0) == has_experts
-    alone = functools.partial(layer_alone, layout, stage, slots)
+    alone = functools.partial(layer_alone, layout, stage, weights)
     want = jax.jit(alone)(x)
     assert np.abs(want - x).max() > 0.1
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)  # other fusions
     # A used parameter has a gradient; one in padding, or of another stage, has none.
-    for slot, tree in enumerate(grads):
-        kind = layout.kind_GS[stage, slot]
+    for position, tree in enumerate(grads):
+        kind = layout.kind_GP[stage, position]
         for name, part in tree.items():
             is_used = kind in {"dense": {DENSE}, "moe": {MOE}}.get(name, {DENSE, MOE})
             for leaf in jax.tree.leaves(part):
-                assert np.any(leaf[stage]) == is_used, (slot, name)
+                assert np.any(leaf[stage]) == is_used, (position, name)
                 assert not np.any(np.delete(leaf, stage, axis=0))
 
 
@@ -193,16 +194,15 @@ def outer_conds(jaxpr):
 
 
 @functools.cache
-def programs(layout, slot):
-    """A slot's forward pass, and its backward pass as the pipeline cuts it.
+def programs(layout):
+    """A stage's forward pass, and its backward pass as the pipeline cuts it.
 
     By name, each as (function, shapes of its arguments).
     """
     pipeline = make(layout)
     params = jax.eval_shape(lambda: pick(pipeline, 0, zeros_of(pipeline)))
     x = jax.ShapeDtypeStruct(activations()[0].shape, jnp.float32)
-    run = functools.partial(pipeline._run_slot, slot, layout.kinds(slot))
-    plan = SplitBackward.trace(run, params, x, has_aux=True)
+    plan = SplitBackward.trace(pipeline.stage, params, x, has_aux=True)
     return {
         "F": (plan.forward, (params, x)),
         "I": (plan.backward_input, (params, plan.residuals, x)),
@@ -211,10 +211,10 @@ def programs(layout, slot):
     }
 
 
-@pytest.mark.parametrize("layout", [UNEVEN, DENSE_UNEVEN, ALL_KINDS])
+@pytest.mark.parametrize("layout", [MOE_OR_NONE, DENSE_OR_NONE, ANY_KIND])
 def test_padding_costs_no_product_forward_or_backward(layout):
-    assert NONE in layout.kinds(1)
-    for function, arguments in programs(layout, 1).values():
+    assert NONE in layout.kinds(0)
+    for function, arguments in programs(layout).values():
         jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
         assert count_costly(jaxpr, into_conds=False) == 0
         costs = [sorted(map(count_costly, branches)) for branches in outer_conds(jaxpr)]
@@ -223,52 +223,53 @@ def test_padding_costs_no_product_forward_or_backward(layout):
         assert none == 0 < layer
 
 
-@pytest.mark.parametrize("layout", [UNEVEN, ALL_KINDS])
-def test_the_backward_pass_of_a_slot_with_padding_is_cut_in_two(layout):
-    costs = {name: flops(f, *args) for name, (f, args) in programs(layout, 1).items()}
+@pytest.mark.parametrize("layout", [MOE_OR_NONE, ANY_KIND])
+def test_the_backward_pass_of_a_stage_with_padding_is_cut_in_two(layout):
+    costs = {name: flops(f, *args) for name, (f, args) in programs(layout).items()}
     assert costs["I"] + costs["W"] == costs["B"]
     # W has one product for each product of F with a weight: all but the attention's.
     batch, length, _ = activations()[0].shape
-    widths = SMALL.num_heads * (SMALL.head_dim + SMALL.v_head_dim)
+    widths = SMALL.num_attention_heads * (SMALL.qk_head_dim + SMALL.v_head_dim)
     assert costs["W"] == costs["F"] - 2 * batch * length**2 * widths
 
 
 def test_the_count_sees_products_outside_of_conds():
-    """Where every stage has a layer, its attention stands under no `cond`."""
-    for layout in (UNEVEN, ONE_DENSE):
-        forward, arguments = programs(layout, 0)["F"]
+    """Where every stage has a layer, its attention is under no `cond`."""
+    for layout in (DENSE_OR_MOE, ONE_DENSE):
+        forward, arguments = programs(layout)["F"]
         jaxpr = jax.make_jaxpr(forward)(*arguments).jaxpr
         # Two each for queries and keys, two of the mixing and one of the heads.
         assert count_costly(jaxpr, into_conds=False) >= 7
 
 
 @pytest.mark.parametrize("name", ["F", "B"])
-def test_a_slot_of_two_kinds_runs_one_of_them(name):
+def test_a_position_of_two_kinds_runs_one_of_them(name):
     costs = {}
-    for layout in (UNEVEN, ONE_DENSE, ONE_MOE):
-        function, arguments = programs(layout, 0)[name]
-        costs[layout] = flops(function, *arguments)  # of a `cond` the dearer branch
+    for layout in (DENSE_OR_MOE, ONE_DENSE, ONE_MOE):
+        function, arguments = programs(layout)[name]
+        # Of a `cond`, the more expensive branch is counted.
+        costs[layout] = flops(function, *arguments)
     assert costs[ONE_DENSE] != costs[ONE_MOE]
-    assert costs[UNEVEN] == max(costs[ONE_DENSE], costs[ONE_MOE])
+    assert costs[DENSE_OR_MOE] == max(costs[ONE_DENSE], costs[ONE_MOE])
 
 
 @pytest.mark.slow
 def test_a_stage_adds_its_balance_loss_to_the_gradient():
     """As much as a microbatch has in the mean over microbatches."""
     plain = make(ONE_MOE)
-    slots, (x, ct) = random(plain), activations()
+    weights, (x, ct) = random(plain), activations()
 
     @jax.jit
-    def explicit(slots, x):
-        def loss(slots, x):
-            y, aux = plain.stage(pick(plain, 0, slots), x)
+    def explicit(weights, x):
+        def loss(weights, x):
+            y, aux = plain.stage(pick(plain, 0, weights), x)
             balance = aux["0"]["balance_loss"]
             return (y * ct).sum() + ALPHA / MICROBATCHES * balance, balance
 
-        return jax.grad(loss, argnums=(0, 1), has_aux=True)(slots, x)
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(weights, x)
 
-    (_, aux), grads = passes(ONE_MOE, ALPHA)(0, slots, x, ct)
-    want, balance = explicit(slots, x)
+    (_, aux), grads = passes(ONE_MOE, ALPHA)(0, weights, x, ct)
+    want, balance = explicit(weights, x)
     np.testing.assert_allclose(aux["0"]["balance_loss"], balance, rtol=1e-6)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, grads, want)  # float32, gradients of up to some tens

@@ -11,7 +11,9 @@ from dualpipe_jax.deepseek import DeepSeek
 from tests.deepseek.model.sizes import small
 
 BATCH, LENGTH, LAYERS = 2, 8, 2
-ARCHITECTURE = dataclasses.replace(small(), num_layers=LAYERS, first_k_dense_replace=0)
+ARCHITECTURE = dataclasses.replace(
+    small(), num_hidden_layers=LAYERS, first_k_dense_replace=0
+)
 
 
 def trace(remat):
@@ -23,7 +25,7 @@ def trace(remat):
         return jax.tree.map(lambda leaf: leaf[0], prepared.stages)
 
     params = jax.eval_shape(stage_of, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((BATCH, LENGTH, ARCHITECTURE.dim), jnp.float32)
+    x = jax.ShapeDtypeStruct((BATCH, LENGTH, ARCHITECTURE.hidden_size), jnp.float32)
     return SplitBackward.trace(model.stage, params, x, has_aux=True)
 
 
@@ -41,6 +43,9 @@ def test_what_is_kept():
     assert kept[both] < min(kept["attention",], kept["experts",]) < kept[()]
     # Of a layer, its input and the rows that came to the experts: not what lies
     # between attention and experts, nor what is inside the shared one.
-    dim, rows = ARCHITECTURE.dim, BATCH * LENGTH * ARCHITECTURE.num_experts_per_tok
+    dim, rows = (
+        ARCHITECTURE.hidden_size,
+        BATCH * LENGTH * ARCHITECTURE.num_experts_per_tok,
+    )
     wide = [leaf.shape for leaf in plans[both].residuals if leaf.size >= rows * 4]
     assert sorted(wide) == LAYERS * [(BATCH, LENGTH, dim)] + LAYERS * [(rows, dim)]

@@ -1,4 +1,4 @@
-"""A run that goes on with other ranks, stages and slots, as if nothing had happened."""
+"""A run that resumes with other ranks, stages and placements, and changes nothing."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ def run(config, folder, *, resume=False):
 @pytest.mark.slow
 def test_another_mesh_schedule_and_placement(tmp_path):
     config = small.config(
-        architecture={"num_layers": 2},
+        architecture={"num_hidden_layers": 2},
         schedule="1f1b",
         num_steps=6,
         checkpoint_every=3,
@@ -36,7 +36,9 @@ def test_another_mesh_schedule_and_placement(tmp_path):
     whole = run(config, tmp_path).metrics
     # As if the nodes had been lost between the two checkpoints.
     shutil.rmtree(tmp_path / "checkpoints" / "6")
-    eplb = EplbConfig(every=2, num_redundant=4)  # eight slots, as four devices need
+    eplb = EplbConfig(
+        every=2, num_redundant=4
+    )  # eight physical experts, as four devices need
     fewer_ranks = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, eplb=eplb),
@@ -55,7 +57,9 @@ def test_another_mesh_schedule_and_placement(tmp_path):
         np.testing.assert_allclose(got, expected, rtol=1e-4, err_msg=name)
     prompt, new = resumed.sample
     assert len(prompt) == 4 and len(new) == 5
-    other = dataclasses.replace(config.model.architecture, route_scale=2.0)
+    other = dataclasses.replace(config.model.architecture, routed_scaling_factor=2.0)
     other = dataclasses.replace(config.model, architecture=other)
-    with pytest.raises(ValueError, match=r"of another model: its route_scale is 1.0"):
+    with pytest.raises(
+        ValueError, match=r"of another model: its routed_scaling_factor is 1.0"
+    ):
         run(dataclasses.replace(config, model=other), tmp_path, resume=True)

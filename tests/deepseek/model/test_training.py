@@ -55,17 +55,17 @@ def assert_equal_steps(pipelined, expected, rtol):
         np.testing.assert_allclose(got, wanted, rtol=rtol, atol=1e-6, err_msg=name)
 
 
-# ZB1P and 1F1B run below, GPipe in test_resume.py, each beside something else; all five
-# run with the main job's config in benchmarks/train.py.
-# With three layers on two stages, one slot holds either kind of layer, and one a layer
-# or padding: stages have code of their own for that here. Branches are in
-# test_resume.py, and those of padding in test_padding.py.
+# ZB1P and 1F1B run below, GPipe in test_resume.py, each combined with something else;
+# benchmarks/train.py runs all five with the main job's config. With three layers on two
+# stages, one position has either kind of layer, and one has a layer or padding: stages
+# run their own code here. test_resume.py runs branches, test_padding.py those of
+# padding.
 def test_training_is_that_of_one_device():
     config = small.config(
         model={"stage_code": "own"},
         mesh={"pp": 2, "dp": 2, "ep": 2},
         shard_at_rest=True,
-        architecture={"mtp": True},
+        architecture={"num_nextn_predict_layers": 1},
     )
     pipelined, state = pipelined_steps(config, 4)
     expected = small.unpipelined_steps(config, 4)
@@ -81,7 +81,12 @@ def test_one_rank_tied_and_computed_again():
     config = small.config(
         schedule="1f1b",
         mesh={"pp": 1, "ep": 2},
-        architecture={"num_layers": 2, "mtp": True, "tied": True, "q_lora_rank": None},
+        architecture={
+            "num_hidden_layers": 2,
+            "num_nextn_predict_layers": 1,
+            "tie_word_embeddings": True,
+            "q_lora_rank": None,
+        },
         model={"eplb": None, "remat": ("attention", "experts")},
     )
     pipelined, _ = pipelined_steps(config, 3)
@@ -91,7 +96,7 @@ def test_one_rank_tied_and_computed_again():
 
 
 def test_bfloat16_computes_with_float32_masters():
-    config = small.config(schedule="zb1p", architecture={"num_layers": 2})
+    config = small.config(schedule="zb1p", architecture={"num_hidden_layers": 2})
     rounded = dataclasses.replace(config.model, compute_dtype="bfloat16")
     rounded = dataclasses.replace(config, model=rounded)
     with jax.numpy_dtype_promotion("standard"):  # flax's norms take float32 means

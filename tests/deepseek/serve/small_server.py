@@ -15,10 +15,10 @@ from tests.deepseek.model.small import ARCHITECTURE, single_params
 # Large first values, so that attention and experts decide what is written.
 SIZES = dataclasses.replace(
     ARCHITECTURE,
-    num_experts=16,
-    num_groups=1,
-    topk_groups=1,
-    num_layers=3,
+    n_routed_experts=16,
+    n_group=1,
+    topk_group=1,
+    num_hidden_layers=3,
     initializer_range=0.3,
 )
 OFTEN = RebalanceConfig(every=2, below=1, min_gain=0, max_moves=3, layers_per_plan=1)
@@ -42,7 +42,7 @@ def config(**changes) -> ServeConfig:
 
 def params(config):
     model = DeepSeek(architecture=config.architecture).build_unpipelined()
-    shape = (config.architecture.num_moe_layers, config.architecture.num_experts)
+    shape = (config.architecture.num_moe_layers, config.architecture.n_routed_experts)
     # Some experts are wanted much more than others.
     bias = np.random.default_rng(0).normal(size=shape, scale=0.3).astype(np.float32)
     of = functools.partial(trained_params, config, model)

@@ -196,7 +196,7 @@ def test_weights_of_another_model(config):
     other = small_server.config(num_redundant=0, num_devices=4)
     with pytest.raises(ValueError, match=r"experts.* is float32, \(24, 16, 16\), but"):
         Engine(other, params)
-    sizes = dataclasses.replace(config.architecture, num_layers=2)
+    sizes = dataclasses.replace(config.architecture, num_hidden_layers=2)
     with pytest.raises(ValueError, match="another structure"):
         Engine(small_server.config(architecture=sizes), params)
 
@@ -242,7 +242,7 @@ def test_weights_stay_the_callers(config):
 def test_devices_that_do_not_divide_the_experts():
     """Only slots are divided: 16 experts in 18 slots on 3 devices, and on 1."""
     changes = {
-        "architecture": dataclasses.replace(small_server.SIZES, num_layers=2),
+        "architecture": dataclasses.replace(small_server.SIZES, num_hidden_layers=2),
         "context_length": 16,
         "num_redundant": 2,
         "prompts_per_device": 2,

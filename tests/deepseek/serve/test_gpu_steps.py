@@ -20,17 +20,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.as_users]
 SIZES = dataclasses.replace(
     profiles.decode().architecture,
     vocab_size=2048,
-    dim=2048,
-    num_layers=2,
+    hidden_size=2048,
+    num_hidden_layers=2,
     first_k_dense_replace=0,
-    num_heads=32,
+    num_attention_heads=32,
     q_lora_rank=512,
     kv_lora_rank=256,
-    num_experts=16,
+    n_routed_experts=16,
     moe_intermediate_size=2048,
     num_experts_per_tok=2,
-    num_groups=1,
-    topk_groups=1,
+    n_group=1,
+    topk_group=1,
 )
 
 

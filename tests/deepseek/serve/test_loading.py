@@ -31,7 +31,7 @@ from tests.deepseek.small import ARCHITECTURE
 def config(**changes):
     return ServeConfig(
         name="served",
-        architecture=dataclasses.replace(ARCHITECTURE, vocab_size=256, num_layers=2),
+        architecture=dataclasses.replace(ARCHITECTURE, vocab_size=256, num_hidden_layers=2),
         num_devices=2,
         num_redundant=2,
         requests_per_device=2,
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
         source="noise",
     )
     config = small.config(
-        architecture={"num_layers": 2, "vocab_size": 256},
+        architecture={"num_hidden_layers": 2, "vocab_size": 256},
         schedule="1f1b",
         num_steps=3,
         eval_every=3,
@@ -113,7 +113,7 @@ def test_weights_are_those_of_the_checkpoint(folder, config):
 def test_what_cannot_be_loaded(folder, config, tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint in .*train a model there"):
         load_checkpoint(config, tmp_path)
-    other = dataclasses.replace(config.architecture, num_heads=4)
+    other = dataclasses.replace(config.architecture, num_attention_heads=4)
     with pytest.raises(ValueError, match=r"another model: its num_heads is 2"):
         load_checkpoint(dataclasses.replace(config, architecture=other), folder)
 
@@ -227,8 +227,8 @@ def test_server_settings_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(good, **change)
-    sizes = dataclasses.replace(good.architecture, dim=96)
-    with pytest.raises(ValueError, match="do not divide dim=96"):
+    sizes = dataclasses.replace(good.architecture, hidden_size=96)
+    with pytest.raises(ValueError, match="do not divide hidden_size=96"):
         dataclasses.replace(good, architecture=sizes, payload="fp8")
     with pytest.raises(ValueError, match="every=0 must be at least 1"):
         RebalanceConfig(every=0)
