@@ -20,8 +20,8 @@ def config() -> ServeConfig:
         requests_per_device=2,
         context_length=256,
         prompts_per_device=2,
-        prompt_length=128,
-        prefill_tokens=128,
+        max_prompt_length=128,
+        max_prefill_tokens=128,
         rebalance=RebalanceConfig(every=64, max_moves=4, layers_per_plan=2),
         platform="cpu",
     )

@@ -1,4 +1,4 @@
-"""`python -m dualpipe_jax serve`: completions of prompts, as they are written."""
+"""`python -m dualpipe_jax serve`: writes completions as it computes them."""
 
 from __future__ import annotations
 
@@ -39,45 +39,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="-",
         metavar="FILE",
-        help="a prompt a line; or, in FILE.jsonl, objects with a prompt and perhaps "
-        "max_tokens, temperature and seed (default: standard input)",
+        help="one prompt per line; or, in FILE.jsonl, objects with a prompt and "
+        "optionally max_tokens, temperature and seed (default: standard input)",
     )
     parser.add_argument(
         "--run",
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="of the training run whose latest checkpoint is served",
+        help="folder of the training run whose latest checkpoint is served",
     )
     parser.add_argument(
         "--max-tokens",
         type=int,
         default=64,
         metavar="N",
-        help="to write for a prompt, at most (%(default)s)",
+        help="most tokens to generate for a prompt (%(default)s)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="0 takes the likeliest token each time (%(default)g)",
+        help="0 takes the most likely token each time (%(default)g)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of what is drawn (%(default)s)"
+        "--seed", type=int, default=0, help="seed of the draws (%(default)s)"
     )
     parser.add_argument(
         "--metrics",
         type=Path,
         metavar="FILE",
-        help="write the metrics at the end, as text for Prometheus",
+        help="write metrics to FILE at the end, as text for Prometheus",
     )
     parser.add_argument(
         "--profile",
         type=Path,
         metavar="FOLDER",
-        help="profile the first prompts that are served together; `trace FOLDER` reads "
-        "it",
+        help="write a profile of the first prompts that are served together to FOLDER; "
+        "`trace FOLDER` reads it",
     )
 
 
@@ -85,17 +85,18 @@ def run(args: argparse.Namespace) -> int:
     """Serves as `add_arguments` describes.
 
     Returns:
-      The exit status: 1 if a prompt was refused; the others are served then.
+      The exit status: 1 if a prompt was refused; the others are still served.
 
     Raises:
-      ValueError: bad input; but for a file without prompts, before anything compiles.
+      ValueError: bad input. It is raised before anything compiles, except for a file
+        without prompts.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = load_as(ServeConfig, args.config)
     defaults = {name: getattr(args, name) for name in _OPTIONS}
     number = num_refused = 0
     with _opened(args.prompts) as file:
-        # Who types is answered line by line; what is piped is served together.
+        # Typed prompts are answered line by line; piped ones are served together.
         groups = ([line] for line in file) if file.isatty() else [list(file)]
         engine = _start(config, args.run, console)
         profiled = contextlib.nullcontext()
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
                     stream(engine, config, texts, sys.stdout)
                 profiled = contextlib.nullcontext()
     if number == 0:
-        raise ValueError(f"{args.prompts} holds no prompt; write one a line.")
+        raise ValueError(f"{args.prompts} holds no prompt; write one per line.")
     console.print(summary(engine.metrics()))
     if args.metrics is not None:
         args.metrics.write_text(prometheus(engine.metrics()))
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _start(config: ServeConfig, folder: Path, console: Console) -> Engine:
-    """An engine with a run's weights, placed for the load that it saw; compiled."""
+    """Returns a compiled engine with a run's weights, placed for its observed load."""
     mesh = make_serve_mesh(config)
     params, placement = load_checkpoint(config, folder, mesh=mesh, say=console.print)
     engine = Engine(config, params, mesh=mesh)
@@ -141,10 +142,10 @@ def _start(config: ServeConfig, folder: Path, console: Console) -> Engine:
 def stream(
     engine: Engine, config: ServeConfig, texts: Mapping[int, str], out: TextIO
 ) -> None:
-    """Writes prompts with their completions, in their order.
+    """Writes prompts with their completions, in the order of the prompts.
 
-    The first request that is not done is written token by token; those behind it are
-    computed beside it, and wait for their turn to be written.
+    The first unfinished request is written token by token. Those after it are computed
+    at the same time, and written when their turn comes.
     """
     held: dict[int, list[Token]] = {request: [] for request in texts}
     turns = iter(texts)
@@ -167,7 +168,7 @@ def stream(
 def read_prompts(
     lines: Iterable[str], config: ServeConfig, defaults: dict[str, Any], name: str
 ) -> Iterator[dict[str, Any] | ValueError]:
-    """The options of `Engine.submit` for each line, or what is wrong with it."""
+    """Yields options for `Engine.submit` from each line, or an error about the line."""
     for line in lines:
         text = line.rstrip("\n")
         if not text:
@@ -186,13 +187,12 @@ def _read_object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{text[:60]!r} is no JSON ({error}).") from error
+        raise ValueError(f"{text[:60]!r} is not JSON ({error}).") from error
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
         raise ValueError(f'{text[:60]!r} must be an object with "prompt": "...".')
     if unknown := found.keys() - {"prompt", *_OPTIONS}:
         raise ValueError(
-            f"{sorted(unknown)[0]!r} is unknown; beside prompt there are "
-            f"{', '.join(_OPTIONS)}."
+            f"{sorted(unknown)[0]!r} is unknown; use prompt, {', '.join(_OPTIONS)}."
         )
     for option in _OPTIONS:
         kinds = (int, float) if option == "temperature" else (int,)
@@ -202,10 +202,10 @@ def _read_object(text: str) -> dict[str, Any]:
 
 
 def as_tokens(config: ServeConfig, text: str) -> list[int]:
-    """A prompt's bytes, or, for a larger vocabulary, the numbers that it consists of.
+    """Returns a prompt's bytes; for a larger vocabulary, the numbers it consists of.
 
     Raises:
-      ValueError: it has something else than numbers.
+      ValueError: the vocabulary is larger, and the prompt is not made of numbers.
     """
     if config.architecture.vocab_size == 256:
         return list(text.encode())
@@ -218,24 +218,24 @@ def as_tokens(config: ServeConfig, text: str) -> list[int]:
 
 
 def as_text(config: ServeConfig, tokens: list[int]) -> str:
-    """The inverse of `as_tokens`."""
+    """Inverts `as_tokens`."""
     return _decoder(config)(tokens, True)
 
 
 def _decoder(config: ServeConfig) -> Callable[[list[int], bool], str]:
-    """Tokens to text, a few at a time; bytes that are no text become U+FFFD.
+    """Returns a function from tokens, and whether they are the last, to text.
 
-    The function that it returns takes tokens, and whether they are the last.
+    It is called with a few tokens at a time. Bytes that are not UTF-8 become U+FFFD.
     """
     if config.architecture.vocab_size == 256:
-        # A letter of several bytes is written when it is whole.
+        # A character of several bytes is written when all of them are there.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda tokens, is_last: decoder.decode(bytes(tokens), is_last)
     return lambda tokens, is_last: "".join(f"{token} " for token in tokens)
 
 
 def summary(metrics: dict[str, float]) -> str:
-    """What was served, in a line."""
+    """Returns what was served, in one line."""
     return (
         f"{metrics['num_tokens']:.0f} tokens in {metrics['num_prefills']:.0f} prefills "
         f"and {metrics['num_decode_steps']:.0f} decode steps, "

@@ -1,4 +1,4 @@
-"""What a server runs: which model, on how many devices, with how much work on each."""
+"""What a server runs: which model, on how many devices, and how much work on each."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from typing import Any, Literal, get_args
 
 from jax.sharding import Mesh
 
-from dualpipe_jax.deepseek.model import DeepSeekConfig
+from dualpipe_jax.deepseek.model import DeepSeekConfig, PlacementConfig
 from eplb_jax import ExpertBalancer, ExpertParallel, lookup, moving_average
 from eplb_jax.layer import Payload, Route
 
 Phase = Literal["prefill", "decode"]
+# Each step is divided into two microbatches, which overlap.
+HALVES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RebalanceConfig:
+class RebalanceConfig(PlacementConfig):
     """When and how far the placement follows the load; see `eplb_jax.ExpertBalancer`.
 
     Attributes:
       every: decode steps from one plan to the next.
-      layers_per_plan: layers that one plan may change; None: all.
-      max_moves: slots of a layer that it may change; None: a twelfth.
+      layers_per_plan: most layers that one plan changes; None: all.
+      max_moves: most physical experts that one plan changes in a layer; None: a
+        twelfth of them.
       below: balancedness under which a layer is planned anew.
-      min_gain: in balancedness, for which it is changed.
-      decay: of the moving average of the load, a step.
+      min_gain: improvement in balancedness for which a layer is changed.
+      decay: per step, of the moving average of the loads.
     """
 
     every: int = 100
@@ -33,41 +36,37 @@ class RebalanceConfig:
     max_moves: int | None = None
     below: float = 0.95
     min_gain: float = 0.01
-    decay: float = 0.9
-
-    def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"{self.every=} must be at least 1 step.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """A server without a pipeline: experts over all devices, all else on each.
 
-    Requests belong to devices. Each has one slot of the cache, and the slots are
-    halved: decoding, the halves are the two microbatches that overlap; the prompts of
-    a prefill are halved anew each time.
+    Every request belongs to a device, and has one request slot of its cache. The slots
+    of a device are in two halves, whose requests are the two overlapping microbatches
+    of a decode step. The prompts of a prefill are divided into halves each time.
 
     Attributes:
       name: for reports.
       architecture: the model.
-      phase: which of its two steps a report is about: `"prefill"` computes whole
-        prompts, `"decode"` one token a request.
-      compute_dtype: of activations, of the cache, and of all weights but the routers'.
-      num_devices: of the `ep` axis.
-      num_nodes: nodes that they are divided among.
-      num_redundant: slots of a layer beyond one an expert.
-      requests_per_device: slots of the cache; even.
-      context_length: tokens of a request, its prompt and what is written.
-      prompts_per_device: prompts of one prefill; even.
-      prompt_length: tokens of a prompt at most; None: `context_length`.
-      prefill_tokens: of one prefill on a device, even; None: as many as
-        `prompts_per_device` of the longest ones have.
+      phase: the step that a report is about: `"prefill"` computes whole prompts,
+        `"decode"` one token of each request.
+      compute_dtype: of activations, of the cache, and of all weights except the
+        routers'.
+      num_devices: devices of the `ep` axis.
+      num_nodes: nodes that the devices are divided among.
+      num_redundant: physical experts of a layer beyond one per expert.
+      requests_per_device: request slots of a device's cache; even.
+      context_length: most tokens of a request, prompt and completion together.
+      prompts_per_device: most prompts of one prefill on a device; even.
+      max_prompt_length: most tokens of a prompt; None: `context_length`.
+      max_prefill_tokens: most tokens of one prefill on a device; even. None: as many as
+        `prompts_per_device` prompts of `max_prompt_length` have.
       route: see `eplb_jax.ExpertParallel`.
-      payload: see `eplb_jax.layer.dispatch.send`.
-      buffer_factor: see `DeepSeek`; what finds no room counts as zero. None: nothing
-        is ever lost.
-      rebalance: None: experts stay where they are.
+      payload: see `eplb_jax.ExpertParallel`.
+      buffer_factor: see `DeepSeek`; choices that exceed a buffer count as zero. None:
+        buffers have room for all.
+      rebalance: None: experts are not moved.
       platform: what jax runs on, as in `TrainConfig`; None: what it finds.
 
     Raises:
@@ -89,8 +88,10 @@ class ServeConfig:
     requests_per_device: int
     context_length: int
     prompts_per_device: int = 2
-    prompt_length: int | None = None
-    prefill_tokens: int | None = None
+    # None stands for a default that depends on other fields; `__post_init__` replaces
+    # it, so that the attributes are always numbers.
+    max_prompt_length: int = None  # pyright: ignore[reportAssignmentType]
+    max_prefill_tokens: int = None  # pyright: ignore[reportAssignmentType]
     route: Route = "direct"
     payload: Payload = "plain"
     buffer_factor: float | None = None
@@ -100,6 +101,18 @@ class ServeConfig:
     platform: str | None = None
 
     def __post_init__(self):
+        self._set_default("max_prompt_length", self.context_length)
+        longest = self.prompts_per_device * self.max_prompt_length
+        self._set_default("max_prefill_tokens", longest)
+        self._check_choices()
+        self._check_sizes()
+        self.balancer  # noqa: B018  raises now if sizes do not fit
+
+    def _set_default(self, name: str, value: int) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _check_choices(self) -> None:
         for name, kind in (("phase", Phase), ("route", Route), ("payload", Payload)):
             if getattr(self, name) not in get_args(kind):
                 known = " or ".join(map(repr, get_args(kind)))
@@ -107,64 +120,54 @@ class ServeConfig:
         if self.payload == "fp8" and self.architecture.hidden_size % 128:
             raise ValueError(
                 f"payload='fp8' scales tiles of 128 channels, which do not divide "
-                f"dim={self.architecture.hidden_size}; use payload='plain'."
+                f"hidden_size={self.architecture.hidden_size}; use payload='plain'."
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"{self.compute_dtype=} must be 'float32' or 'bfloat16'.")
-        for name in ("num_devices", "num_nodes", "context_length", "max_prompt"):
+
+    def _check_sizes(self) -> None:
+        for name in ("num_devices", "num_nodes", "context_length", "max_prompt_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_devices % self.num_nodes:
             raise ValueError(f"{self.num_nodes=} must divide {self.num_devices=}.")
-        if self.num_slots % self.num_devices:
+        if self.num_physical_experts % self.num_devices:
             raise ValueError(
-                f"num_experts + num_redundant = {self.num_slots} must be a multiple "
-                f"of {self.num_devices=}."
+                f"n_routed_experts + num_redundant = {self.num_physical_experts} must "
+                f"be a multiple of {self.num_devices=}."
             )
-        for name in ("requests_per_device", "prompts_per_device", "tokens_a_prefill"):
+        for name in ("requests_per_device", "prompts_per_device", "max_prefill_tokens"):
             value = getattr(self, name)
-            if value < 2 or value % 2:
+            if value < HALVES or value % HALVES:
                 raise ValueError(f"{name}={value} must be even, for two microbatches.")
-        if self.max_prompt > self.context_length:
+        if self.max_prompt_length > self.context_length:
             raise ValueError(
-                f"{self.prompt_length=} must be at most {self.context_length=}."
+                f"{self.max_prompt_length=} must be at most {self.context_length=}."
             )
         if not self.num_moe_layers:
-            raise ValueError("the model has no MoE layer: no experts to serve.")
-        if self.tokens_a_prefill < self.max_prompt:
+            raise ValueError("the model has no MoE layer, so no experts to serve.")
+        if self.max_prefill_tokens < self.max_prompt_length:
             raise ValueError(
-                f"{self.prefill_tokens=} must be at least prompt_length="
-                f"{self.max_prompt}, so that every prompt fits into one prefill."
+                f"{self.max_prefill_tokens=} must be at least "
+                f"{self.max_prompt_length=}, so that every prompt fits one prefill."
             )
-        self.balancer  # noqa: B018  so that what does not fit is refused now
 
     @property
-    def num_slots(self) -> int:
-        """Slots of a layer."""
+    def num_physical_experts(self) -> int:
+        """Physical experts of a layer."""
         return self.architecture.n_routed_experts + self.num_redundant
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE layers; the multi-token prediction module does not serve."""
+        """MoE layers; the multi-token prediction module is not served."""
         return self.architecture.num_moe_layers
-
-    @property
-    def max_prompt(self) -> int:
-        """Tokens of a prompt at most."""
-        return self.context_length if self.prompt_length is None else self.prompt_length
-
-    @property
-    def tokens_a_prefill(self) -> int:
-        """Tokens that one prefill computes on a device."""
-        if self.prefill_tokens is None:
-            return self.prompts_per_device * self.max_prompt
-        return self.prefill_tokens
 
     @property
     def tokens_per_device(self) -> int:
         """Tokens that one step of `phase` computes on a device."""
-        decoded = self.requests_per_device
-        return self.tokens_a_prefill if self.phase == "prefill" else decoded
+        if self.phase == "prefill":
+            return self.max_prefill_tokens
+        return self.requests_per_device
 
     @property
     def mesh_shape(self) -> dict[str, int]:
@@ -172,27 +175,28 @@ class ServeConfig:
         return {"ep": self.num_devices}
 
     def lower_step(self, mesh: Mesh) -> Any:
-        """The step that `phase` names, lowered for the devices of a mesh."""
-        return lookup.find("dualpipe_jax.deepseek.serve.steps:lower_step")(self, mesh)
+        """Lowers the step that `phase` names for the devices of a mesh."""
+        lower = lookup.find("dualpipe_jax.deepseek.serve.programs:lower_step")
+        return lower(self, mesh)
 
     @property
     def axis_name(self) -> str | None:
-        """Of the mesh; None on one device, which exchanges nothing."""
+        """Axis of the mesh; None on one device, where nothing is exchanged."""
         return "ep" if self.num_devices > 1 else None
 
     @property
     def latent_width(self) -> int:
-        """Numbers that the cache keeps of a token in a layer."""
+        """Numbers that the cache keeps for each token and layer."""
         return self.architecture.kv_lora_rank + self.architecture.qk_rope_head_dim
 
     @property
     def balancer(self) -> ExpertBalancer:
-        """Of all MoE layers."""
+        """The balancer of all MoE layers."""
         plan = self.rebalance or RebalanceConfig()
         return ExpertBalancer(
             num_layers=self.num_moe_layers,
             num_experts=self.architecture.n_routed_experts,
-            num_slots=self.num_slots,
+            num_slots=self.num_physical_experts,
             num_devices=self.num_devices,
             estimator=moving_average(plan.decay),
             layers_per_plan=plan.layers_per_plan,
@@ -202,7 +206,7 @@ class ServeConfig:
         )
 
     def parallel(self, num_tokens: int) -> ExpertParallel:
-        """How experts are divided, for microbatches of so many tokens a device."""
+        """Returns how experts are divided, for `num_tokens` tokens per microbatch."""
         num_rows = None
         if self.buffer_factor is not None:
             mean = num_tokens * self.architecture.num_experts_per_tok

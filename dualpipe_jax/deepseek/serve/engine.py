@@ -1,8 +1,7 @@
-"""A small serving engine: continuous batching over fixed slots, live rebalancing.
+"""A small serving engine: continuous batching, and experts that are moved meanwhile.
 
-It exists to show the steps and the balancer working, and stays small: no paging, no
-prefix cache, no priorities. The host keeps queues and hands out slots; what experts do
-it never looks at.
+It exists to show the steps and the balancer at work, and stays small: no paging, no
+prefix cache, no priorities.
 """
 
 from __future__ import annotations
@@ -19,29 +18,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from dualpipe_jax.deepseek.serve.config import ServeConfig
-from dualpipe_jax.deepseek.serve.forward import ServeParams
-from dualpipe_jax.deepseek.serve.prompts import Halves, halve_prompts
-from dualpipe_jax.deepseek.serve.requests import (
-    Admitted,
-    Request,
-    Slot,
-    as_prompt,
-    check_options,
-    prefill_arrays,
-)
-from dualpipe_jax.deepseek.serve.steps import HALVES, make_serve_programs
+from dualpipe_jax.deepseek.serve.arrays import ServeParams
+from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
+from dualpipe_jax.deepseek.serve.programs import make_serve_programs
+from dualpipe_jax.deepseek.serve.requests import Request, as_prompt, check_options
+from dualpipe_jax.deepseek.serve.scheduler import Admitted, Scheduler, prefill_arrays
 
 P = PartitionSpec
 
 
 class Token(NamedTuple):
-    """One token of a request, as soon as it is there.
+    """One generated token of a request.
 
     Attributes:
-      request: the id that `submit` gave.
-      token: what was written.
-      is_last: whether the request is done.
+      request: the id that `submit` returned.
+      token: the token.
+      is_last: whether the request is finished.
     """
 
     request: int
@@ -70,8 +62,8 @@ class Engine:
 
         Args:
           config: of the server.
-          params: with the experts in the order of their slots: slot s has expert s
-            modulo their number. Another placement: see `place`.
+          params: weights; physical expert i has the weights of expert i modulo their
+            number. For another placement, see `place`.
           mesh: with the axis `ep`; by default the first devices that jax has.
 
         Raises:
@@ -82,22 +74,18 @@ class Engine:
         like = self.programs.abstract_params
         _check_shapes(params, like)
         placed: ServeParams = jax.tree.map(_put, params, like)
-        # Copies: these change in place, and the caller keeps what is his.
+        # Copies, because these change in place; the caller's arrays stay as they are.
         self.params = placed._replace(experts=jax.tree.map(jnp.copy, placed.experts))
         self.state = self.programs.init()
         self.num_prefills = self.num_decode_steps = self.num_tokens = 0
         self.seconds = 0.0
         self._measure = jax.jit(config.balancer.metrics)
-        self._per_half = config.requests_per_device // HALVES
-        self._is_idle = np.ones(self.programs.abstract_idle.shape, bool)
-        self._requests: dict[int, Request] = {}
-        self._running: dict[Slot, Request] = {}
-        self._waiting: collections.deque[Request] = collections.deque()
+        self._scheduler = Scheduler(config)
         self._numbers = itertools.count()
         self._undelivered: collections.deque[Token] = collections.deque()
 
     def compile(self) -> None:
-        """Compiles all programs now; nothing compiles after that."""
+        """Compiles all programs now; no step compiles anything after that."""
         self.programs = self.programs.compile()
         self.metrics()
 
@@ -116,64 +104,59 @@ class Engine:
 
         Args:
           prompt: [n] integers.
-          max_tokens: to write at most.
-          temperature: 0 takes the likeliest token each time.
-          seed: decides what is drawn at a temperature, whatever else is served (unless
-            `buffer_factor` loses choices, which depends on all of them).
-          stop_token: the token that ends it; it is written too.
+          max_tokens: most tokens to generate.
+          temperature: 0 takes the most likely token each time.
+          seed: of the draws at a temperature. They do not depend on the other requests
+            (unless `buffer_factor` drops choices, which depends on all of them).
+          stop_token: the token that ends the request; it is part of the completion.
 
         Returns:
           The request's id.
 
         Raises:
-          ValueError: an empty prompt, one that is too long, one of other tokens than
-            the model's, or a bad option. Other requests go on.
+          ValueError: a prompt that is empty, too long, or of another vocabulary, or an
+            invalid option. Other requests are not affected.
         """
         tokens = as_prompt(self.config, prompt, max_tokens)
         check_options(temperature, seed)
         request = Request(
             next(self._numbers), tokens, max_tokens, temperature, seed, stop_token
         )
-        self._requests[request.number] = request
-        self._waiting.append(request)
+        self._scheduler.add(request)
         return request.number
 
     def cancel(self, request: int) -> None:
-        """Ends a request early; `run` yields nothing more of it.
+        """Ends a request early; `run` yields no more of its tokens.
 
         Raises:
-          ValueError: there is no such request, or it is done.
+          ValueError: there is no such request, or it is finished.
         """
-        found = self._requests.get(request)
         kept = [token for token in self._undelivered if token.request != request]
-        was_awaited = len(kept) < len(self._undelivered)
+        has_undelivered = len(kept) < len(self._undelivered)
         self._undelivered = collections.deque(kept)
-        if found is None:
-            if was_awaited:
-                return
+        if request in self._scheduler:
+            self._scheduler.cancel(request)
+        elif not has_undelivered:
             raise ValueError(
-                f"{request=} is unknown: it was never submitted, or it is done."
+                f"{request=} is unknown: it was never submitted, or it is finished."
             )
-        if found.slot is None:
-            self._waiting.remove(found)
-        self._end(found)
 
     def step(self) -> list[Token]:
-        """Runs a prefill, if a request waits and a slot is free, or a decode step.
+        """Runs a prefill if a waiting request can start, else a decode step.
 
         Returns:
-          What was written; empty if there is nothing to do.
+          The generated tokens; empty if there are no requests.
         """
         started = time.perf_counter()
-        admitted = self._admit()
+        admitted = self._scheduler.admit()
         tokens = self._prefill(admitted) if admitted else self._decode()
         self.num_tokens += len(tokens)
         self.seconds += time.perf_counter() - started
         return tokens
 
     def run(self) -> Iterator[Token]:
-        """Steps until no request is left; who stops in between may go on later."""
-        while self._undelivered or self._requests:
+        """Yields tokens until no request is left; another call continues."""
+        while self._undelivered or len(self._scheduler):
             if not self._undelivered:
                 self._undelivered.extend(self.step())
             while self._undelivered:
@@ -182,9 +165,9 @@ class Engine:
     def generate(
         self, prompts: Sequence[ArrayLike], *, max_tokens: int, **options: Any
     ) -> list[np.ndarray]:
-        """Completions of prompts, when all are done.
+        """Returns the completions of prompts, when all are finished.
 
-        Other requests go on meanwhile; `run` yields their tokens afterwards.
+        Other requests run meanwhile; `run` yields their tokens afterwards.
 
         Args:
           prompts: each [n] integers.
@@ -192,78 +175,34 @@ class Engine:
           **options: see `submit`.
 
         Returns:
-          For each an array of tokens.
+          For each prompt an array of tokens.
 
         Raises:
-          ValueError: see `submit`; nothing is queued then.
+          ValueError: see `submit`; no prompt is queued then.
         """
         for prompt in prompts:
             as_prompt(self.config, prompt, max_tokens)
-        written: dict[int, list[int]] = {
+        generated: dict[int, list[int]] = {
             self.submit(prompt, max_tokens=max_tokens, **options): []
             for prompt in prompts
         }
-        missing, others = set(written), []
+        missing, others = set(generated), []
         while missing:
             token = next(self.run())
-            if token.request not in written:
+            if token.request not in generated:
                 others.append(token)
                 continue
-            written[token.request].append(token.token)
+            generated[token.request].append(token.token)
             if token.is_last:
                 missing.remove(token.request)
         self._undelivered.extendleft(reversed(others))
-        return [np.array(tokens, np.int32) for tokens in written.values()]
-
-    def _admit(self) -> list[Admitted]:
-        """By device, the requests that begin; empty if nobody can."""
-        c = self.config
-        num_rows = c.prompts_per_device // HALVES
-        free = self._free_slots()
-        admitted = [
-            Admitted([], Halves([None] * num_rows, [None] * num_rows))
-            for _ in range(c.num_devices)
-        ]
-        while self._waiting:
-            request = self._waiting[0]
-            # First where most slots are free; a full one may still have other room.
-            for device in sorted(range(c.num_devices), key=lambda d: -len(free[d])):
-                own = [*admitted[device].requests, request]
-                lengths = [len(each.prompt) for each in own]
-                halves = None
-                if free[device]:
-                    halves = halve_prompts(lengths, c.tokens_a_prefill // 2, num_rows)
-                if halves is not None:
-                    request.slot = free[device].pop(0)
-                    admitted[device] = Admitted(own, halves)
-                    break
-            else:
-                break
-            self._waiting.popleft()
-        return admitted if any(own for own, _ in admitted) else []
-
-    def _free_slots(self) -> list[list[Slot]]:
-        """By device; the halves take turns."""
-        every = [
-            [
-                Slot(half, device * self._per_half + i)
-                for i in range(self._per_half)
-                for half in range(HALVES)
-            ]
-            for device in range(self.config.num_devices)
-        ]
-        return [[slot for slot in own if self._is_idle[slot]] for own in every]
+        return [np.array(tokens, np.int32) for tokens in generated.values()]
 
     def _prefill(self, admitted: list[Admitted]) -> list[Token]:
         batches, ending = zip(
             *(prefill_arrays(self.config, admitted, half) for half in range(HALVES)),
             strict=True,
         )
-        for own, _ in admitted:
-            for request in own:
-                assert request.slot is not None
-                self._running[request.slot] = request
-                self._is_idle[request.slot] = False
         prompts = jax.tree.map(_put, batches, self.programs.abstract_prompts)
         self.state, tokens = self.programs.prefill(self.params, self.state, prompts)
         self.num_prefills += 1
@@ -276,35 +215,31 @@ class Engine:
         ]
 
     def _decode(self) -> list[Token]:
-        if not self._running:
+        running = self._scheduler.running()
+        if not running:
             return []
-        # A copy: on CPU the array may be the one that is written to next.
-        is_idle = _put(self._is_idle.copy(), self.programs.abstract_idle)
+        # A copy: on CPU jax may use the array itself, which changes before the step
+        # ends.
+        is_idle = self._scheduler.is_idle.copy()
+        is_idle = _put(is_idle, self.programs.abstract_idle)
         self.state, tokens = self.programs.decode(self.params, self.state, is_idle)
         self.num_decode_steps += 1
         plan = self.config.rebalance
         if plan is not None and self.num_decode_steps % plan.every == 0:
             self._rebalance()
         tokens = np.asarray(tokens)
-        running = list(self._running.items())
         return [self._take(request, int(tokens[slot])) for slot, request in running]
 
     def _take(self, request: Request, token: int) -> Token:
-        is_last = request.write(token)
+        is_last = request.add(token)
         if is_last:
-            self._end(request)
+            self._scheduler.end(request)
         return Token(request.number, token, is_last)
-
-    def _end(self, request: Request) -> None:
-        del self._requests[request.number]
-        if request.slot is not None:
-            self._is_idle[request.slot] = True
-            self._running.pop(request.slot)
 
     # Experts.
 
     def _rebalance(self) -> None:
-        # The host asks for it, and reads nothing of it.
+        # The host starts it, and does not read its result.
         experts, balancer = self.programs.rebalance(
             self.params.experts, self.state.balancer
         )
@@ -321,30 +256,31 @@ class Engine:
             self._rebalance()
 
     def set_capacity(self, capacity: ArrayLike) -> None:
-        """Tells the devices' speeds; all experts leave one of speed 0 at once.
+        """Sets the devices' speeds; all experts leave a device of speed 0 at once.
 
-        Requests on that device go on, since their caches are there: docs/serving.md
-        says what to do about a device that is gone.
+        Requests on that device continue, since their caches are there; docs/serving.md
+        says what to do about a device that is lost.
 
         Args:
           capacity: [devices] relative speeds.
 
         Raises:
-          ValueError: values that are no speeds, or the devices left have too few slots
-            for all experts; the old speeds stay.
+          ValueError: invalid speeds, or too few physical experts on the devices that
+            are left; the old speeds stay.
         """
         state = self.config.balancer.with_capacity(self.state.balancer, capacity)
         self.state = self.state._replace(balancer=state)
         self._leave_devices()
 
     def place(self, placement: ArrayLike) -> None:
-        """Moves the experts to a placement: of `rebalance_experts`, for known loads.
+        """Moves the experts to a placement, such as `rebalance_experts` returns.
 
         Args:
-          placement: [layers, slots] int32.
+          placement: [layers, physical experts] int32.
 
         Raises:
-          ValueError: it is another model's, or leaves an expert out; the old one stays.
+          ValueError: it is of another model, or leaves an expert out; the old one
+            stays.
         """
         tables = self.config.balancer.init(np.asarray(placement)).tables
         tables.validate()
@@ -356,13 +292,13 @@ class Engine:
         self._leave_devices()
 
     def metrics(self) -> dict[str, float]:
-        """What to log: the balancer's metrics, the queue, and what was done so far."""
+        """Returns the balancer's metrics, the queue's lengths, and totals so far."""
         measured = self._measure(self.state.balancer)
         measured["num_overflowed"] = self.state.overflow
         rate = self.num_tokens / self.seconds if self.seconds else 0.0
         counts = {
-            "num_waiting": len(self._waiting),
-            "num_running": len(self._running),
+            "num_waiting": self._scheduler.num_waiting,
+            "num_running": self._scheduler.num_running,
             "num_prefills": self.num_prefills,
             "num_decode_steps": self.num_decode_steps,
             "num_tokens": self.num_tokens,
@@ -376,7 +312,7 @@ def _put(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _check_shapes(params: ServeParams, like: ServeParams) -> None:
-    advice = "make them with its architecture, num_redundant and compute_dtype."
+    advice = "make them for its architecture, num_redundant and compute_dtype."
     if jax.tree.structure(params) != jax.tree.structure(like):
         raise ValueError(f"params have another structure than the config's; {advice}")
     found = jax.tree_util.tree_leaves_with_path(params)

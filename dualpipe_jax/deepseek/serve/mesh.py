@@ -10,7 +10,7 @@ from dualpipe_jax.train import ask_for_devices
 
 
 def make_serve_mesh(config: ServeConfig) -> Mesh:
-    """The axis `ep` over the first devices, virtual ones on a CPU.
+    """Makes a mesh with the axis `ep` of the first devices, virtual ones on a CPU.
 
     Raises:
       ValueError: there are too few devices.

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Name -> type, and what it is.
+# Name -> type and description.
 _KNOWN = {
-    "balancedness": ("gauge", "mean over maximum of the devices' load, mean of layers"),
-    "balancedness_worst": ("gauge", "of the layer where it is least"),
-    "num_moves": ("counter", "slots whose expert was changed"),
-    "num_refused": ("counter", "plans that the devices did not agree on"),
-    "num_stranded": ("gauge", "layers with experts on a device that is to be left"),
-    "num_overflowed": ("counter", "choices of experts that found no room"),
-    "num_waiting": ("gauge", "requests without a slot"),
-    "num_running": ("gauge", "requests with a slot"),
+    "balancedness": (
+        "gauge",
+        "mean load of the devices over the largest, averaged over layers",
+    ),
+    "balancedness_worst": ("gauge", "balancedness of the least balanced layer"),
+    "num_moves": ("counter", "physical experts that were given another expert"),
+    "num_refused": ("counter", "plans refused because devices disagreed"),
+    "num_stranded": ("gauge", "layers with experts on a device of speed 0"),
+    "num_overflowed": ("counter", "expert choices that exceeded a buffer"),
+    "num_waiting": ("gauge", "requests without a request slot"),
+    "num_running": ("gauge", "requests with a request slot"),
     "num_prefills": ("counter", "prefills"),
     "num_decode_steps": ("counter", "decode steps"),
-    "num_tokens": ("counter", "tokens written"),
-    "tokens_per_s": ("gauge", "tokens written a second of steps"),
+    "num_tokens": ("counter", "generated tokens"),
+    "tokens_per_s": ("gauge", "generated tokens per second of steps"),
 }
 
 
 def prometheus(metrics: Mapping[str, float], prefix: str = "eplb") -> str:
-    """`Engine.metrics` in Prometheus' text format.
+    """Formats `Engine.metrics` as Prometheus' text.
 
     Args:
       metrics: name -> value.
@@ -33,7 +36,7 @@ def prometheus(metrics: Mapping[str, float], prefix: str = "eplb") -> str:
 
     Examples:
       >>> print(prometheus({"num_moves": 12.0}), end="")
-      # HELP eplb_moves_total slots whose expert was changed
+      # HELP eplb_moves_total physical experts that were given another expert
       # TYPE eplb_moves_total counter
       eplb_moves_total 12.0
     """

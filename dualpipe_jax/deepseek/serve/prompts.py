@@ -1,6 +1,7 @@
-"""Prompts into the two microbatches of a prefill, with equal shares of attention.
+"""Divides prompts into the two microbatches of a prefill, with equal attention.
 
-Shape suffixes: T tokens of a microbatch, R rows of it, a prompt or a part of one each.
+Each row of a microbatch is a prompt or a part of one. Shape suffixes: see
+`dualpipe_jax.deepseek`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Of all attention: what is not worth another row, which has its whole length computed.
+# Share of all attention that does not justify one more row, which is computed at full
+# length.
 _UNEVEN = 0.1
 
 
@@ -19,9 +21,9 @@ class Piece(NamedTuple):
     """Tokens `start` to `stop` of a prompt.
 
     Attributes:
-      prompt: its number in the list that was halved.
-      start: 0, but in the second half of a prompt that is split.
-      stop: its length, but in the first half of one.
+      prompt: index in the list of prompts.
+      start: 0, except in the second part of a split prompt.
+      stop: the prompt's length, except in the first part of a split prompt.
     """
 
     prompt: int
@@ -30,10 +32,10 @@ class Piece(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """Which pieces each microbatch computes, in the order of its rows.
+    """The pieces that each microbatch computes, in the order of its rows.
 
-    A prompt that is split is in the last row of the first and in row 0 of the second,
-    where attention finds its beginning.
+    A split prompt is in the last row of the first microbatch and in row 0 of the
+    second, whose attention also sees that last row.
 
     Attributes:
       first: by row; None for an empty row.
@@ -44,7 +46,7 @@ class Halves(NamedTuple):
     second: list[Piece | None]
 
     def attention(self) -> tuple[int, int]:
-        """Pairs of tokens and earlier tokens, of each microbatch."""
+        """Counts the pairs of a token and one not after it, in each microbatch."""
         first, second = (
             sum(_pairs(piece.start, piece.stop) for piece in half if piece is not None)
             for half in self
@@ -55,18 +57,18 @@ class Halves(NamedTuple):
 def halve_prompts(
     lengths: Sequence[int], num_tokens: int, num_rows: int
 ) -> Halves | None:
-    """Divides prompts so that both microbatches have as much attention to compute.
+    """Divides prompts so that both microbatches have equal attention to compute.
 
-    As in DeepSeek's published prefill profile (deepseek-ai/profile-data): one prompt
-    may be split between them.
+    One prompt may be split between them, as in DeepSeek's published prefill profile
+    (deepseek-ai/profile-data).
 
     Args:
-      lengths: of the prompts, at least 1 each.
-      num_tokens: of a microbatch, at most.
-      num_rows: prompts or parts of one in a microbatch, at most.
+      lengths: lengths of the prompts, at least 1 each.
+      num_tokens: most tokens of a microbatch.
+      num_rows: most prompts or parts of one in a microbatch.
 
     Returns:
-      `Halves`; None if so many do not fit.
+      `Halves`; None if the prompts do not fit.
 
     Examples:
       >>> halves = halve_prompts([100], 80, 2)
@@ -87,7 +89,7 @@ def halve_prompts(
 def _candidates(
     lengths: Sequence[int], num_tokens: int, num_rows: int
 ) -> Iterator[Halves]:
-    """Ways that fit: no prompt split, or any one of them."""
+    """Yields the divisions that fit: with no prompt split, or with any one of them."""
     for split in (None, *range(len(lengths))):
         bins = _fill(lengths, split, num_tokens, num_rows)
         if bins is None:
@@ -116,7 +118,7 @@ def _candidates(
 def _fill(
     lengths: Sequence[int], split: int | None, num_tokens: int, num_rows: int
 ) -> list[list[Piece]] | None:
-    """All prompts but one, the longest first, each where there is less attention."""
+    """Assigns all prompts but `split`, longest first, where there is less attention."""
     bins: list[list[Piece]] = [[], []]
     for prompt in np.argsort([-length for length in lengths], kind="stable").tolist():
         if prompt == split:
@@ -133,9 +135,9 @@ def _fill(
 
 
 def _cut(length: int, before: int, after: int) -> int:
-    """Where to cut a prompt so that both sides come to the same, roughly.
+    """Returns where to cut a prompt so that both sides have about equal attention.
 
-    The head's pairs and `before` are to be half of all.
+    The pairs of the first part and `before` should be half of all pairs.
     """
     wanted = (_pairs(0, length) + after - before) / 2
     return round((max(0.0, 2 * wanted)) ** 0.5)
@@ -146,20 +148,20 @@ def _total(pieces: Sequence[Piece]) -> int:
 
 
 def _pairs(start: int, stop: int) -> int:
-    """Of tokens `start` to `stop`, each with itself and all before it."""
+    """Counts tokens `start` to `stop`, each with itself and all tokens before it."""
     return (stop * (stop + 1) - start * (start + 1)) // 2
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptArrays:
-    """One microbatch of a device as arrays; see `forward.Prompts`.
+    """One microbatch of a device as arrays; see `arrays.Prompts`.
 
     Attributes:
-      tokens: [T] int32.
-      positions: [T] int32.
-      rows: [T] int32.
-      prompts: [R] int32, the number of the prompt in each row; -1 for none.
-      last: [R] int32.
+      tokens: [M] int32.
+      positions: [M] int32.
+      rows: [M] int32.
+      prompts: [B] int32, index of the prompt in each row; -1 for none.
+      last: [B] int32.
     """
 
     tokens: np.ndarray
@@ -172,12 +174,12 @@ class PromptArrays:
 def as_arrays(
     pieces: Sequence[Piece | None], prompts: Sequence[np.ndarray], num_tokens: int
 ) -> PromptArrays:
-    """Packs the pieces of a microbatch one behind the other.
+    """Packs the pieces of a microbatch one after another.
 
     Args:
-      pieces: by row.
-      prompts: what they are pieces of.
-      num_tokens: of the microbatch; the rest is padding.
+      pieces: for each row.
+      prompts: the prompts that they are pieces of.
+      num_tokens: size of the microbatch, which padding fills up.
     """
     tokens, positions = (np.zeros(num_tokens, np.int32) for _ in range(2))
     rows = np.full(num_tokens, -1, np.int32)

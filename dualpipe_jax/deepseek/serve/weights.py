@@ -1,4 +1,7 @@
-"""A server's weights: drawn, or taken from those that were trained."""
+"""A server's weights: initial ones, or those of a training run.
+
+Shape suffixes: see `dualpipe_jax.deepseek`.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from dualpipe_jax.deepseek.model import (
     map_with_names,
     parameters,
 )
+from dualpipe_jax.deepseek.serve.arrays import PARAM_SPECS, ServeParams
 from dualpipe_jax.deepseek.serve.config import ServeConfig
-from dualpipe_jax.deepseek.serve.forward import PARAM_SPECS, ServeParams
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import Checkpoints
@@ -35,11 +38,14 @@ PyTree = Any
 
 
 def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
-    """Weights of a model that was never trained, experts in the order of their slots.
+    """Returns initial weights, of a model that was never trained.
 
     Args:
       config: of the server.
-      seed: of what is drawn.
+      seed: of the random numbers.
+
+    Returns:
+      `ServeParams`; physical expert i has the weights of expert i modulo their number.
     """
     arch = config.architecture
     *keys, embed_key, head_key = jax.random.split(
@@ -58,17 +64,17 @@ def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
         jax.random.normal(embed_key, (arch.vocab_size, arch.hidden_size))
         * arch.initializer_range
     )
-    return _in_slots(config, embed, parameters(Head(arch, head_key)), layers)
+    return _placed(config, embed, parameters(Head(arch, head_key)), layers)
 
 
 def trained_params(
     config: ServeConfig, model: DeepSeekPipeline, params: PipelineParams, bias: Any
 ) -> ServeParams:
-    """Weights that were trained; the multi-token prediction module stays behind.
+    """Returns trained weights, without the multi-token prediction module.
 
     Args:
       config: of the server.
-      model: that the parameters are laid out for.
+      model: the model that the parameters are laid out for.
       params: of a `TrainState`.
       bias: [MoE layers, experts] float32, of its buffers.
     """
@@ -83,7 +89,7 @@ def trained_params(
             tree["moe"] = tree["moe"] | {"bias": own}
         layers.append(tree)
     head = {name: part for name, part in params.head.items() if name != "mtp"}
-    return _in_slots(config, params.embed, head, layers)
+    return _placed(config, params.embed, head, layers)
 
 
 def load_checkpoint(
@@ -93,24 +99,23 @@ def load_checkpoint(
     mesh: Mesh | None = None,
     say: Callable[[str], Any] = print,
 ) -> tuple[ServeParams, np.ndarray | None]:
-    """The latest checkpoint of a training run, for `Engine`.
+    """Loads the latest checkpoint of a training run, for `Engine`.
 
-    What the optimizer keeps is not read.
+    The optimizer's state is not read.
 
     Args:
       config: of the server.
-      folder: of the run.
+      folder: the run's folder.
       mesh: where the weights go, with the axis `ep`; by default the first devices.
-      say: is told of checkpoints that are damaged.
+      say: called with a line of text for each damaged checkpoint.
 
     Returns:
       params: for `Engine`.
-      placement: [layers, slots] int32 for the load that training saw, for
-        `Engine.place`; None if it saw none.
+      placement: [layers, physical experts] int32 for the load observed in training, for
+        `Engine.place`; None if training observed none.
 
     Raises:
-      ValueError: there is no checkpoint, none that can be read, or it is of another
-        model.
+      ValueError: there is no checkpoint, none can be read, or it is of another model.
     """
     mesh = make_serve_mesh(config) if mesh is None else mesh
     arch = config.architecture
@@ -142,7 +147,7 @@ def load_checkpoint(
     loads_LE = model.balancer.estimate(buffers)[: arch.num_moe_layers]
     placement = rebalance_experts(
         loads_LE,
-        config.num_slots,
+        config.num_physical_experts,
         arch.n_group,
         config.num_nodes,
         config.num_devices,
@@ -151,7 +156,7 @@ def load_checkpoint(
 
 
 def _divided(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Over the devices along the widest axis that they divide, or on each of them."""
+    """Divides a leaf along the largest axis that the number of devices divides."""
     fits = [at for at, size in enumerate(leaf.shape) if size % mesh.size == 0]
     axes: list[str | None] = [None] * len(leaf.shape)
     if fits:
@@ -160,21 +165,21 @@ def _divided(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _in_slots(
+def _placed(
     config: ServeConfig, embed: jax.Array, head: PyTree, layers: list[PyTree]
 ) -> ServeParams:
-    """With the experts apart, by slot, and in the dtype that they compute in."""
+    """Gathers physical experts, and casts weights to the dtype that they compute in."""
     # As `ExpertBalancer.init` places them.
-    slot_S = jnp.arange(config.num_slots, dtype=jnp.int32)
-    expert_S = slot_S % config.architecture.n_routed_experts
+    physical_X = jnp.arange(config.num_physical_experts, dtype=jnp.int32)
+    expert_X = physical_X % config.architecture.n_routed_experts
     rest, experts = [], []
     for tree in layers:
         if "moe" in tree:
             logical = tree["moe"]["experts"]
             moe = {name: v for name, v in tree["moe"].items() if name != "experts"}
             tree = tree | {"moe": moe}
-            slots = [logical[name][expert_S] for name in ExpertWeights._fields]
-            experts.append(ExpertWeights(*slots))
+            physical = [logical[name][expert_X] for name in ExpertWeights._fields]
+            experts.append(ExpertWeights(*physical))
         rest.append(tree)
 
     def cast(names: tuple[str, ...], leaf: jax.Array) -> jax.Array:

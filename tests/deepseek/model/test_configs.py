@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import deepseek_v3, moe_16b, profiles, small, tiny
-from dualpipe_jax.deepseek import ServeConfig
 
 TRAINING = [
     tiny.config,
@@ -73,27 +72,3 @@ def test_the_settings_of_the_published_profiles():
     assert (prefill.num_devices, prefill.tokens_per_device) == (32, 16 * 1024)
     assert (decode.num_devices, decode.tokens_per_device) == (128, 128)
     assert decode.context_length == 4096
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"phase": "train"}, "phase='train' must be 'prefill' or 'decode'"),
-        ({"num_devices": 0}, "num_devices=0 must be at least 1"),
-        ({"num_nodes": 3}, "num_nodes=3 must divide .*32"),
-        ({"num_redundant": 3}, "= 259 must be a multiple of .*32"),
-        ({"requests_per_device": 3}, "requests_per_device=3 must be even"),
-    ],
-)
-def test_serving_settings_that_do_not_fit(change, message):
-    fields = {
-        "name": "wrong",
-        "architecture": deepseek_v3.architecture(),
-        "phase": "prefill",
-        "num_devices": 32,
-        "requests_per_device": 4,
-        "context_length": 4096,
-    }
-    ServeConfig(**fields)
-    with pytest.raises(ValueError, match=message):
-        ServeConfig(**fields | change)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dualpipe_jax.deepseek import EplbConfig
+from dualpipe_jax.deepseek import DeepSeek, EplbConfig
 from dualpipe_jax.train import Text, train
 from tests.deepseek.model import small
+from tests.deepseek.model.sizes import SMALL
 
 TEXT = Text(
     train=np.random.default_rng(0).integers(0, 16, 4000).astype(np.uint8),
@@ -63,3 +64,23 @@ def test_another_mesh_schedule_and_placement(tmp_path):
         ValueError, match=r"of another model: its routed_scaling_factor is 1.0"
     ):
         run(dataclasses.replace(config, model=other), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",  # None: a field that the checkpoint does not have
+    [
+        ({"hidden_size": None}, "has no field hidden_size; resume with the version"),
+        ({"dim": 12}, "has the unknown field dim; resume with the version"),
+        ({"v_head_dim": 4}, "of another model: its v_head_dim is 4, but the config's"),
+    ],
+)
+def test_checkpoints_of_other_models_and_versions_are_refused(change, message):
+    model = DeepSeek(architecture=SMALL).build_unpipelined()
+    info = model.checkpoint_info
+    assert model.from_checkpoint_info(info).layout == model.layout
+    sizes = info["architecture"] | change
+    sizes = {
+        name: value for name, value in sizes.items() if value or name not in change
+    }
+    with pytest.raises(ValueError, match=message):
+        model.from_checkpoint_info(info | {"architecture": sizes})

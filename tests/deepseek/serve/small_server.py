@@ -12,7 +12,7 @@ from dualpipe_jax.deepseek.serve import Engine, RebalanceConfig, ServeConfig
 from dualpipe_jax.deepseek.serve.weights import trained_params
 from tests.deepseek.model.small import ARCHITECTURE, single_params
 
-# Large first values, so that attention and experts decide what is written.
+# Large initial values, so that attention and experts decide which tokens follow.
 SIZES = dataclasses.replace(
     ARCHITECTURE,
     n_routed_experts=16,
@@ -32,9 +32,9 @@ def config(**changes) -> ServeConfig:
         "num_redundant": 8,
         "requests_per_device": 2,
         "context_length": 224,
-        "prompt_length": 10,
+        "max_prompt_length": 10,
         "prompts_per_device": 4,
-        "prefill_tokens": 14,
+        "max_prefill_tokens": 14,
         "rebalance": OFTEN,
     }
     return ServeConfig(**fields | changes)
@@ -55,7 +55,7 @@ def engine(config) -> Engine:
 
 def prompts(count, config, seed=0):
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, config.max_prompt + 1, count)
+    lengths = rng.integers(1, config.max_prompt_length + 1, count)
     return [rng.integers(0, config.architecture.vocab_size, n) for n in lengths]
 
 

@@ -1,4 +1,4 @@
-"""The server: what it writes, whatever else it serves and wherever experts stand."""
+"""The server's tokens, whatever else it serves and wherever its experts are."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def make_engine(config, programs):
 
 
 def test_tokens_are_those_of_the_model_that_was_trained(config, make_engine):
-    """More requests than slots; prompts that are split; experts that move."""
+    """More requests than request slots; split prompts; experts that move."""
     engine = make_engine()
     prompts = small_server.prompts(40, config)
     lengths = np.random.default_rng(1).integers(1, 9, len(prompts))
@@ -75,7 +75,7 @@ def test_two_hundred_steps_with_experts_on_the_move_and_without(
 def test_a_device_that_is_left_changes_nothing(config, make_engine):
     prompts = small_server.prompts(16, config, seed=3)
     expected = make_engine(rebalance=None).generate(prompts, max_tokens=20)
-    # Nobody plans anything by itself.
+    # No plan is made before the device's speed is set.
     never = dataclasses.replace(config.rebalance, every=1000)
     engine = make_engine(rebalance=never)
     written = {engine.submit(prompt, max_tokens=20): [] for prompt in prompts}
@@ -88,8 +88,9 @@ def test_a_device_that_is_left_changes_nothing(config, make_engine):
     np.testing.assert_array_equal(list(written.values()), expected)
     tables = engine.state.balancer.tables
     tables.validate()
-    slots = np.asarray(tables.physical_to_logical_map).reshape(2, 8, 3)
-    assert (slots[:, 3] == -1).all() and (np.delete(slots, 3, axis=1) >= 0).any()
+    placement = np.asarray(tables.physical_to_logical_map).reshape(2, 8, 3)
+    assert (placement[:, 3] == -1).all()
+    assert (np.delete(placement, 3, axis=1) >= 0).any()
     assert (np.asarray(tables.expert_count) >= 1).all()
     assert engine.metrics()["num_stranded"] == 0
 
@@ -162,7 +163,7 @@ def test_what_is_refused_leaves_the_others_alone(config, make_engine):
         ({"prompt": [[1, 2]]}, "integers in one axis"),
         ({"prompt": [1.5]}, "integers in one axis"),
         ({"prompt": [1, 32]}, "from 1 to 32, but the model's are from 0 to 31"),
-        ({"prompt": [1] * 11}, "11 tokens, but prompt_length=10"),
+        ({"prompt": [1] * 11}, "11 tokens, but max_prompt_length=10"),
         ({"prompt": [1] * 9, "max_tokens": 216}, "do not fit context_length=224"),
         ({"prompt": [1], "max_tokens": 0}, "max_tokens=0 must be an integer"),
         ({"prompt": [1], "max_tokens": 2.5}, "max_tokens=2.5 must be an integer"),
@@ -185,10 +186,10 @@ def test_what_is_refused_leaves_the_others_alone(config, make_engine):
         engine.set_capacity([1, 1, 1, 0, 0, 0, 0, 0])
     with pytest.raises(ValueError, match="counts"):
         engine.config.balancer.observe(engine.state.balancer, np.zeros((2, 3)))
-    while engine._requests:
-        written += [token.token for token in engine.step()]
+    written += [token.token for token in engine.run()]
     assert written == expected.tolist()
-    assert request not in engine._requests
+    with pytest.raises(ValueError, match=f"request={request} is unknown"):
+        engine.cancel(request)
 
 
 def test_weights_of_another_model(config):
@@ -240,7 +241,7 @@ def test_weights_stay_the_callers(config):
 
 
 def test_devices_that_do_not_divide_the_experts():
-    """Only slots are divided: 16 experts in 18 slots on 3 devices, and on 1."""
+    """Only physical experts are divided: 18 of 16 experts on 3 devices, and on 1."""
     changes = {
         "architecture": dataclasses.replace(small_server.SIZES, num_hidden_layers=2),
         "context_length": 16,

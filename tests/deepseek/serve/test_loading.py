@@ -13,10 +13,7 @@ from dualpipe_jax.commands import main as cli
 from dualpipe_jax.commands.serve import as_text, as_tokens
 from dualpipe_jax.deepseek.serve import (
     Engine,
-    RebalanceConfig,
-    ServeConfig,
     load_checkpoint,
-    prometheus,
 )
 from dualpipe_jax.train import Text, train
 from tests.deepseek.model import small
@@ -26,18 +23,20 @@ pytestmark = pytest.mark.slow  # a training run
 SERVER = """
 import dataclasses
 from dualpipe_jax.deepseek.serve import ServeConfig
-from tests.deepseek.small import ARCHITECTURE
+from tests.deepseek.model.small import ARCHITECTURE
+
+SIZES = dataclasses.replace(ARCHITECTURE, vocab_size=256, num_hidden_layers=2)
 
 def config(**changes):
     return ServeConfig(
         name="served",
-        architecture=dataclasses.replace(ARCHITECTURE, vocab_size=256, num_hidden_layers=2),
+        architecture=SIZES,
         num_devices=2,
         num_redundant=2,
         requests_per_device=2,
         context_length=24,
-        prompt_length=12,
-        prefill_tokens=16,
+        max_prompt_length=12,
+        max_prefill_tokens=16,
         **changes,
     )
 
@@ -86,26 +85,26 @@ def test_weights_are_those_of_the_checkpoint(folder, config):
     info = json.loads((folder / "checkpoints" / "3" / "info" / "metadata").read_text())
     layers = info["info"]["layout"]["layers"]
     place = {
-        layer: (stage, slot)
+        layer: (stage, position)
         for stage, own in enumerate(layers)
-        for slot, layer in enumerate(own)
+        for position, layer in enumerate(own)
     }
     np.testing.assert_array_equal(params.embed, state["params"]["embed"])
     for layer, tree in enumerate(params.layers):
-        stage, slot = place[layer]
-        part = state["params"]["stages"][slot]
+        stage, position = place[layer]
+        part = state["params"]["stages"][position]
         np.testing.assert_array_equal(
             tree["attention"]["kv_up"]["kernel"],
             part["attention"]["kv_up"]["kernel"][stage],
         )
-    stage, slot = place[1]
-    moe = state["params"]["stages"][slot]["moe"]
+    stage, position = place[1]
+    moe = state["params"]["stages"][position]["moe"]
     np.testing.assert_array_equal(
         params.layers[1]["moe"]["bias"], state["buffers"]["bias"][0]
     )
-    slots = np.arange(6) % 4
+    expert = np.arange(6) % 4
     np.testing.assert_array_equal(
-        params.experts[0].gate, moe["experts"]["gate"][stage][slots]
+        params.experts[0].gate, moe["experts"]["gate"][stage][expert]
     )
     assert placement.shape == (1, 6) and set(placement.ravel()) == set(range(4))
 
@@ -114,7 +113,9 @@ def test_what_cannot_be_loaded(folder, config, tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint in .*train a model there"):
         load_checkpoint(config, tmp_path)
     other = dataclasses.replace(config.architecture, num_attention_heads=4)
-    with pytest.raises(ValueError, match=r"another model: its num_heads is 2"):
+    with pytest.raises(
+        ValueError, match=r"another model: its num_attention_heads is 2"
+    ):
         load_checkpoint(dataclasses.replace(config, architecture=other), folder)
 
 
@@ -152,12 +153,12 @@ def test_serve_writes_completions_in_order(folder, config, capsys, tmp_path):
         expected += prompt + bytes(tokens.tolist()).decode(errors="replace") + "\n"
     assert printed.out == expected
     for message in (
-        "prompt 2 is refused: prompt has 16 tokens, but prompt_length=12",
+        "prompt 2 is refused: prompt has 16 tokens, but max_prompt_length=12",
         "prompt 4 is refused: 'tokens' is unknown",
         "prompt 5 is refused: max_tokens='2' must be a number",
         "prompt 6 is refused: temperature=1000",
         "prompt 7 is refused: prompt has shape (0,)",
-        "prompt 9 is refused: '{' is no JSON",
+        "prompt 9 is refused: '{' is not JSON",
         "16 tokens in 1 prefills and 8 decode steps",
     ):
         assert message in printed.err
@@ -196,40 +197,3 @@ def test_a_larger_vocabulary_is_written_as_numbers(config):
     with pytest.raises(ValueError, match="'7 x' must be token numbers"):
         as_tokens(other, "7 x")
     assert as_text(config, list("é".encode())) == "é"
-
-
-def test_prometheus_text_is_well_formed():
-    text = prometheus({"balancedness": 0.5, "num_moves": 3.0}, prefix="moe")
-    assert text.splitlines()[2] == "moe_balancedness 0.5"
-    assert text.splitlines()[5] == "moe_moves_total 3.0"
-
-
-def test_server_settings_that_do_not_fit():
-    from configs import tiny_server
-
-    good = tiny_server.config()
-    for change, message in (
-        ({"prompt_length": 300}, "prompt_length=300 must be at most"),
-        ({"prefill_tokens": 100}, "prefill_tokens=100 must be at least prompt_length"),
-        ({"prompts_per_device": 3}, "prompts_per_device=3 must be even"),
-        ({"prefill_tokens": 129}, "tokens_a_prefill=129 must be even"),
-        ({"route": "by-node"}, "route='by-node' must be 'direct' or 'by_node'"),
-        ({"payload": "fp4"}, "payload='fp4' must be 'plain' or 'fp8'"),
-        ({"compute_dtype": "float64"}, "must be 'float32' or 'bfloat16'"),
-        (
-            {
-                "architecture": dataclasses.replace(
-                    good.architecture, first_k_dense_replace=6
-                )
-            },
-            "no MoE layer",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            dataclasses.replace(good, **change)
-    sizes = dataclasses.replace(good.architecture, hidden_size=96)
-    with pytest.raises(ValueError, match="do not divide hidden_size=96"):
-        dataclasses.replace(good, architecture=sizes, payload="fp8")
-    with pytest.raises(ValueError, match="every=0 must be at least 1"):
-        RebalanceConfig(every=0)
-    assert isinstance(good, ServeConfig)

@@ -1,0 +1,118 @@
+"""What a server's programs take and return: weights, state and microbatches.
+
+Shape suffixes: see `dualpipe_jax.deepseek`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+
+P = PartitionSpec
+# An index past the end of any array; negative ones would count from the end.
+NOWHERE = 2**31 - 1
+
+
+class ServeParams(NamedTuple):
+    """The weights that a server runs with.
+
+    Attributes:
+      embed: [vocabulary, D].
+      head: dict of the last norm and, unless it is tied, the output matrix.
+      layers: for each layer a dict of its module's parameters, without routed experts.
+      experts: for each MoE layer the `ExpertWeights` of its physical experts,
+        [physical experts, ...].
+    """
+
+    embed: Any
+    head: Any
+    layers: Any
+    experts: Any
+
+
+# How they are divided over the mesh.
+PARAM_SPECS = ServeParams(P(), P(), P(), P("ep"))
+
+
+class Sampling(NamedTuple):
+    """How the next token of each request is chosen.
+
+    Attributes:
+      temperature: [B] float32; 0 takes the most likely token.
+      seed: [B] int32; a draw depends on the seed and the position, and not on what is
+        served together with the request.
+    """
+
+    temperature: Any
+    seed: Any
+
+
+class Prompts(NamedTuple):
+    """The tokens of one microbatch of a prefill.
+
+    Attributes:
+      tokens: [M] int32.
+      positions: [M] int32, position of each token in its prompt.
+      rows: [M] int32, row of each token's prompt; -1 for padding.
+      request_slots: [B] int32, request slot of each row's prompt; -1 for an empty row.
+      last: [B] int32, index of the prompt's last token; -1 if it is not in this
+        microbatch.
+      sampling: of the rows.
+    """
+
+    tokens: Any
+    positions: Any
+    rows: Any
+    request_slots: Any
+    last: Any
+    sampling: Sampling
+
+
+class Requests(NamedTuple):
+    """One microbatch of a decode step.
+
+    Attributes:
+      tokens: [B] int32, the last token of each request.
+      positions: [B] int32, positions of these tokens.
+      is_idle: [B] bool, whether a request slot is free.
+      sampling: of the requests.
+    """
+
+    tokens: Any
+    positions: Any
+    is_idle: Any
+    sampling: Sampling
+
+
+class Loads(NamedTuple):
+    """Expert load of a microbatch, of all devices together.
+
+    Attributes:
+      tokens_per_expert: [L, E] int32.
+      overflow: [] int32, choices that exceeded a buffer.
+    """
+
+    tokens_per_expert: jax.Array
+    overflow: jax.Array
+
+
+class ServeState(NamedTuple):
+    """What a server keeps between steps, besides its weights.
+
+    Attributes:
+      tokens: [2, B] int32, by halves, the last token of each request.
+      positions: [2, B] int32, positions of these tokens.
+      sampling: [2, B], of the requests.
+      caches: for each half and layer, latents [B, positions, W].
+      balancer: of all MoE layers.
+      overflow: [] int32, expert choices so far that exceeded a buffer.
+    """
+
+    tokens: Any
+    positions: Any
+    sampling: Any
+    caches: Any
+    balancer: Any
+    overflow: Any

@@ -1,0 +1,179 @@
+"""Which request runs when, and in which request slot.
+
+The host keeps the queue and hands out request slots; it never reads arrays of the
+device for this.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dualpipe_jax.deepseek.serve.arrays import Prompts, Sampling
+from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
+from dualpipe_jax.deepseek.serve.prompts import Halves, as_arrays, halve_prompts
+from dualpipe_jax.deepseek.serve.requests import Request, RequestSlot
+
+
+class Admitted(NamedTuple):
+    """The requests that start on one device, and where their prompts are computed.
+
+    Attributes:
+      requests: each has a request slot.
+      halves: of their prompts.
+    """
+
+    requests: list[Request]
+    halves: Halves
+
+
+class Scheduler:
+    """Queues requests, and gives them request slots in the order they came.
+
+    Attributes:
+      is_idle: [halves, requests] bool, the free request slots.
+    """
+
+    def __init__(self, config: ServeConfig):
+        self._config = config
+        self._per_half = config.requests_per_device // HALVES
+        self.is_idle = np.ones((HALVES, self._per_half * config.num_devices), bool)
+        self._requests: dict[int, Request] = {}
+        self._running: dict[RequestSlot, Request] = {}
+        self._waiting: collections.deque[Request] = collections.deque()
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a request slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a request slot."""
+        return len(self._running)
+
+    def running(self) -> list[tuple[RequestSlot, Request]]:
+        """Returns the requests that the next decode step computes."""
+        return list(self._running.items())
+
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        self._requests[request.number] = request
+        self._waiting.append(request)
+
+    def cancel(self, number: int) -> None:
+        """Removes a request, which may wait or run."""
+        request = self._requests[number]
+        if request.request_slot is None:
+            self._waiting.remove(request)
+        self.end(request)
+
+    def end(self, request: Request) -> None:
+        """Removes a request, and frees its request slot if it has one."""
+        del self._requests[request.number]
+        if request.request_slot is not None:
+            self.is_idle[request.request_slot] = True
+            self._running.pop(request.request_slot)
+
+    def admit(self) -> list[Admitted]:
+        """Returns, for each device, the requests that start; empty if none can."""
+        c = self._config
+        num_rows = c.prompts_per_device // HALVES
+        num_tokens = c.max_prefill_tokens // HALVES
+        free = self._free_slots()
+        admitted = [
+            Admitted([], Halves([None] * num_rows, [None] * num_rows))
+            for _ in range(c.num_devices)
+        ]
+        while self._waiting:
+            request = self._waiting[0]
+            # The device with the most free request slots first. A device may lack
+            # tokens or rows for a prompt that fits on another.
+            for device in sorted(range(c.num_devices), key=lambda d: -len(free[d])):
+                own = [*admitted[device].requests, request]
+                lengths = [len(each.prompt) for each in own]
+                halves = None
+                if free[device]:
+                    halves = halve_prompts(lengths, num_tokens, num_rows)
+                if halves is not None:
+                    self._start(request, free[device].pop(0))
+                    admitted[device] = Admitted(own, halves)
+                    break
+            else:
+                break
+            self._waiting.popleft()
+        return admitted if any(own for own, _ in admitted) else []
+
+    def _start(self, request: Request, slot: RequestSlot) -> None:
+        request.request_slot = slot
+        self._running[slot] = request
+        self.is_idle[slot] = False
+
+    def _free_slots(self) -> list[list[RequestSlot]]:
+        """Returns the free request slots of each device, taken from both in turn."""
+        return [
+            [slot for slot in self._slots_of(device) if self.is_idle[slot]]
+            for device in range(self._config.num_devices)
+        ]
+
+    def _slots_of(self, device: int) -> Iterator[RequestSlot]:
+        for i in range(self._per_half):
+            for half in range(HALVES):
+                yield RequestSlot(half, device * self._per_half + i)
+
+
+def prefill_arrays(
+    config: ServeConfig, admitted: Sequence[Admitted], half: int
+) -> tuple[Prompts, list[Request | None]]:
+    """Returns one microbatch of a prefill, of all devices.
+
+    Args:
+      config: of the server.
+      admitted: for each device.
+      half: which microbatch.
+
+    Returns:
+      prompts: NumPy arrays over all devices.
+      ending: for each row the request whose first token it computes, or None.
+    """
+    per_half = config.requests_per_device // HALVES
+    of_row: list[Request | None] = []
+    parts = []
+    for own, halves in admitted:
+        prompts = [request.prompt for request in own]
+        part = as_arrays(halves[half], prompts, config.max_prefill_tokens // HALVES)
+        of_row += [None if number < 0 else own[number] for number in part.prompts]
+        parts.append(part)
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    def slot_on_device(request: Request | None) -> int:
+        if request is None or request.request_slot is None:
+            return -1
+        slot = request.request_slot
+        return slot.half * per_half + slot.column % per_half
+
+    last = joined("last")
+    prompts = Prompts(
+        tokens=joined("tokens"),
+        positions=joined("positions"),
+        rows=joined("rows"),
+        request_slots=np.array([slot_on_device(each) for each in of_row], np.int32),
+        last=last,
+        sampling=Sampling(
+            np.array([r.temperature if r else 0.0 for r in of_row], np.float32),
+            np.array([r.seed if r else 0 for r in of_row], np.int32),
+        ),
+    )
+    ending = [r if at >= 0 else None for r, at in zip(of_row, last, strict=True)]
+    return prompts, ending

@@ -1,0 +1,100 @@
+"""A server's settings: what they default to, and which ones are refused."""
+
+import dataclasses
+
+import pytest
+
+from configs import deepseek_v3, tiny_server
+from dualpipe_jax.deepseek.serve import RebalanceConfig, ServeConfig, prometheus
+
+SIZES = deepseek_v3.architecture()
+
+
+def make(**changes):
+    """A server on 32 devices, with the required fields and some others."""
+    fields = {
+        "name": "server",
+        "architecture": SIZES,
+        "num_devices": 32,
+        "requests_per_device": 4,
+        "context_length": 96,
+    }
+    return ServeConfig(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, (96, 2 * 96)),
+        ({"prompts_per_device": 4}, (96, 4 * 96)),
+        ({"max_prompt_length": 32}, (32, 2 * 32)),
+        ({"max_prefill_tokens": 98}, (96, 98)),
+        ({"max_prompt_length": 32, "max_prefill_tokens": 40}, (32, 40)),
+    ],
+)
+def test_lengths_that_are_not_given_follow_from_others(given, expected):
+    config = make(**given)
+    assert (config.max_prompt_length, config.max_prefill_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"phase": "train"}, "phase='train' must be 'prefill' or 'decode'"),
+        ({"route": "by-node"}, "route='by-node' must be 'direct' or 'by_node'"),
+        ({"payload": "fp4"}, "payload='fp4' must be 'plain' or 'fp8'"),
+        ({"compute_dtype": "float64"}, "must be 'float32' or 'bfloat16'"),
+        ({"num_devices": 0}, "num_devices=0 must be at least 1"),
+        ({"max_prompt_length": 0}, "max_prompt_length=0 must be at least 1"),
+        ({"num_nodes": 3}, "num_nodes=3 must divide .*32"),
+        ({"num_redundant": 3}, "= 259 must be a multiple of .*32"),
+        ({"requests_per_device": 3}, "requests_per_device=3 must be even"),
+        ({"prompts_per_device": 3}, "prompts_per_device=3 must be even"),
+        ({"max_prefill_tokens": 97}, "max_prefill_tokens=97 must be even"),
+        (
+            {"max_prompt_length": 97},
+            "max_prompt_length=97 must be at most .*context_length=96",
+        ),
+        (
+            {"max_prefill_tokens": 80},
+            "max_prefill_tokens=80 must be at least .*max_prompt_length=96",
+        ),
+        (
+            {"architecture": dataclasses.replace(SIZES, first_k_dense_replace=61)},
+            "no MoE layer",
+        ),
+        (
+            {
+                "architecture": dataclasses.replace(SIZES, hidden_size=96),
+                "payload": "fp8",
+            },
+            "do not divide hidden_size=96",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        make(**change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"every": 0}, "every=0 must be at least 1 step"),
+        ({"decay": 1.0}, r"decay=1.0 must be in \[0, 1\)"),
+    ],
+)
+def test_rebalancing_that_does_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        RebalanceConfig(**change)
+
+
+def test_the_tiny_server_fits():
+    config = tiny_server.config()
+    assert (config.max_prompt_length, config.max_prefill_tokens) == (128, 128)
+
+
+def test_prometheus_text_is_well_formed():
+    text = prometheus({"balancedness": 0.5, "num_moves": 3.0}, prefix="moe")
+    assert text.splitlines()[2] == "moe_balancedness 0.5"
+    assert text.splitlines()[5] == "moe_moves_total 3.0"
