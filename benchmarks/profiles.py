@@ -1,12 +1,12 @@
-"""Three profiles in the settings of DeepSeek's, of programs compiled for GPUs.
+"""Profiles in the settings of DeepSeek's three, of programs compiled for GPUs.
 
     python benchmarks/profiles.py [training] [prefill] [decode] [--out FOLDER]
 
 Each config of configs/profiles.py is compiled for its mesh of H800s (prefill: H100s),
-none of which need be there; what XLA scheduled is laid out in time by `overlap_report`,
-written as a Chrome trace (NAME.json.gz), and read back by the reader that also reads
-DeepSeek's own trace, so that all rows of the table are counted alike. Needs tokamax and
-the gpu-aot extra. On two cores each takes about ten minutes, nearly all of it in XLA.
+without GPUs. `overlap_report` estimates the timeline of XLA's schedule; it is written
+as a Chrome trace (NAME.json.gz), and read by the same reader as DeepSeek's own trace,
+so that all rows of the table are measured alike. This needs tokamax and the gpu-aot
+extra. On two cores each takes about ten minutes, nearly all of it in XLA.
 """
 
 import argparse
@@ -26,16 +26,19 @@ from dualpipe_jax.gpu.overlap import LoopReport, OverlapReport
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "tests" / "data" / "deepseek_v3_train_trace.json.gz"
-# The GPU, and what of the program is the profile.
+# Name -> the GPU, and the part of the program that is profiled.
 PROFILES = {
-    "training": ("h800", "one F&B pair, 4 MoE layers a chunk, EP64, 4K sequence"),
-    "prefill": ("h100", "16 MoE layers, EP32, 16K tokens a GPU in prompts of 4K"),
-    "decode": ("h800", "32 layers, EP128, 128 requests a GPU, context 4K"),
+    "training": ("h800", "one F&B pair, 4 MoE layers per chunk, EP64, 4K sequence"),
+    "prefill": ("h100", "16 MoE layers, EP32, 16K tokens per GPU in prompts of 4K"),
+    "decode": ("h800", "32 layers, EP128, 128 requests per GPU, context 4K"),
 }
 
 
 def profiled(name: str, report: OverlapReport) -> LoopReport:
-    """Of a train step the overlapped pair, which is a guard's; else the whole step."""
+    """Returns the overlapped pair of a train step, or else the whole step.
+
+    The pair is the guard with the most communication.
+    """
     if name != "training":
         return report.steady_state
     guards = [loop for loop in report.loops if loop.kind == "guard"]
@@ -43,7 +46,7 @@ def profiled(name: str, report: OverlapReport) -> LoopReport:
 
 
 def make(name: str, folder: Path) -> dict:
-    """Compiles one, writes its trace, and returns its figures."""
+    """Compiles a profile's program, writes its trace, and returns its figures."""
     gpu, what = PROFILES[name]
     config = getattr(profiles, name)()
     started = time.perf_counter()
@@ -72,7 +75,7 @@ def make(name: str, folder: Path) -> dict:
 
 
 def figures(path: Path) -> dict:
-    """What `read_trace` says of a trace, without its kernels and streams."""
+    """Returns what `read_trace` finds in a trace, without kernels and streams."""
     found = read_trace(path).as_json()
     return {
         key: found[key]
@@ -84,7 +87,7 @@ def figures(path: Path) -> dict:
 
 
 def table(folder: Path) -> str:
-    """All that are there, beside DeepSeek's, as Markdown."""
+    """Returns DeepSeek's figures and all that are in the folder, as Markdown."""
     lines = [
         "| | span | compute busy | communication | hidden |",
         "|---|---|---|---|---|",

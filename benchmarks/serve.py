@@ -1,9 +1,9 @@
-"""What a decode step spends on observing and planning, on eight virtual CPU devices.
+"""Share of a decode step that observing and planning take, on eight CPU devices.
 
     python benchmarks/serve.py
 
-Rounds take turns (a few decode steps, a few rebalances, a few observations), so that
-what else the machine does meets all of them; the ratio of their medians is what counts.
+Each round times a few decode steps, a few rebalances and a few observations, so that
+other work on the machine affects all of them; compare the ratios of their medians.
 """
 
 import functools
@@ -41,40 +41,44 @@ def main():
     for _ in range(config.num_devices * config.requests_per_device):
         engine.submit(rng.integers(0, 256, 16), max_tokens=240)
     engine.step()
-    balancer = config.balancer
+    expert_balancer = config.balancer
     sharding = jax.tree.map(lambda leaf: leaf.sharding, engine.state.balancer)
 
     def observe_often(state, counts):
-        # In a step it costs no call of its own.
+        # In a step, it is part of the program and costs no separate call.
         return jax.lax.fori_loop(
-            0, OFTEN, lambda _, state: balancer.observe(state, counts), state
+            0, OFTEN, lambda _, state: expert_balancer.observe(state, counts), state
         )
 
     observe = jax.jit(observe_often, donate_argnums=0, out_shardings=sharding)
     counts = jax.device_put(
-        np.ones((balancer.num_layers, balancer.num_experts), np.int32),
+        np.ones((expert_balancer.num_layers, expert_balancer.num_experts), np.int32),
         engine.state.balancer.step.sharding,
     )
     idle = np.zeros(engine.programs.abstract_idle.shape, bool)
     idle = jax.device_put(idle, engine.programs.abstract_idle.sharding)
 
     def decode():
-        # Positions stand still: else requests would leave the cache.
+        # `main` resets the positions, or requests would run out of the cache.
         state = engine.state
         engine.state, tokens = engine.programs.decode(engine.params, state, idle)
         return tokens
 
     def plan():
-        engine._rebalance()
-        return engine.state.balancer
+        experts, balancer = engine.programs.rebalance(
+            engine.params.experts, engine.state.balancer
+        )
+        engine.params = engine.params._replace(experts=experts)
+        engine.state = engine.state._replace(balancer=balancer)
+        return balancer
 
-    def watch():
+    def observe_once():
         state = observe(engine.state.balancer, counts)
         engine.state = engine.state._replace(balancer=state)
         return state
 
     times = {name: [] for name in ("decode", "rebalance", "observe")}
-    programs = {"decode": decode, "rebalance": plan, "observe": watch}
+    programs = {"decode": decode, "rebalance": plan, "observe": observe_once}
     positions = np.asarray(engine.state.positions)
     for _ in range(ROUNDS):
         reset = jax.device_put(positions, engine.state.positions.sharding)

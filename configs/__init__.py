@@ -1,1 +1,1 @@
-"""Training configurations: one file each, with a function `config()`."""
+"""Configurations of runs and servers: one file each, with a function `config()`."""

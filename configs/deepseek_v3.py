@@ -33,7 +33,10 @@ def architecture() -> DeepSeekConfig:
 
 
 def whole_dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
-    """DualPipe without a W queue, which alone would take most of a GPU."""
+    """Returns DualPipe with whole backwards.
+
+    What a split backward keeps between I and W would take most of a GPU's memory.
+    """
     return dualpipe(num_ranks, num_microbatches).with_whole_backwards()
 
 
@@ -41,14 +44,14 @@ def config() -> TrainConfig:
     """The published training setting: PP 16 x EP 64 on 1,024 GPUs (2,048 with dp=2).
 
     The report's batch grows to 15,360 sequences of 4,096 tokens; this one has 3,840, in
-    60 microbatches with one sequence a device.
+    60 microbatches with one sequence per device.
 
     Command: `srun python -m dualpipe_jax train configs/deepseek_v3.py --distributed
-    --data TOKENS.npy`, tokens of a vocabulary of 129,280.
-    Runtime, result: not measured; nobody here has 1,024 GPUs. Parameters are counted
-    by a test: 671B, 37B of them active. Compiled for H800s it needs 72.9 of 79.1 GiB a
-    GPU (`python -m dualpipe_jax memory deepseek_v3 --gpu h800`), and a pair of full
-    stages hides 99.8 % of its exchanges: benchmarks/results/overlap_gpu_2026-11-22.md.
+    --data TOKENS.npy`, with tokens of a vocabulary of 129,280.
+    Runtime, result: not measured, for lack of 1,024 GPUs. A test counts the parameters:
+    671B, 37B of them active. Compiled for H800s it needs 72.9 of 79.1 GiB per GPU
+    (`python -m dualpipe_jax memory deepseek_v3 --gpu h800`), and a pair of full stages
+    hides 99.8 % of its exchanges: benchmarks/results/overlap_gpu_2026-11-22.md.
     """
     return TrainConfig(
         name="deepseek_v3",
@@ -60,7 +63,7 @@ def config() -> TrainConfig:
             eplb=EplbConfig(every=1000, num_redundant=64, num_nodes=8),
             buffer_factor=1.25,
             stage_code="own",
-            # A fifth layer in one stage would be a quarter more memory on all ranks.
+            # A fifth layer in one stage would take a quarter more memory on all ranks.
             max_layers=4,
         ),
         mesh={"pp": 16, "dp": 1, "ep": 64},
@@ -73,7 +76,7 @@ def config() -> TrainConfig:
             learning_rate=2.2e-4,
             warmup_steps=2000,
             final_fraction=1 / 30,
-            # As in the report, section 3.3.2; its squares are in bfloat16 too.
+            # As in the report, section 3.3.2, where the second moment is bfloat16 too.
             mean_dtype="bfloat16",
         ),
         eval_every=1000,
@@ -83,7 +86,7 @@ def config() -> TrainConfig:
 
 
 def two_pods() -> TrainConfig:
-    """The same on 2,048 GPUs, dp=2, as many as the report's cluster had."""
+    """The same with dp=2 on 2,048 GPUs, the size of the report's cluster."""
     one = config()
     return dataclasses.replace(
         one,

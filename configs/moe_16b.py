@@ -7,7 +7,8 @@ from dualpipe_jax.train import OptimizerConfig, TrainConfig
 def architecture() -> DeepSeekConfig:
     """15.7B parameters, 2.7B active (DeepSeek-V2 paper, arXiv:2405.04434, appendix B).
 
-    V2-Lite has a softmax router and no groups; this has V3's sigmoid router and bias.
+    V2-Lite has a softmax router and no groups; this model has V3's sigmoid router and
+    bias.
     """
     return DeepSeekConfig(
         vocab_size=102_400,
@@ -29,11 +30,11 @@ def architecture() -> DeepSeekConfig:
 
 
 def config() -> TrainConfig:
-    """On 64 GPUs: pp=4 x ep=8 x dp=2, with eight redundant experts a layer.
+    """On 64 GPUs: pp=4 x ep=8 x dp=2, with eight redundant experts per layer.
 
     Command: `srun python -m dualpipe_jax train configs/moe_16b.py --distributed
-    --data TOKENS.npy`, tokens of a vocabulary of 102,400.
-    Runtime, result: not measured; nobody here has 64 GPUs.
+    --data TOKENS.npy`, with tokens of a vocabulary of 102,400.
+    Runtime, result: not measured, for lack of 64 GPUs.
     """
     return TrainConfig(
         name="moe_16b",

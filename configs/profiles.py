@@ -1,7 +1,7 @@
 """The settings of DeepSeek's published profiles (deepseek-ai/profile-data, README).
 
-Sizes of the model are DeepSeek-V3's; what the profiles do not tell (redundant experts,
-ranks of the pipeline) is ours, and said so.
+The model's sizes are DeepSeek-V3's. What the profiles do not say (redundant experts,
+ranks of the pipeline) is our choice, and marked as such.
 """
 
 import dataclasses
@@ -14,19 +14,19 @@ from dualpipe_jax.train import OptimizerConfig, TrainConfig
 def training() -> TrainConfig:
     """One forward and one backward chunk of four MoE layers: EP64, 4K sequence.
 
-    Four ranks (ours) are the fewest whose steady state has two ranks that are neither
-    the first nor the last; a microbatch is one sequence a device. As in the report,
-    tokens travel to their experts in float8, and attention is computed again.
+    Four ranks (our choice) are the fewest whose steady state has two ranks that are
+    neither the first nor the last. A microbatch is one sequence per device. As in the
+    report, tokens travel to their experts in float8, and attention is recomputed.
 
-    Command: `python -m dualpipe_jax overlap profiles:training --gpu h800`, where
-    tokamax is installed; compiles for GPUs that need not be there.
+    Command: `python -m dualpipe_jax overlap profiles:training --gpu h800`, with tokamax
+    installed; it compiles for GPUs and needs none.
     Runtime, result: DeepSeek's trace spans 129 ms and hides 96.3 % of the
-    communication. Ours has not run; benchmarks/results/ says what XLA makes of it.
+    communication. Ours has not run; benchmarks/results/ has XLA's schedule of it.
     """
-    num_ranks, layers_a_chunk, num_devices = 4, 4, 64
+    num_ranks, layers_per_chunk, num_devices = 4, 4, 64
     sizes = dataclasses.replace(
         architecture(),
-        num_hidden_layers=num_ranks * layers_a_chunk,
+        num_hidden_layers=num_ranks * layers_per_chunk,
         first_k_dense_replace=0,
         num_nextn_predict_layers=0,
     )
@@ -38,7 +38,7 @@ def training() -> TrainConfig:
             buffer_factor=1.25,
             remat=("attention",),
             payload="fp8",
-            # Four layers a stage, whatever the head behind the last one costs.
+            # Four layers per stage, whatever the head after the last one costs.
             layer_costs=(1.0,) * sizes.num_hidden_layers,
             head_cost=0.0,
         ),
@@ -54,15 +54,15 @@ def training() -> TrainConfig:
 
 
 def prefill() -> ServeConfig:
-    """EP32, prompts of 4K tokens, 16K tokens a GPU in two microbatches.
+    """EP32, prompts of 4K tokens, 16K tokens per GPU in two microbatches.
 
     The 32 redundant experts are the report's (arXiv:2412.19437, section 3.4.1), as are
-    eight GPUs a node and tokens that travel once to each node. Sixteen of its MoE
-    layers, which are all alike: they compile in minutes.
+    eight GPUs per node and tokens that travel once to each node. It has sixteen of the
+    MoE layers, which are all alike, so that it compiles in minutes.
 
-    Command: `python -m dualpipe_jax overlap profiles:prefill --gpu h100`, where tokamax
-    is installed; compiles for GPUs that need not be there.
-    Runtime, result: has not run; benchmarks/results/ says what XLA makes of it.
+    Command: `python -m dualpipe_jax overlap profiles:prefill --gpu h100`, with tokamax
+    installed; it compiles for GPUs and needs none.
+    Runtime, result: has not run; benchmarks/results/ has XLA's schedule of it.
     """
     return ServeConfig(
         name="profile_prefill",
@@ -84,13 +84,13 @@ def prefill() -> ServeConfig:
 
 
 def decode() -> ServeConfig:
-    """EP128, 128 requests a GPU with a context of 4K tokens, in two microbatches.
+    """EP128, 128 requests per GPU with a context of 4K tokens, in two microbatches.
 
-    One redundant expert a GPU is ours: three slots on each. The first 32 layers: in
-    bfloat16, all 61 with their caches do not fit a GPU of 80 GB.
+    One redundant expert per GPU is our choice: each GPU has three physical experts. It
+    has the first 32 layers: in bfloat16, all 61 and their caches do not fit into 80 GB.
 
     Command: `python -m dualpipe_jax overlap profiles:decode --gpu h800`, as above.
-    Runtime, result: has not run; benchmarks/results/ says what XLA makes of it.
+    Runtime, result: has not run; benchmarks/results/ has XLA's schedule of it.
     """
     return ServeConfig(
         name="profile_decode",

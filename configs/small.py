@@ -1,4 +1,4 @@
-"""A byte-level model of the same kind for one GPU."""
+"""A byte-level DeepSeek-V3-style model for one GPU."""
 
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig
 from dualpipe_jax.train import OptimizerConfig, TrainConfig
@@ -7,12 +7,11 @@ from dualpipe_jax.train import OptimizerConfig, TrainConfig
 def config() -> TrainConfig:
     """A DeepSeek-V3-style model of 157M parameters, 36M active, on one GPU.
 
-    One rank is a pipeline without neighbours: 1F1B accumulates gradients over the
-    microbatches. Experts are not divided, so there is nothing to balance.
+    With one rank, 1F1B only accumulates gradients over the microbatches. Experts are
+    not divided over devices, so there is nothing to balance.
 
     Command: `python -m dualpipe_jax train configs/small.py --data PATH...`.
-    Runtime: not measured yet: written without a GPU at hand.
-    Result: not measured yet.
+    Runtime, result: not measured yet, for lack of a GPU.
     """
     return TrainConfig(
         name="small",

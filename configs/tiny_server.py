@@ -7,10 +7,11 @@ from dualpipe_jax.deepseek.serve import RebalanceConfig, ServeConfig
 def config() -> ServeConfig:
     """The byte-level model of `configs/tiny.py` on 8 virtual CPU devices.
 
-    Each device holds two of sixteen slots: eight experts, and eight more replicas.
+    Each device holds two of sixteen physical experts: eight experts, and eight more
+    replicas.
 
-    Command: `python -m dualpipe_jax serve tiny_server --run runs/tiny`, which reads
-    prompts from standard input, after `make train`.
+    Command: `python -m dualpipe_jax serve tiny_server --run runs/tiny`, after `make
+    train`. It reads prompts from standard input.
     """
     return ServeConfig(
         name="tiny_server",

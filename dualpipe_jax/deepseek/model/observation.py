@@ -18,7 +18,7 @@ Stats = dict[str, jax.Array]
 def stats_of(stats: MoEStats) -> Stats:
     """Returns the statistics of one MoE layer that are added up over microbatches."""
     return {
-        "counts": stats.tokens_per_expert,
+        "tokens_per_expert": stats.tokens_per_expert,
         "overflow": stats.overflow,
         "balance_loss": stats.balance_loss,
     }
@@ -27,7 +27,7 @@ def stats_of(stats: MoEStats) -> Stats:
 def no_stats(config: DeepSeekConfig) -> Stats:
     """Returns the statistics of a layer without experts, which are zeros."""
     return {
-        "counts": jnp.zeros(config.n_routed_experts, jnp.int32),
+        "tokens_per_expert": jnp.zeros(config.n_routed_experts, jnp.int32),
         "overflow": jnp.zeros((), jnp.int32),
         "balance_loss": jnp.zeros((), jnp.float32),
     }

@@ -181,7 +181,7 @@ class DeepSeekPipeline(PipelineModel):
         stats = stack_stats(self.arch, self.layout, aux.stages, mtp)
         if stats:
             # All devices of `ep` report the same counts.
-            counts_LE = stats["counts"] // num_copies
+            counts_LE = stats["tokens_per_expert"] // num_copies
             buffers, metrics = self.balancer.observe(buffers, counts_LE, step)
             metrics["overflow"] = stats["overflow"].sum() // num_copies
             metrics["balance_loss"] = stats["balance_loss"].mean() / share

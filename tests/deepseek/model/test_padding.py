@@ -147,7 +147,7 @@ def test_what_padding_holds_reaches_nothing(stage):
     for position, stats in aux.items():
         has_experts = layout.kind_GP[stage, int(position)] == MOE
         choices = x[..., 0].size * SMALL.num_experts_per_tok
-        assert stats["counts"].sum() == has_experts * choices
+        assert stats["tokens_per_expert"].sum() == has_experts * choices
         assert (stats["balance_loss"] > 0) == has_experts
     alone = functools.partial(layer_alone, layout, stage, weights)
     want = jax.jit(alone)(x)
