@@ -118,7 +118,7 @@ class TrainingBalancer:
         return self._estimator.estimate(state.loads)
 
     def replan(self, state: RouterState) -> RouterState:
-        """Places experts anew, for the estimated load; without one, for even loads."""
+        """Plans a placement for the estimated load; without one, for even loads."""
         loads_LE = self.estimate(state)
         placement = self.plan(jnp.where(state.loads.weight > 0, loads_LE, 1.0))
         return state._replace(placement=placement)

@@ -23,7 +23,7 @@ class DeepSeek(DeepSeekOptions):
       architecture: its sizes.
       compute_dtype: of activations and of the weights in matrix products; parameters,
         gradients and the optimizer are float32, and so is the router.
-      eplb: redundant experts, placed anew as the load changes; None: no redundant
+      eplb: redundant experts, rebalanced as the load changes; None: no redundant
         experts.
       bias_update_rate: of the auxiliary-loss-free balancing.
       balance_loss: factor of the sequence-wise balance loss, alpha.

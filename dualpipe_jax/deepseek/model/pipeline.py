@@ -211,7 +211,7 @@ class DeepSeekPipeline(PipelineModel):
         return dataclasses.replace(params, stages=stages)
 
     def convert_buffers(self, buffers: RouterState, old: Any) -> RouterState:
-        """Places experts anew if the number of physical experts has changed."""
+        """Plans a new placement if the number of physical experts has changed."""
         if old.num_saved_physical_experts == self.balancer.num_physical_experts:
             return buffers
         return self.balancer.replan(buffers)

@@ -1,4 +1,4 @@
-"""How often experts are placed anew: what training and serving have in common."""
+"""How often experts are rebalanced: what training and serving share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eplb_jax.placement import Policy
 
 @dataclasses.dataclass(frozen=True)
 class PlacementConfig:
-    """How often experts are placed anew, and which loads count.
+    """How often experts are rebalanced, and how loads are averaged.
 
     Attributes:
       every: steps between two placements.
@@ -30,7 +30,7 @@ class PlacementConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EplbConfig(PlacementConfig):
-    """Redundant experts in training, and how often experts are placed anew.
+    """Redundant experts in training, and how often experts are rebalanced.
 
     Attributes:
       every: steps between two placements.

@@ -26,7 +26,7 @@ class RebalanceConfig(PlacementConfig):
       layers_per_plan: most layers that one plan changes; None: all.
       max_moves: most physical experts that one plan changes in a layer; None: a
         twelfth of them.
-      below: balancedness under which a layer is planned anew.
+      below: balancedness under which a new plan is made for a layer.
       min_gain: improvement in balancedness for which a layer is changed.
       decay: per step, of the moving average of the loads.
     """

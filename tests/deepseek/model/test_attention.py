@@ -106,7 +106,7 @@ def test_rotary_positions_are_complex_turns(width):
 
 def test_rotary_positions_keep_bfloat16_and_take_angles_in_float32():
     x = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
-    position = jnp.array([[1001]], jnp.int32)  # bfloat16 knows 1000 and 1008
+    position = jnp.array([[1001]], jnp.int32)  # bfloat16 has 1000 and 1008
     got = rotate(x, position, BASE)
     assert got.dtype == jnp.bfloat16
     want = turned(np.ones(2), 1001, BASE)

@@ -139,7 +139,7 @@ def test_a_layers_flops_are_those_of_its_products(is_dense, q_lora_rank):
     got = products(config, call, make)
     layer = 0 if is_dense else config.first_k_dense_replace
     estimate = config.forward_flops(layer, LENGTH)
-    # Exact, but for what the estimate says that it simplifies.
+    # Exact, except for what the estimate's docstring says it leaves out.
     assert got == estimate + 2 * (upper_triangle(config) - inner_norms(config))
 
 

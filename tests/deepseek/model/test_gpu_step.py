@@ -1,4 +1,4 @@
-"""The main job's train step with a layer a stage, compiled for H100s without one.
+"""The main job's train step with one layer per stage, compiled for H100s without any.
 
 The whole job's takes three minutes to compile; see benchmarks/results/ for its figures.
 A step with a W queue is in tests/executor/test_gpu_program.py.
@@ -13,7 +13,7 @@ from dualpipe_jax.gpu.topology import gpu_compiler_options, gpu_mesh
 from dualpipe_jax.train import load_config, make_programs
 from tests.modules import computations, copies_of, in_loops
 
-# They compile a step for GPUs.
+# Each compiles a step for GPUs.
 pytestmark = [pytest.mark.slow, pytest.mark.as_users]
 
 OPTIONS = gpu_compiler_options()

@@ -36,7 +36,7 @@ assert len(CASES) == sum(2 ** (n - 1) * (n + 1) for n in range(1, 6))
 
 
 def layer_parts(layer, num_dense):
-    """A layer's parameters, told from any other's by their values."""
+    """A layer's parameters, whose values differ from those of any other layer."""
     rng = np.random.default_rng(layer)
     kind = "dense" if layer < num_dense else "moe"
     shape = (2, 3) if kind == "dense" else (4,)
@@ -99,14 +99,14 @@ def test_positions_and_kinds():
 
 @pytest.mark.parametrize("num_layers", [1, 3, 4])
 def test_relaying_moves_every_layer_and_only_layers(num_layers):
-    """Between any two cuts: what stands there is what would be laid there at first."""
+    """Between any two cuts: the result is what `lay` makes for the new one."""
     for num_dense in {0, 1, num_layers}:
         layouts = [layout_of(sizes, num_dense) for sizes in cuts(num_layers)]
         laid = [lay(layout) for layout in layouts]
         pairs = itertools.product(range(len(layouts)), repeat=2)
         # A third of the pairs, to be quick; each layout is among them, old and new.
         for old, new in itertools.islice(pairs, 0, None, 3):
-            # Padding of the old layout, whatever it holds, reaches nothing.
+            # Padding of the old layout must not reach the new one.
             trees = jax.tree.map(np.copy, laid[old])
             for position, tree in enumerate(trees):
                 padding = layouts[old].kind_GP[:, position] == NONE

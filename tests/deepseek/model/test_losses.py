@@ -180,7 +180,7 @@ def test_multi_token_prediction_is_of_the_token_after_the_next(ahead):
 
 
 def test_the_modules_first_half_is_the_models_state():
-    """Equation 21: the state at position i stands before the token at i + 1."""
+    """Equation 21: the state at position i comes before the token at i + 1."""
     params = zeros()
     params.head["mtp"]["project"][:VOCAB] = np.eye(VOCAB)
     tokens = text(8)

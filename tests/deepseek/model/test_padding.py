@@ -22,7 +22,7 @@ from eplb_jax import ExpertParallel
 from tests.deepseek.model.sizes import SMALL, small
 
 MICROBATCHES = 4
-# So large that the balance loss has a say in the gradient.
+# So large that the balance loss shows in the gradient.
 ALPHA = 400.0
 # Position 0 is dense or has experts; position 1 has experts or no layer.
 UNEVEN = Layout(((0,), (1, 2)), first_k_dense_replace=1)
@@ -58,7 +58,7 @@ def zeros_of(pipeline):
 
 
 def random(pipeline):
-    """Stages' parameters; NaN wherever a stage has no use for them."""
+    """Stages' parameters; NaN where a stage does not use them."""
     rng = np.random.default_rng(0)
 
     def fill(unused_G, tree):
@@ -135,7 +135,7 @@ def layer_alone(layout, stage, weights, x):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_what_padding_holds_reaches_nothing(stage):
-    """NaN there: neither outputs nor gradients know of it."""
+    """NaN in padding reaches neither outputs nor gradients."""
     layout = UNEVEN
     weights = random(make(layout))
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(weights))

@@ -1,4 +1,4 @@
-"""What a stage keeps for its backward pass when layers are computed again."""
+"""What a stage keeps for its backward pass when layers are recomputed."""
 
 import dataclasses
 

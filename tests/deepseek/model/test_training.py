@@ -1,6 +1,6 @@
 """The pipelined step of the whole model against one device and `jax.grad`.
 
-The axes beside the pipeline, and what a config may add.
+With other mesh axes, and with what a config may add.
 """
 
 import dataclasses

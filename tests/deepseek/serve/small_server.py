@@ -1,4 +1,4 @@
-"""A server on 8 devices that compiles in seconds, with weights that say something."""
+"""A server on 8 devices that compiles in seconds, with weights that matter."""
 
 import dataclasses
 import functools

@@ -28,7 +28,7 @@ def make_engine(config, programs):
     def make(**changes):
         changed = dataclasses.replace(config, **changes)
         engine = Engine(changed, small_server.params(changed)[0])
-        # What is changed here is known to the host alone.
+        # The changes affect the host only, so the compiled programs are the same.
         engine.programs = programs
         return engine
 

@@ -57,7 +57,7 @@ def test_decode():
     compiled, report = report_of(phase="decode", requests_per_device=256)
     entry = report.steady_state
     exchanges = [each for each in entry.collectives if "all-to-all" in each.kind]
-    # There and back, in both layers, of both halves; nothing small beside them.
+    # There and back, in both layers, of both halves; no small ones besides.
     assert [each.phase for each in exchanges] == (
         ["dispatch(F)"] * 2 + ["combine(F)"] * 2
     ) * 2
