@@ -71,11 +71,11 @@ class Layer(nnx.Module):
                 c.hidden_size,
                 c.moe_intermediate_size,
                 num_experts=c.n_routed_experts,
-                k=c.num_experts_per_tok,
+                top_k=c.num_experts_per_tok,
                 num_shared=c.n_shared_experts,
                 num_groups=c.n_group,
                 topk_groups=c.topk_group,
-                scaling=c.routed_scaling_factor,
+                route_scale=c.routed_scaling_factor,
                 parallel=parallel,
                 rngs=nnx.Rngs(keys[4]),
             )

@@ -196,7 +196,7 @@ class ServeConfig:
         return ExpertBalancer(
             num_layers=self.num_moe_layers,
             num_experts=self.architecture.n_routed_experts,
-            num_slots=self.num_physical_experts,
+            num_physical_experts=self.num_physical_experts,
             num_devices=self.num_devices,
             estimator=moving_average(plan.decay),
             layers_per_plan=plan.layers_per_plan,
@@ -217,6 +217,6 @@ class ServeConfig:
             num_nodes=self.num_nodes,
             num_rows=num_rows,
             payload=self.payload,
-            weigh="tokens",
+            apply_scores="after",
             route=self.route,
         )

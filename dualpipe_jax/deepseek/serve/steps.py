@@ -113,8 +113,8 @@ class Steps:
         self, experts: PyTree, state: BalancerState
     ) -> tuple[PyTree, BalancerState]:
         """Plans, and moves the experts that the plan changes."""
-        state, experts, _ = self.balancer.rebalance(
-            state, experts, axis_name=self.config.axis_name
+        experts, state, _ = self.balancer.rebalance(
+            experts, state, axis_name=self.config.axis_name
         )
         return experts, state
 
