@@ -11,7 +11,6 @@ from dualpipe_jax.commands import main as cli
 from dualpipe_jax.profiles.events import read_events
 from tests.profiles.traces import kernel, write_trace
 
-
 # The time is left out: it would make the names of tests differ between processes.
 CUT_GZIP = gzip.compress(b'{"traceEvents": [' + b" " * 9999, mtime=0)[:-12]
 

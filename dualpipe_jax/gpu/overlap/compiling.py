@@ -72,7 +72,7 @@ def compile_overlapped(
 
 
 def _compile(lowered: Any, options: dict[str, Any]) -> Any:
-    """Compiles, without a word of what jax's cache cannot load for compile-only GPUs."""
+    """Compiles; the cache may hold what it cannot load for compile-only GPUs."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Error reading persistent compilation cache entry"
