@@ -241,7 +241,7 @@ def test_weights_stay_the_callers(config):
 
 
 def test_devices_that_do_not_divide_the_experts():
-    """Only physical experts are divided: 18 of 16 experts on 3 devices, and on 1."""
+    """Only physical experts are divided: 18, of 16 experts, on 3 devices and on 1."""
     changes = {
         "architecture": dataclasses.replace(small_server.SIZES, num_hidden_layers=2),
         "context_length": 16,

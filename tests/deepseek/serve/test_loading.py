@@ -11,10 +11,7 @@ from rich.console import Console
 from dualpipe_jax import read_trace
 from dualpipe_jax.commands import main as cli
 from dualpipe_jax.commands.serve import as_text, as_tokens
-from dualpipe_jax.deepseek.serve import (
-    Engine,
-    load_checkpoint,
-)
+from dualpipe_jax.deepseek.serve import Engine, load_checkpoint
 from dualpipe_jax.train import Text, train
 from tests.deepseek.model import small
 
