@@ -1,8 +1,8 @@
 """What a compiled step needs of a GPU's memory, and whether that is what it should be.
 
 XLA says how many bytes a step's temporaries take (`compiled.memory_analysis()`); the
-program says which buffers it keeps. The two are compared here: what is more than the
-buffers and one task's working set has been copied, or kept longer than needed.
+program says which buffers it keeps. The report compares the two: anything beyond the
+buffers and one task's working set has been copied, or is kept longer than needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from dualpipe_jax.executor import PipelineBuffers, num_bytes
-from dualpipe_jax.gpu.topology import GPUS, Gpu
+from dualpipe_jax.gpu.gpus import Gpu, find_gpu
 from dualpipe_jax.pictures import format_bytes
 
 __all__ = ["MemoryReport", "PipelineBuffers", "bytes_of_shards", "memory_report"]
@@ -27,10 +27,9 @@ class MemoryReport:
     """Bytes on one device. `print` shows them as a table.
 
     Attributes:
-      arguments: of what the step is given, by what it is; `other` is what remains of
-        XLA's sum.
+      arguments: of the step's arguments, by name; `other` is the rest of XLA's total.
       outputs: of results that do not take an argument's place.
-      temporaries: of everything that lives in the step, as XLA has laid it out.
+      temporaries: of all values that live only within the step, as XLA lays them out.
       code: of the compiled kernels.
       buffers: what the program keeps, or None.
       working_set: temporaries of the costliest task, compiled alone; or None.
@@ -59,7 +58,7 @@ class MemoryReport:
 
     @property
     def spare(self) -> int | None:
-        """What is left of the device; negative where the step does not fit."""
+        """Bytes of the device that are left; negative where the step does not fit."""
         return None if self.capacity is None else self.capacity - self.total
 
     @property
@@ -75,7 +74,7 @@ class MemoryReport:
         return self.temporaries / self.expected if self.expected else None
 
     def to_json(self) -> str:
-        """One object of the attributes and of what follows from them; bytes."""
+        """Returns the attributes and what follows from them as one object; in bytes."""
         derived = ("total", "spare", "expected", "ratio")
         value = dataclasses.asdict(self) | {
             name: getattr(self, name) for name in derived
@@ -87,16 +86,15 @@ class MemoryReport:
         rows += [(f"  {name}", size, "") for name, size in self.arguments.items()]
         if self.outputs:
             rows.append(("results", self.outputs, ""))
-        note = "" if self.ratio is None else f"{self.ratio:.2f} x what is below"
+        note = "" if self.ratio is None else f"{self.ratio:.2f} x the rows below"
         rows.append(("temporaries", self.temporaries, note))
         rows += self._rows_of_buffers()
         if self.working_set is not None:
-            rows.append(
-                ("  working set", self.working_set, "of the costliest task alone")
-            )
+            note = "of the costliest task alone"
+            rows.append(("  working set", self.working_set, note))
         if self.code:
             rows.append(("code", self.code, ""))
-        rows.append(("together", self.total, self._verdict))
+        rows.append(("total", self.total, self._verdict))
         sizes = [format_bytes(size) for _, size, _ in rows]
         widths = max(len(name) for name, _, _ in rows), max(map(len, sizes))
         return "\n".join(
@@ -146,23 +144,24 @@ def memory_report(
     arguments: Mapping[str, Any] | None = None,
     gpu: str | Gpu | None = None,
 ) -> MemoryReport:
-    """Where a compiled step's memory goes.
+    """Reports where a compiled step's memory goes.
 
     Args:
-      compiled: a `jax.stages.Compiled`, for any backend that tells its bytes.
+      compiled: a `jax.stages.Compiled`, for any backend with a memory analysis.
       buffers: what the program keeps: `step.buffers(...)` of
         `pipeline_value_and_grad`.
       task: its costliest task, compiled: `step.lower_costliest_task(...).compile()`.
-      arguments: trees of the step's arguments by what they are, as arrays or as shapes
-        with shardings; a device's share is counted.
-      gpu: whose memory it is to fit, a name of `dualpipe_jax.gpu.topology.GPUS` or one.
+      arguments: trees of the step's arguments by name, as arrays or as shapes with
+        shardings; one device's shards are counted.
+      gpu: whose memory the step has to fit: a key of `dualpipe_jax.gpu.GPUS`, or a
+        `Gpu`.
 
     Returns:
       A `MemoryReport`.
 
     Raises:
-      ValueError: the backend tells no bytes, `gpu` is unknown, or `arguments` are more
-        than the compiled step takes.
+      ValueError: the backend has no memory analysis, `gpu` is unknown, or `arguments`
+        are larger than those of the compiled step.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -185,20 +184,17 @@ def memory_report(
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise ValueError(
-            "the compiled step's backend does not tell how many bytes it needs."
+            "the compiled step's backend has no memory analysis; compile for GPUs (see "
+            "dualpipe_jax.gpu_mesh) or for CPUs."
         )
-    if isinstance(gpu, str) and gpu not in GPUS:
-        raise ValueError(f"{gpu=} is unknown; choose from {', '.join(GPUS)}.")
-    capacity = (
-        GPUS[gpu].memory_size if isinstance(gpu, str) else gpu and gpu.memory_size
-    )
+    capacity = None if gpu is None else find_gpu(gpu).memory_size
     named = {name: bytes_of_shards(tree) for name, tree in (arguments or {}).items()}
     other = analysis.argument_size_in_bytes - sum(named.values())
     if other < 0:
         raise ValueError(
-            f"arguments are {format_bytes(sum(named.values()))} on a device, more than "
+            f"arguments take {format_bytes(sum(named.values()))} per device, more than "
             f"the {format_bytes(analysis.argument_size_in_bytes)} of the compiled "
-            "step; give those that it was lowered for."
+            "step; pass those that it was lowered for."
         )
     return MemoryReport(
         arguments=named | ({"other": other} if other else {}),
@@ -212,7 +208,7 @@ def memory_report(
 
 
 def bytes_of_shards(tree: Any) -> int:
-    """Bytes of one device's part of a tree's arrays."""
+    """Returns the bytes of one device's shards of a tree's arrays."""
 
     def part(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)

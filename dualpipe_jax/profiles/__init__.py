@@ -1,13 +1,14 @@
-"""Profiles in DeepSeek's names: read them and write them; see docs/profiles.md.
+"""Profiles in DeepSeek's names: records and reads them; see docs/profiles.md.
 
 Imports: schedules, pictures, gpu.overlap. Reading needs no jax.
 """
 
 from typing import TYPE_CHECKING
 
-from dualpipe_jax.profiles.kernels import Span
+from dualpipe_jax.profiles.kernels import KernelSpan
+from dualpipe_jax.profiles.reading import read_trace
 from dualpipe_jax.profiles.records import Device, Kernel, Phase, Stream
-from dualpipe_jax.profiles.report import TraceReport, read_trace
+from dualpipe_jax.profiles.report import TraceReport
 from dualpipe_jax.profiles.rules import COMMUNICATION
 from eplb_jax import lookup
 
@@ -18,8 +19,8 @@ __all__ = [
     "COMMUNICATION",
     "Device",
     "Kernel",
+    "KernelSpan",
     "Phase",
-    "Span",
     "Stream",
     "TraceReport",
     "profile",

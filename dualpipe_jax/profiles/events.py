@@ -1,9 +1,9 @@
 """Reads the events of a Chrome trace one at a time, from a file of any size.
 
 The standard library's JSON decoder takes one event after another from a window of the
-text, so that a trace of several hundred megabytes needs as much memory as its largest
+text, so a trace of several hundred megabytes needs only as much memory as its largest
 event. Both forms of the format are read: an object with `traceEvents`, and a bare
-array, which the format allows to end without its bracket.
+array, whose closing bracket the format lets a writer omit.
 
 Source: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
@@ -19,19 +19,20 @@ from pathlib import Path
 from typing import Any
 
 _CHUNK = 1 << 20
-_LARGEST = 1 << 28  # no event is as large: what stands here is not JSON
+_LARGEST = 1 << 28  # no event is this large: the text is not JSON
 _SPACE = " \t\r\n"
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
+def read_events(path: Path, *, chunk_size: int = _CHUNK) -> Iterator[dict[str, Any]]:
     """Yields the events of a trace.
 
     Args:
-      path: a .json, or a .json.gz (told by its first bytes, not by its name).
+      path: a .json, or a .json.gz (recognised by its first bytes, not by its name).
+      chunk_size: characters to read at a time.
 
     Raises:
-      ValueError: the file is empty, not JSON, no trace, or ends too early.
-      OSError: it cannot be read.
+      ValueError: the file is empty, not JSON, not a trace, or truncated.
+      OSError: the file cannot be read.
     """
     try:
         with path.open("rb") as raw:
@@ -40,19 +41,19 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             (gzip.open if packed else open)(path, "rb") as opened,
             io.TextIOWrapper(opened, "utf-8-sig", errors="replace") as text,
         ):
-            yield from _Window(path, text).events()
+            yield from _Window(path, text, chunk_size).events()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
             f"path={str(path)!r} is a damaged gzip file ({error}); copy it again, or "
-            "record the profile anew."
+            "record the profile again."
         ) from None
 
 
 class _Window:
     """The part of the text that is being decoded."""
 
-    def __init__(self, path: Path, text: io.TextIOBase):
-        self.path, self.text = path, text
+    def __init__(self, path: Path, text: io.TextIOBase, chunk_size: int):
+        self.path, self.text, self.chunk_size = path, text, chunk_size
         self.buffer, self.at = "", 0
         self.decoder = json.JSONDecoder()
         self.count = 0
@@ -80,7 +81,7 @@ class _Window:
             raise self.not_a_trace()
 
     def keys(self) -> Iterator[str]:
-        """The keys of the object that begins here; the caller reads each value."""
+        """Yields the keys of the next object; the caller reads the values."""
         self.at += 1
         while (char := self.peek()) != "}":
             if char == ",":
@@ -108,7 +109,7 @@ class _Window:
         self.at += 1
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Returns the next character that is not a space; empty at the end."""
         while True:
             while self.at < len(self.buffer):
                 if self.buffer[self.at] not in _SPACE:
@@ -118,7 +119,7 @@ class _Window:
                 return ""
 
     def value(self) -> Any:
-        """Decodes what stands here, reading on until all of it is there."""
+        """Decodes the next value, reading on until the window contains all of it."""
         if not self.peek():
             raise self.broken()
         while True:
@@ -129,23 +130,23 @@ class _Window:
                 continue
             except (RecursionError, ValueError):  # too deep, or digits by the thousand
                 raise self.broken() from None
-            # A number that ends with the window may go on behind it.
+            # A number that ends with the window may continue behind it.
             if end == len(self.buffer) and self.more():
                 continue
             self.at = end
             return value
 
     def extend(self) -> None:
-        """Reads as much again as is being decoded: each byte is looked at twice."""
-        wanted = size = max(_CHUNK, len(self.buffer) - self.at)
+        """Doubles the text being decoded, so that each byte is decoded about twice."""
+        wanted = size = max(self.chunk_size, len(self.buffer) - self.at)
         while wanted > 0 and (got := self.more()):
             wanted -= got
         if wanted == size or size > _LARGEST:
             raise self.broken()
 
     def more(self) -> int:
-        """Reads on; returns how many characters were got, 0 at the end."""
-        got = self.text.read(_CHUNK)
+        """Reads on; returns the number of characters read, 0 at the end."""
+        got = self.text.read(self.chunk_size)
         self.buffer = self.buffer[self.at :] + got
         self.at = 0
         return len(got)
@@ -159,6 +160,6 @@ class _Window:
     def broken(self) -> ValueError:
         return ValueError(
             f"path={str(self.path)!r} ends too early, or is damaged, behind "
-            f"{self.count} events; copy it again, or record the profile anew and let "
+            f"{self.count} events; copy it again, or record the profile again and let "
             "the profiler finish."
         )

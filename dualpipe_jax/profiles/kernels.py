@@ -1,37 +1,36 @@
-"""From the events of a profile to what ran on each device: kernels and their phases.
+"""Finds the kernels of each device, and their phases, in the events of a profile.
 
-PyTorch's profiler marks kernels by category, and links each to the call that launched
-it: the annotation around that call names the phase. jax.profiler's kernels are what
-stands on a device's streams (GPU), and the events with an `hlo_op` (CPU): the named
-scopes in `op_name` tell the phase.
+PyTorch's profiler marks kernels by category and links each to the call that launched
+it: the annotation around that call names the phase. With jax.profiler, kernels are the
+events on a device's streams (GPU) or those with an `hlo_op` (CPU): the named scopes in
+`op_name` name the phase.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dualpipe_jax.pictures import PAIR_NAMES, named_phase, phase
+from dualpipe_jax.profiles.annotations import Annotation, Innermost
 from dualpipe_jax.profiles.names import Names, Op
 from dualpipe_jax.profiles.rules import Rule, is_container, is_kernel, is_launch
 
 
-class Span(NamedTuple):
+class KernelSpan(NamedTuple):
     """One kernel's run.
 
     Attributes:
       device: such as `"GPU 0"`.
-      stream: what the profiler calls the queue that it ran in.
-      name: the kernel's.
-      begin_us: when it began, in the profile's own microseconds.
+      stream: the profiler's name of the queue that it ran in.
+      name: the kernel's name.
+      begin_us: when it began, in microseconds of the profile's clock.
       end_us: when it ended.
-      is_comm: it communicates.
-      phase: such as `"attn(F)"`; None if untold.
-      pair: which overlapped pair of a forward and a backward launched it; None
-        outside of any.
+      is_comm: whether it communicates.
+      phase: such as `"attn(F)"`; None if unknown.
+      pair: number of the overlapped pair of a forward and a backward that launched it;
+        None outside of pairs.
     """
 
     device: str
@@ -62,14 +61,8 @@ class _Launch(NamedTuple):
     begin: float
 
 
-class _Annotation(NamedTuple):
-    begin: float
-    end: float
-    name: str
-
-
 class Collector:
-    """Takes events one at a time, keeps what matters, and yields spans at the end."""
+    """Takes events one at a time and keeps what it needs to yield their spans."""
 
     def __init__(self, rule: Rule, names: Names):
         self.rule, self.names = rule, names
@@ -77,8 +70,8 @@ class Collector:
         self.threads: dict[tuple[str, str], str] = {}
         self.kernels: list[_Raw] = []
         self.launches: dict[str, _Launch] = {}
-        self.annotations: dict[str, list[_Annotation]] = {}
-        self.on_device: dict[tuple[str, str], list[_Annotation]] = {}
+        self.annotations: dict[str, list[Annotation]] = {}
+        self.on_device: dict[tuple[str, str], list[Annotation]] = {}
         self.interned: dict[str, str] = {}
 
     def add(self, event: dict[str, Any]) -> None:
@@ -86,7 +79,7 @@ class Collector:
             self._name(event)
         elif event.get("ph") == "X":
             begin, duration = _number(event.get("ts")), _number(event.get("dur", 0))
-            # Else nothing that a profiler writes.
+            # No profiler writes other events.
             if begin is not None and duration is not None and duration >= 0:
                 args = event.get("args")
                 args = args if isinstance(args, dict) else {}
@@ -115,16 +108,16 @@ class Collector:
         elif category == "user_annotation":
             if named_phase(name) or name.split(" ")[0] in PAIR_NAMES:
                 found = self.annotations.setdefault(pid, [])
-                found.append(_Annotation(begin, end, name))
+                found.append(Annotation(begin, end, name))
         elif category == "gpu_user_annotation":
             if named_phase(name):
                 found = self.on_device.setdefault((pid, tid), [])
-                found.append(_Annotation(begin, end, name))
+                found.append(Annotation(begin, end, name))
         elif self.processes.get(pid, "").startswith("/device:"):
             where = self.processes[pid].removeprefix("/device:").replace(":", " ")
             stream = self.threads.get((pid, tid), tid)
             self._keep(where, stream, name, begin, end, args, pid, tid)
-        elif "hlo_op" in args:  # XLA:CPU, whose threads are any device's
+        elif "hlo_op" in args:  # XLA:CPU, whose threads serve all devices
             where = f"CPU {args.get('device_ordinal', 0)}"
             self._keep(where, "thunks", name, begin, end, args, pid, tid)
 
@@ -132,14 +125,19 @@ class Collector:
         op = self._op(name, args)
         if is_container(op.opcode or str(args.get("hlo_op", ""))):
             return
-        told = [name, str(args.get("hlo_op", "")), op.opcode, str(args.get("kind", ""))]
+        names = [
+            name,
+            str(args.get("hlo_op", "")),
+            op.opcode,
+            str(args.get("kind", "")),
+        ]
         # XLA may name a fusion after a collective that it reads.
         is_comm = op.opcode != "fusion" and (
-            self.rule(" ".join(filter(None, dict.fromkeys(told))))
+            self.rule(" ".join(filter(None, dict.fromkeys(names))))
             or "Collective name" in args
         )
         found = named_phase(str(args.get("phase", ""))) or phase(op.op_name)
-        # JSON can hold halves of characters, which no file can.
+        # JSON can hold lone surrogates, which cannot be written to a file.
         name = name.encode("utf-8", "replace").decode("utf-8")
         name = self.interned.setdefault(name, name)
         self.kernels.append(
@@ -161,8 +159,8 @@ class Collector:
         if not correlation:
             return
         known = self.launches.get(correlation)
-        # Ranks that were merged into one file count from one each: nobody can tell
-        # whose kernel it was.
+        # Ranks merged into one file number their launches from 1 each, so it is unknown
+        # which of them launched the kernel.
         shared = known is not None and known.pid != pid
         self.launches[correlation] = _Launch(None if shared else pid, begin)
 
@@ -177,13 +175,13 @@ class Collector:
                 return Op(opcode, str(args[key]))
         return Op(opcode, "")
 
-    def spans(self) -> Iterator[Span]:
-        """What was collected, in the order of the file."""
+    def spans(self) -> Iterator[KernelSpan]:
+        """Yields what was collected, in the order of the file."""
         phases, pairs = {}, {}
         for pid, some in self.annotations.items():
-            phases[pid] = _Innermost(a for a in some if named_phase(a.name))
-            pairs[pid] = _Innermost(a for a in some if not named_phase(a.name))
-        on_device = {key: _Innermost(some) for key, some in self.on_device.items()}
+            phases[pid] = Innermost(a for a in some if named_phase(a.name))
+            pairs[pid] = Innermost(a for a in some if not named_phase(a.name))
+        on_device = {key: Innermost(some) for key, some in self.on_device.items()}
         for raw in _without_summaries(self.kernels):
             found, pair = raw.phase, None
             beside = on_device.get((raw.pid, raw.tid))
@@ -194,11 +192,11 @@ class Collector:
                 pair = pairs[launch.pid].at(launch.begin)
                 if found is None:
                     found = named_phase(phases[launch.pid].name_at(launch.begin) or "")
-            yield Span(*raw[:6], found, pair)
+            yield KernelSpan(*raw[:6], found, pair)
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as a float; None for anything else."""
+    """Returns a finite number as a float; None for anything else."""
     try:
         if isinstance(value, int | float) and math.isfinite(value):
             return float(value)
@@ -208,36 +206,13 @@ def _number(value: Any) -> float | None:
 
 
 def _correlation(args: dict[str, Any]) -> str:
-    """What links a kernel to its launch; 0 is what CUPTI says of none."""
+    """Returns the id that links a kernel to its launch; CUPTI writes 0 for none."""
     found = str(args.get("correlation", ""))
     return "" if found in ("0", "None") else found
 
 
-class _Innermost:
-    """Which of some nested intervals is the innermost at a moment."""
-
-    def __init__(self, annotations: Iterable[_Annotation]):
-        self.sorted = sorted(annotations, key=lambda each: (each.begin, -each.end))
-        self.begins = [each.begin for each in self.sorted]
-        # Until when any of those up to here lasts: where a search may stop.
-        ends = (each.end for each in self.sorted)
-        self.reach = list(itertools.accumulate(ends, max))
-
-    def at(self, moment: float) -> int | None:
-        index = bisect.bisect_right(self.begins, moment) - 1
-        while index >= 0 and self.reach[index] >= moment:
-            if moment <= self.sorted[index].end:
-                return index
-            index -= 1
-        return None
-
-    def name_at(self, moment: float) -> str | None:
-        index = self.at(moment)
-        return None if index is None else self.sorted[index].name
-
-
 def _without_summaries(kernels: list[_Raw]) -> Iterator[_Raw]:
-    """Leaves out the tracks that show a device's streams once more, by name or step."""
+    """Leaves out tracks that show a device's kernels again, by name or by step."""
     streams: dict[str, set[str]] = {}
     for raw in kernels:
         streams.setdefault(raw.device, set()).add(raw.stream)

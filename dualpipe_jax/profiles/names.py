@@ -1,8 +1,8 @@
-"""The names that XLA's profile leaves out: from an operation to its `op_name`.
+"""Reads and writes the names that XLA's profile leaves out: each operation's `op_name`.
 
-jax.profiler's events carry `hlo_module` and `hlo_op`. The path of named scopes, which
-says what phase an operation belongs to, stands in the compiled module. A run that
-profiles itself writes it down beside the profile.
+jax.profiler's events carry `hlo_module` and `hlo_op`. Only the compiled module has the
+path of named scopes, which says what phase an operation belongs to, so `profile` writes
+these paths to a file beside the profile.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def write_names(folder: Path, names: Names) -> None:
 
 
 def read_names(path: Path) -> dict[str, dict[str, Op]]:
-    """The operations of the modules in a profile; none if nobody wrote them down.
+    """Reads the operations of a profile's modules; empty if there is no such file.
 
     Args:
-      path: the trace. Its folder is looked at, and, if jax.profiler made that, the one
-        that it was told to write to.
+      path: the trace. The file is looked for in its folder and, if jax.profiler made
+        that, in the folder that jax.profiler was given.
 
     Raises:
       ValueError: the file is damaged.
@@ -61,7 +61,7 @@ def read_names(path: Path) -> dict[str, dict[str, Op]]:
                 }
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"{file} is damaged ({error}); remove it, and phases are told by "
-                    "what the profile itself says, or record it anew."
+                    f"{file} is damaged ({error}); remove it to read phases from the "
+                    "profile alone, or record the profile again."
                 ) from None
     return {}

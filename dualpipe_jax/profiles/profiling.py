@@ -1,4 +1,4 @@
-"""Profiles of one's own steps: jax.profiler, with what tells the phases beside it."""
+"""Records profiles: jax.profiler, and a file of the scopes that name the phases."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ def profile(
     """Profiles what runs inside, for `read_trace(folder)`, Perfetto and XProf.
 
     It is `jax.profiler.trace` without Python's own calls. XLA's profile names
-    operations as the compiled program does, and leaves out the scopes that they stand
-    in, which tell the phases (attn, dispatch, mlp, combine; F, B, W): they are written
-    down beside it.
+    operations as the compiled program does, but without their named scopes, which name
+    the phases (attn, dispatch, mlp, combine; F, B, W): these are written to a file
+    beside the profile.
 
     Args:
-      folder: gets the profile; those of before stay, and the newest is read.
+      folder: where the profile is written. Earlier profiles are kept, and the newest
+        is read.
       *compiled: the programs that run inside, as `jit(f).lower(...).compile()` returns
-        them; wait for their results inside too.
+        them; wait for their results inside as well.
 
     Raises:
-      ValueError: one is no compiled program, two have one name, or a profile runs.
+      ValueError: one is not a compiled program, two have the same name, or another
+        profile is being recorded.
 
     Examples:
       >>> import tempfile
@@ -54,13 +56,13 @@ def profile(
         if not isinstance(program, jax.stages.Compiled):
             raise ValueError(
                 f"compiled={program!r} must be a compiled program; pass "
-                "jit(f).lower(...).compile(), and call that one inside."
+                "jit(f).lower(...).compile(), and call that program inside."
             )
         module = hlo.parse(program.as_text() or "")
         if module.name in names:
             raise ValueError(
                 f"two of the compiled programs are called {module.name!r}, and a "
-                "profile tells them by name; give their functions different names."
+                "profile identifies them by name; give their functions different names."
             )
         names[module.name] = _operations(module)
     folder = Path(folder)
@@ -72,10 +74,10 @@ def profile(
     except RuntimeError as error:
         raise ValueError(
             f"folder={str(folder)!r}: the profiler cannot start ({error}); end the "
-            "profile that runs first."
+            "other profile first."
         ) from error
     try:
-        # Behind the start: a profile that cannot begin leaves the names of the last.
+        # After the start: a profile that cannot start keeps the last one's names.
         write_names(folder, names)
         yield
     finally:
@@ -83,13 +85,13 @@ def profile(
 
 
 def _operations(module: hlo.Module) -> dict[str, Op]:
-    """Those of which more is to be told than their name says."""
+    """Returns the operations that communicate, have a phase, or contain others."""
     every = [
         each
         for computation in module.computations.values()
         for each in computation.by_name.values()
     ]
-    # A profile shows a fusion, and not what is inside it.
+    # A profile shows a fusion, but not what is inside it.
     fused = {
         name
         for each in every

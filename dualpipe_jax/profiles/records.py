@@ -1,4 +1,4 @@
-"""The figures of a profile: of a device, a stream, a phase, a kernel."""
+"""The figures of a profile: per device, stream, phase and kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from dualpipe_jax.pictures import Interval, intersection, length, union
-from dualpipe_jax.profiles.kernels import Span
+from dualpipe_jax.profiles.kernels import KernelSpan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Stream:
 
     Attributes:
       device: the device's name.
-      name: the queue's, as the profiler has it.
-      num_kernels: how many ran in it.
-      busy_us: time in which one of them runs.
-      comm_us: the part of it in which one communicates.
+      name: the profiler's name of the queue.
+      num_kernels: number of kernels that ran in it.
+      busy_us: time in which at least one of them runs.
+      comm_us: time in which at least one of them communicates.
     """
 
     device: str
@@ -55,10 +55,10 @@ class Phase:
 
     Attributes:
       name: such as `"dispatch(F)"`; see `dualpipe_jax.pictures.phases`.
-      num_kernels: how many there are.
-      compute_us: durations of those that compute, added up.
-      comm_us: durations of those that communicate, added up.
-      hidden_us: time of these in which the device computes, whatever it is.
+      num_kernels: number of kernels.
+      compute_us: total duration of those that compute.
+      comm_us: total duration of those that communicate.
+      hidden_us: the part of it in which the device computes, in any phase.
     """
 
     name: str
@@ -73,10 +73,10 @@ class Kernel:
     """All runs of the kernels that share a name, on all devices together.
 
     Attributes:
-      name: the kernel's.
-      is_comm: it communicates.
-      count: how often it ran.
-      total_us: durations added up.
+      name: the kernel's name.
+      is_comm: whether it communicates.
+      count: number of runs.
+      total_us: total duration.
     """
 
     name: str
@@ -86,18 +86,18 @@ class Kernel:
 
 
 def natural(name: str) -> list[tuple[str, int]]:
-    """Sorts GPU 10 behind GPU 2."""
+    """Returns a sorting key that puts GPU 10 behind GPU 2."""
     parts = re.findall(r"(\D*)(\d*)", name)
     return [(text, int(number or 0)) for text, number in parts]
 
 
-def times(spans: Iterable[Span]) -> Iterable[Interval]:
-    """When each ran."""
+def times(spans: Iterable[KernelSpan]) -> Iterable[Interval]:
+    """Returns when each kernel ran."""
     return ((span.begin_us, span.end_us) for span in spans)
 
 
-def device_of(name: str, spans: Sequence[Span]) -> Device:
-    """A device's figures, from all that ran on it."""
+def device_of(name: str, spans: Sequence[KernelSpan]) -> Device:
+    """Returns a device's figures, from all kernels that ran on it."""
     compute = union(times(s for s in spans if not s.is_comm))
     comm = union(times(s for s in spans if s.is_comm))
     return Device(
@@ -110,9 +110,9 @@ def device_of(name: str, spans: Sequence[Span]) -> Device:
 
 
 def phase_of(
-    name: str, spans: Sequence[Span], computing: dict[str, list[Interval]]
+    name: str, spans: Sequence[KernelSpan], computing: dict[str, list[Interval]]
 ) -> Phase:
-    """A phase's figures; `computing`: when each device computes, as `union` says it."""
+    """Returns a phase's figures; `computing` is when each device computes (a union)."""
     comm: dict[str, list[Interval]] = {}
     for span in spans:
         if span.is_comm:
@@ -129,8 +129,8 @@ def phase_of(
     )
 
 
-def extents(spans: Iterable[Span]) -> list[float]:
-    """How long each overlapped pair took on its device, in microseconds."""
+def extents(spans: Iterable[KernelSpan]) -> list[float]:
+    """Returns how long each overlapped pair took on its device, in microseconds."""
     first: dict[tuple[str, int], float] = {}
     last: dict[tuple[str, int], float] = {}
     for span in spans:
@@ -141,9 +141,9 @@ def extents(spans: Iterable[Span]) -> list[float]:
     return [last[key] - first[key] for key in first]
 
 
-def streams_of(spans: Iterable[Span]) -> tuple[Stream, ...]:
-    """The queues that kernels ran in, the busiest of each device first."""
-    found: dict[tuple[str, str], list[Span]] = {}
+def streams_of(spans: Iterable[KernelSpan]) -> tuple[Stream, ...]:
+    """Returns the queues that kernels ran in, the busiest of each device first."""
+    found: dict[tuple[str, str], list[KernelSpan]] = {}
     for span in spans:
         found.setdefault((span.device, span.stream), []).append(span)
     streams = [
@@ -159,12 +159,12 @@ def streams_of(spans: Iterable[Span]) -> tuple[Stream, ...]:
     return tuple(sorted(streams, key=lambda s: (natural(s.device), -s.busy_us)))
 
 
-def kernels_of(spans: Iterable[Span]) -> tuple[Kernel, ...]:
-    """By name, the dearest first."""
+def kernels_of(spans: Iterable[KernelSpan]) -> tuple[Kernel, ...]:
+    """Returns the kernels by name, the most expensive first."""
     totals: dict[tuple[str, bool], float] = collections.defaultdict(float)
     counts: collections.Counter[tuple[str, bool]] = collections.Counter()
     for span in spans:
         totals[span.name, span.is_comm] += span.end_us - span.begin_us
         counts[span.name, span.is_comm] += 1
-    dearest = sorted(totals.items(), key=lambda item: -item[1])
-    return tuple(Kernel(*key, counts[key], us) for key, us in dearest)
+    by_time = sorted(totals.items(), key=lambda item: -item[1])
+    return tuple(Kernel(*key, counts[key], us) for key, us in by_time)

@@ -1,4 +1,4 @@
-"""A profile's figures as text and as HTML tables."""
+"""Shows a profile's figures as text and as HTML tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from dualpipe_jax.pictures import TableRow, aligned, html_table, named_phase
 
 if TYPE_CHECKING:
-    from dualpipe_jax.profiles.report import Phase, TraceReport
+    from dualpipe_jax.profiles.records import Phase
+    from dualpipe_jax.profiles.report import TraceReport
 
 _KERNELS = 10
 _NAME = 64
@@ -17,7 +18,7 @@ Rows = list[TableRow]
 
 
 def text(report: TraceReport, chunks: int | None = None) -> str:
-    """Headline figures, then tables of phases, streams and the dearest kernels."""
+    """Returns the headline, and tables of phases, streams and the costliest kernels."""
     parts = [headline(report)]
     for rows in tables(report):
         parts.append("\n".join(aligned(rows)))
@@ -27,7 +28,7 @@ def text(report: TraceReport, chunks: int | None = None) -> str:
 
 
 def html(report: TraceReport) -> str:
-    """The same as HTML tables."""
+    """Returns the same as HTML tables."""
     lines = "".join(f"<p>{escape(line)}</p>" for line in headline(report).splitlines())
     found = "".join(html_table(rows) for rows in tables(report))
     costs = f"<p>{escape(costs_line(report))}</p>" if report.phases else ""
@@ -35,7 +36,7 @@ def html(report: TraceReport) -> str:
 
 
 def headline(report: TraceReport) -> str:
-    """Four lines: what it is, span, compute, communication."""
+    """Returns four lines: the title, span, compute and communication."""
     devices = len(report.devices)
     count = f"{devices} devices (means below)" if devices > 1 else "1 device"
     lines = [
@@ -54,7 +55,7 @@ def headline(report: TraceReport) -> str:
 
 
 def costs_line(report: TraceReport, chunks: int | None = None) -> str:
-    """What `simulate --costs` takes."""
+    """Returns the costs as an argument of `simulate --costs`."""
     costs = report.costs(chunks)
     given = {"F": costs.F, "I": costs.I, "W": costs.W}
     if costs.F + (costs.B or 0.0) != costs.FB:
@@ -64,7 +65,7 @@ def costs_line(report: TraceReport, chunks: int | None = None) -> str:
 
 
 def tables(report: TraceReport) -> list[Rows]:
-    """Phases, devices if there are several, streams, kernels."""
+    """Returns tables of phases, devices if there are several, streams and kernels."""
     found = []
     if report.phases:
         found.append(
@@ -121,11 +122,11 @@ def tables(report: TraceReport) -> list[Rows]:
 
 
 def short(name: str) -> str:
-    """A kernel's name without its arguments, and not too long."""
+    """Returns a kernel's name without its arguments, cut off if it is long."""
     if named_phase(name):
         return name
-    said = name.removeprefix("void ").partition("(")[0].strip() or name
-    return said if len(said) <= _NAME else f"{said[: _NAME - 3]}..."
+    bare = name.removeprefix("void ").partition("(")[0].strip() or name
+    return bare if len(bare) <= _NAME else f"{bare[: _NAME - 3]}..."
 
 
 def _phase_row(phase: Phase) -> tuple[str, ...]:

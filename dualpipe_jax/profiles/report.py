@@ -1,18 +1,13 @@
-"""What a profile says: how busy the devices were, and what communication was hidden."""
+"""The report on a profile: how busy devices were, how much communication was hidden."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dualpipe_jax.pictures import PARTS, PASSES, pass_of, union
-from dualpipe_jax.profiles.events import read_events
-from dualpipe_jax.profiles.kernels import Collector, Span
-from dualpipe_jax.profiles.names import read_names
+from dualpipe_jax.profiles.kernels import KernelSpan
 from dualpipe_jax.profiles.records import (
     Device,
     Kernel,
@@ -26,7 +21,6 @@ from dualpipe_jax.profiles.records import (
     streams_of,
     times,
 )
-from dualpipe_jax.profiles.rules import Rule, communication_rule
 from dualpipe_jax.schedules import Costs
 from eplb_jax import lookup
 
@@ -35,19 +29,19 @@ _ORDER = [f"{part}({step})" for step in PASSES for part in PARTS]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TraceReport:
-    """A profile, read. In a notebook it shows itself as tables.
+    """The kernels of a profile and their figures. A notebook shows it as tables.
 
-    Durations of several devices are means, fractions are of their sums; `devices` has
-    each one's own.
+    Durations of several devices are means, and fractions are of their sums; `devices`
+    has the figures of each.
 
     Attributes:
-      title: what it was read from.
+      title: the name of the file.
       spans: every kernel's run, by begin.
 
     Examples:
       >>> report = TraceReport("two kernels", (
-      ...     Span("GPU 0", "7", "gemm", 0.0, 8.0, False, "mlp(F)"),
-      ...     Span("GPU 0", "9", "ncclAllToAll", 6.0, 10.0, True, "combine(F)"),
+      ...     KernelSpan("GPU 0", "7", "gemm", 0.0, 8.0, False, "mlp(F)"),
+      ...     KernelSpan("GPU 0", "9", "ncclAllToAll", 6.0, 10.0, True, "combine(F)"),
       ... ))
       >>> report.span_us, report.compute_busy, report.comm_hidden
       (10.0, 0.8, 0.5)
@@ -56,27 +50,27 @@ class TraceReport:
     """
 
     title: str
-    spans: tuple[Span, ...]
+    spans: tuple[KernelSpan, ...]
 
     def __post_init__(self):
         if not self.spans:
             raise ValueError(
-                f"{self.title} has no kernel that ran on a device; record with the "
-                "profiler's GPU activities (torch.profiler), or around a step that "
-                "runs until its results are there (jax.profiler)."
+                f"{self.title} has no kernel that ran on a device; record GPU "
+                "activities (torch.profiler), or wait for a step's results inside the "
+                "profile (jax.profiler)."
             )
 
     @functools.cached_property
     def devices(self) -> tuple[Device, ...]:
-        """Each device's own figures, by name."""
+        """The figures of each device, by name."""
         return tuple(
             device_of(name, self._by_device[name])
             for name in sorted(self._by_device, key=natural)
         )
 
     @functools.cached_property
-    def _by_device(self) -> dict[str, list[Span]]:
-        found: dict[str, list[Span]] = {}
+    def _by_device(self) -> dict[str, list[KernelSpan]]:
+        found: dict[str, list[KernelSpan]] = {}
         for span in self.spans:
             found.setdefault(span.device, []).append(span)
         return found
@@ -91,28 +85,28 @@ class TraceReport:
 
     @property
     def compute_us(self) -> float:
-        """Time in which a kernel computes."""
+        """Time in which a kernel computes, in microseconds."""
         return self._sum("compute_us") / len(self.devices)
 
     @property
     def comm_us(self) -> float:
-        """Time in which a kernel communicates."""
+        """Time in which a kernel communicates, in microseconds."""
         return self._sum("comm_us") / len(self.devices)
 
     @property
     def exposed_us(self) -> float:
-        """Time in which a kernel communicates and none computes."""
+        """Time in which a kernel communicates and none computes, in microseconds."""
         return self.comm_us - self._sum("hidden_us") / len(self.devices)
 
     @property
     def comm_hidden(self) -> float:
-        """The part of communication under which something computes; 1 without any."""
+        """Fraction of the communication that runs under compute; 1 without any."""
         comm = self._sum("comm_us")
         return self._sum("hidden_us") / comm if comm else 1.0
 
     @property
     def compute_busy(self) -> float:
-        """The part of the span in which something computes."""
+        """Fraction of the span in which a kernel computes."""
         span = self._sum("span_us")
         return self._sum("compute_us") / span if span else 0.0
 
@@ -123,8 +117,8 @@ class TraceReport:
 
     @functools.cached_property
     def phases(self) -> dict[str, Phase]:
-        """By name, forward first; kernels of no phase are in none."""
-        by_phase: dict[str, list[Span]] = {}
+        """The phases by name, forward first; kernels without a phase are left out."""
+        by_phase: dict[str, list[KernelSpan]] = {}
         for span in self.spans:
             if span.phase is not None:
                 by_phase.setdefault(span.phase, []).append(span)
@@ -137,29 +131,29 @@ class TraceReport:
 
     @functools.cached_property
     def kernels(self) -> tuple[Kernel, ...]:
-        """By name, the dearest first."""
+        """The kernels by name, the most expensive first."""
         return kernels_of(self.spans)
 
     def costs(self, chunks: int | None = None) -> Costs:
-        """What F, I, W and F&B take, in milliseconds, for `simulate`.
+        """Returns the costs of F, I, W and F&B for `simulate`, in milliseconds.
 
-        F, I and W are the durations of the kernels of the phases `(F)`, `(B)` and
-        `(W)`, added up: what the pass would take alone, nothing hidden. FB is how long
-        an overlapped pair takes, if the profile marks pairs (annotations `1F1B`, as in
-        DeepSeek's, or `F&B`).
+        F, I and W are the total durations of the kernels of the phases `(F)`, `(B)` and
+        `(W)`: the time of each pass alone, with nothing hidden. FB is how long an
+        overlapped pair takes, if the profile marks pairs (annotations `1F1B`, as in
+        DeepSeek's profile, or `F&B`).
 
         Args:
-          chunks: how many forwards, and as many backwards, each device ran in the
-            profile. Default: the number of its pairs that are marked, or 1.
+          chunks: number of forwards, and of backwards, that each device ran in the
+            profile. Default: the number of pairs that the profile marks, or 1.
 
         Raises:
-          ValueError: `chunks` is not positive, or no phase is told.
+          ValueError: `chunks` is not positive, or no kernel has a phase.
         """
         _check(chunks)
         if not self.phases:
             raise ValueError(
-                f"{self.title} tells no phase of its kernels; name them with "
-                "annotations such as attn(F), or with jax.named_scope."
+                f"{self.title} has no phases; name them with annotations such as "
+                "attn(F), or with jax.named_scope."
             )
         pairs = extents(self.spans)
         each_device = chunks or len(pairs) / len(self.devices) or 1
@@ -175,7 +169,7 @@ class TraceReport:
         )
 
     def as_json(self, chunks: int | None = None) -> dict[str, Any]:
-        """Everything but the spans, as plain data; `chunks` as for `costs`."""
+        """Returns all but the spans as plain data; `chunks` as for `costs`."""
         _check(chunks)
         costs = dataclasses.asdict(self.costs(chunks)) if self.phases else None
         return {
@@ -203,7 +197,7 @@ class TraceReport:
         )
 
     def text(self, chunks: int | None = None) -> str:
-        """Headline figures and tables; `chunks` as for `costs`."""
+        """Returns headline figures and tables; `chunks` as for `costs`."""
         return lookup.find("dualpipe_jax.profiles.render:text")(self, chunks)
 
     def __str__(self) -> str:
@@ -212,61 +206,6 @@ class TraceReport:
     _repr_html_ = lookup.method("dualpipe_jax.profiles.render:html")
 
 
-def read_trace(
-    path: str | os.PathLike[str],
-    communication: str | Sequence[str] | Rule | None = None,
-) -> TraceReport:
-    """Reads a profile: a Chrome or Perfetto trace in JSON.
-
-    Args:
-      path: a .json or .json.gz, of torch.profiler's `export_chrome_trace`, of
-        jax.profiler, or one that this library writes; or a folder, whose newest
-        jax.profiler trace is taken. Events are read one at a time: what is kept is
-        their kernels, so that a file of several hundred megabytes is no matter.
-      communication: regular expressions for the names of further kernels that
-        communicate, beside `dualpipe_jax.profiles.COMMUNICATION`; or a function of a
-        name in their place.
-
-    Raises:
-      ValueError: it is empty, cut off, no trace, or has no kernels; or an expression is
-        none.
-      OSError: it cannot be read.
-
-    Examples:
-      >>> import json, tempfile
-      >>> file = Path(tempfile.mkdtemp()) / "trace.json"
-      >>> kernel = {"ph": "X", "cat": "kernel", "name": "gemm", "ts": 5, "dur": 2}
-      >>> _ = file.write_text(json.dumps({"traceEvents": [kernel]}))
-      >>> read_trace(file).kernels
-      (Kernel(name='gemm', is_comm=False, count=1, total_us=2.0),)
-    """
-    rule = communication_rule(communication)
-    file = find_trace(Path(path))
-    collector = Collector(rule, read_names(file))
-    for event in read_events(file):
-        collector.add(event)
-    spans = sorted(collector.spans(), key=lambda span: (span.begin_us, span.end_us))
-    return TraceReport(file.name, tuple(spans))
-
-
 def _check(chunks: int | None) -> None:
     if chunks is not None and chunks < 1:
-        raise ValueError(f"{chunks=} must be positive; count each device's F.")
-
-
-def find_trace(path: Path) -> Path:
-    """The file itself, or the newest trace of jax.profiler below a folder.
-
-    Of several hosts that wrote at the same time it is the last by name.
-    """
-    if not path.is_dir():
-        return path
-    found = sorted(
-        path.rglob("*.trace.json.gz"), key=lambda file: (file.parent.name, file.name)
-    )
-    if not found:
-        raise ValueError(
-            f"path={str(path)!r} is a folder without a *.trace.json.gz, as "
-            "jax.profiler writes it; name a trace, .json or .json.gz."
-        )
-    return found[-1]
+        raise ValueError(f"{chunks=} must be positive: the F that each device ran.")

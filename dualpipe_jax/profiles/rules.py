@@ -1,20 +1,20 @@
-"""Which events of a profile are kernels, and which of them communicate."""
+"""Decides which events of a profile are kernels, and which of them communicate."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 
-# What a name must contain, in any case, to be communication. The rest computes.
+# Patterns of kernels that communicate, in any case. All others compute.
 COMMUNICATION = (
     r"nccl|rccl|nvshmem|deep_ep::",  # the libraries
-    r"dpsk::ep::",  # DeepSeek's own, in its published profiles
+    r"dpsk::ep::",  # DeepSeek's, in its published profiles
     r"all.?reduce|all.?gather|all.?to.?all|reduce.?scatter|collective.?(permute|broadcast)",
-    r"ppermute|psum",  # XLA:CPU names an operation after jax's
+    r"ppermute|psum",  # XLA:CPU names operations after jax's
     r"^(send|recv)(-done)?\b",
     r"memcpy ptop|memcpyp2p",
 )
-# XLA:CPU and TPU show these around what runs inside them.
+# XLA:CPU and TPU show these events around those of the operations inside.
 _CONTAINERS = re.compile(r"(while|conditional|call)(\.|$)")
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime", "hip_driver", "runtime")
@@ -23,10 +23,10 @@ Rule = Callable[[str], bool]
 
 
 def communication_rule(more: str | Sequence[str] | Rule | None = None) -> Rule:
-    """A function of a kernel's name: does it communicate?
+    """Returns a function that says of a kernel's name whether it communicates.
 
     Args:
-      more: regular expressions beside `COMMUNICATION`, or a function in their place.
+      more: regular expressions beside `COMMUNICATION`, or a function to replace them.
 
     Raises:
       ValueError: one is not a regular expression.
@@ -44,23 +44,23 @@ def communication_rule(more: str | Sequence[str] | Rule | None = None) -> Rule:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"communication={pattern!r} is no regular expression ({error}); escape "
-                "what is meant literally with a backslash."
+                f"communication={pattern!r} is not a regular expression ({error}); "
+                "escape literal characters with a backslash."
             ) from None
     joined = re.compile("|".join(f"(?:{p})" for p in patterns), re.IGNORECASE)
     return lambda name: joined.search(name) is not None
 
 
 def is_kernel(category: str) -> bool:
-    """Whether PyTorch's profiler calls it something that a GPU ran."""
+    """Returns whether a category of PyTorch's profiler is of what a GPU ran."""
     return category in _KERNELS
 
 
 def is_launch(category: str) -> bool:
-    """Whether it is a call that started something on a GPU."""
+    """Returns whether a category is of calls that launch work on a GPU."""
     return category in _LAUNCHES
 
 
 def is_container(name: str) -> bool:
-    """Whether an XLA operation only stands around those inside it."""
+    """Returns whether an XLA operation only contains others."""
     return _CONTAINERS.match(name) is not None

@@ -13,7 +13,7 @@ from dualpipe_jax import (
     read_trace,
 )
 from dualpipe_jax.profiles.names import read_names
-from dualpipe_jax.profiles.report import find_trace
+from dualpipe_jax.profiles.reading import find_trace
 
 
 def stage(params, x):

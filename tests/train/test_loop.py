@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dualpipe_jax import lower, read_trace, simulate
 from dualpipe_jax.profiles.events import read_events
-from dualpipe_jax.profiles.report import find_trace
+from dualpipe_jax.profiles.reading import find_trace
 from dualpipe_jax.train import Text, data, loop, train
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from tests.train import cheap

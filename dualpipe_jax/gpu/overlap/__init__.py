@@ -1,10 +1,11 @@
 """Reads what XLA compiled for GPUs and reports how much communication is hidden.
 
-`hlo` reads the text, with `instructions` and `shapes`; `flops` and `work` say what
-kernels cost, `collectives` and `links` what collectives cost; `program` knows which
-computation runs how often, and `guesses` where XLA does not; `timeline` runs one on
-paper. `report` is what a user sees, made of `records`, `phases` and `assumptions`;
-`render` and `chrome` show it, and `compiling` gives its costs to XLA.
+`hlo` reads the text, with `instructions` and `shapes`; `flops` and `work` estimate
+kernels, `collectives`, `links` and `groups` collectives. `program` finds out how often
+each computation runs, with `guesses` where XLA does not say, and `timeline` simulates
+one run of it. `reading` makes a `report` of that, from `records`, `phases` and
+`assumptions`; `render`, `spans` and `chrome` show it. `compiling` passes its costs to
+XLA's scheduler.
 
 Imports: gpu, pictures.
 """
@@ -15,8 +16,9 @@ from dualpipe_jax.gpu.overlap.compiling import (
     compile_overlapped,
     options_here as options_here,
 )
+from dualpipe_jax.gpu.overlap.reading import overlap_report
 from dualpipe_jax.gpu.overlap.records import CollectiveReport, LoopReport
-from dualpipe_jax.gpu.overlap.report import OverlapReport, overlap_report
+from dualpipe_jax.gpu.overlap.report import OverlapReport
 
 __all__ = [
     "CollectiveReport",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from dualpipe_jax.gpu.gpus import Gpu
 from dualpipe_jax.gpu.overlap.links import BETWEEN_LATENCY_S, INSIDE_LATENCY_S
 from dualpipe_jax.gpu.overlap.program import (
     BLOCKS,
@@ -11,62 +12,68 @@ from dualpipe_jax.gpu.overlap.program import (
     GUARD,
     KNOWN,
     UNKNOWN,
-    Program,
+    HloProgram,
 )
 from dualpipe_jax.gpu.overlap.work import KERNEL_LATENCY_S
-from dualpipe_jax.gpu.topology import Gpu
+
+_GUESSES = {
+    GUARD: "at most once: counted as once",
+    BLOCKS: "over the blocks of a buffer: guessed to cover it once",
+    UNKNOWN: "a data-dependent number of times: counted as once, unless trip_counts= "
+    "says otherwise",
+}
 
 
 def assumptions(
-    program: Program,
+    program: HloProgram,
     gpu: Gpu,
     gpus_per_node: int,
     efficiency: float,
     kinds: Iterable[str],
     unknown: Iterable[str],
 ) -> tuple[str, ...]:
-    """The sentences of a report.
+    """Returns a report's assumptions, one sentence each.
 
     Args:
-      program: what was read.
-      gpu: whose peaks the times are reckoned with.
-      gpus_per_node: devices of one node.
-      efficiency: part of the peaks that kernels reach.
+      program: the program that was read.
+      gpu: whose peaks the times are estimated from.
+      gpus_per_node: devices per node.
+      efficiency: fraction of the peaks that kernels reach.
       kinds: of the collectives.
-      unknown: targets of custom calls whose FLOPs are not known.
+      unknown: targets of custom calls whose FLOPs are unknown.
     """
-    said = [
+    found = [
         f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s of bfloat16 and "
         f"{gpu.memory_bandwidth / 1e12:.2f} TB/s, of which kernels reach "
         f"{efficiency:.0%}; NVLink {gpu.nvlink_bandwidth / 1e9:.0f} GB/s, "
         f"network {gpu.network_bandwidth / 1e9:.0f} GB/s",
-        f"latencies: {KERNEL_LATENCY_S * 1e6:g} us a kernel, "
-        f"{INSIDE_LATENCY_S * 1e6:g} us a collective inside a node, "
+        f"latencies: {KERNEL_LATENCY_S * 1e6:g} us per kernel, "
+        f"{INSIDE_LATENCY_S * 1e6:g} us per collective inside a node, "
         f"{BETWEEN_LATENCY_S * 1e6:g} us between nodes",
         f"device i is in node i // {gpus_per_node}",
     ]
     if "ragged-all-to-all" in kinds:
-        said.append("ragged all-to-alls send what fits both buffers, to all alike")
-    said.append(
-        "a loop's body takes as long in every trip; caches are not known, nor are "
-        "links that others use; kernels of causal attention skip the other half"
+        found.append(
+            "ragged all-to-alls send as much as fits both buffers, to all devices alike"
+        )
+    found.append(
+        "a loop's body takes equally long in every trip; caches and other users of the "
+        "links are not modeled; causal attention kernels skip the masked half"
     )
-    guessed: dict[str, dict[str, float]] = {}
+    found += _guessed_trips(program)
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        found.append(f"custom calls of unknown FLOPs count as zero FLOPs: {names}")
+    return tuple(found)
+
+
+def _guessed_trips(program: HloProgram) -> Iterator[str]:
+    loops_by_source: dict[str, dict[str, None]] = {}
     for paths in program.paths.values():
         for frame in (path[-1] for path in paths if path):
             if frame.kind == "while" and frame.source not in (KNOWN, GIVEN):
-                guessed.setdefault(frame.source, {})[frame.computation] = frame.trips
-    words = {
-        GUARD: "zero or one time: reckoned with once",
-        BLOCKS: "as often as it takes to go through a buffer in blocks: guessed to be "
-        "all of it, once",
-        UNKNOWN: "as often as data say: reckoned with once; trip_counts= tells better",
-    }
-    for source, loops in guessed.items():
+                loops_by_source.setdefault(frame.source, {})[frame.computation] = None
+    for source, loops in loops_by_source.items():
         names = ", ".join(list(loops)[:3]) + (", ..." if len(loops) > 3 else "")
         count = f"{len(loops)} loops run" if len(loops) > 1 else "1 loop runs"
-        said.append(f"{count} {words[source]} ({names})")
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        said.append(f"custom calls whose FLOPs are not known count none: {names}")
-    return tuple(said)
+        yield f"{count} {_GUESSES[source]} ({names})"

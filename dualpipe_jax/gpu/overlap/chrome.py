@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dualpipe_jax.gpu.overlap.phases import last_part, phase_of
-from dualpipe_jax.gpu.overlap.program import Program
+from dualpipe_jax.gpu.overlap.program import HloProgram
 from dualpipe_jax.gpu.overlap.timeline import Compute
 from dualpipe_jax.pictures import ChromeTrace, phase
 
@@ -17,34 +17,35 @@ _TRACKS = {
 }
 
 
-def trace(program: Program, computation: str, title: str) -> ChromeTrace:
-    """One run of a computation: a track for compute, and one for each link."""
-    done = program.timeline(computation)
-    names = {
+def trace(program: HloProgram, computation: str, title: str) -> ChromeTrace:
+    """Returns one run of a computation: a compute track, and a track per link."""
+    timeline = program.timeline(computation)
+    compute = {
         event.name: event
         for event in program.events(computation)
         if isinstance(event, Compute)
     }
-    found = program.collectives(computation)
-    made = ChromeTrace()
-    device = made.device(title)
-    used = {span.queue for span in done.spans} | {""}
+    collectives = program.collectives(computation)
+    written = ChromeTrace()
+    device = written.device(title)
+    used = {span.queue for span in timeline.spans} | {""}
     streams = {
-        queue: made.stream(device, label)
+        queue: written.stream(device, label)
         for queue, label in _TRACKS.items()
         if queue in used
     }
-    for span in done.spans:
+    for span in timeline.spans:
         args: dict[str, Any] = {"instruction": span.name}
         if span.queue:
+            collective, traffic = collectives[span.name]
             label = phase_of(program, computation, span.name)
             args |= {
-                "kind": found[span.name][0].kind,
-                "bytes": found[span.name][1].num_bytes,
-                "exposed_us": done.exposed[span.name] * 1e6,
+                "kind": collective.kind,
+                "bytes": traffic.num_bytes,
+                "exposed_us": timeline.exposed[span.name] * 1e6,
             }
         else:
-            work, op_name = names[span.name].work, names[span.name].op_name
+            work, op_name = compute[span.name].work, compute[span.name].op_name
             label = phase(op_name) or last_part(op_name) or span.name
             args |= {
                 "kind": "gemm" if work.gemms else "kernel",
@@ -52,7 +53,7 @@ def trace(program: Program, computation: str, title: str) -> ChromeTrace:
                 "bytes": work.num_bytes,
                 "op_name": op_name,
             }
-        made.span(
+        written.span(
             device,
             streams[span.queue],
             label,
@@ -60,4 +61,4 @@ def trace(program: Program, computation: str, title: str) -> ChromeTrace:
             (span.end - span.begin) * 1e6,
             {"phase": label, **args},
         )
-    return made
+    return written

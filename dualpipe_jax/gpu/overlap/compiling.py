@@ -1,9 +1,9 @@
 """Compiles a step twice: the second time XLA's scheduler knows what everything costs.
 
-XLA orders instructions before it knows how long they take: to its default estimate an
-exchange of 470 MB over the network is over after a few products. Its scheduler reads
-measured costs from a profile (profile-guided latency estimation); here they are those
-of `overlap_report`, so that nobody has to run anything first.
+XLA orders instructions before it knows how long they take: its default estimate ends
+an exchange of 470 MB over the network after a few products. Its scheduler reads
+measured costs from a profile (profile-guided latency estimation); these costs are the
+estimates of `overlap_report`, so nothing has to run first.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dualpipe_jax.gpu.overlap.report import OverlapReport, overlap_report
-from dualpipe_jax.gpu.topology import Gpu, gpu_compiler_options
+from dualpipe_jax.gpu.gpus import Gpu
+from dualpipe_jax.gpu.overlap.reading import overlap_report
+from dualpipe_jax.gpu.overlap.report import OverlapReport
+from dualpipe_jax.gpu.topology import gpu_compiler_options
 
 _PROFILE = "xla_gpu_pgle_profile_file_or_directory_path"
 
@@ -35,12 +37,12 @@ def compile_overlapped(
     """Compiles for GPUs so that communication runs under compute.
 
     Args:
-      lowered: of `jax.jit(...).lower(...)`, for GPUs that are there or for those of
+      lowered: of `jax.jit(...).lower(...)`, for attached GPUs or for those of
         `gpu_mesh`.
-      gpu: see `overlap_report`, as the next two.
-      gpus_per_node: GPUs of one node.
-      efficiency: part of the GPU's peaks that kernels reach.
-      compiler_options: beside `gpu_compiler_options()`, over which they win.
+      gpu: see `overlap_report`, also for the next two.
+      gpus_per_node: GPUs per node.
+      efficiency: fraction of the GPU's peaks that kernels reach.
+      compiler_options: options that override `gpu_compiler_options()`.
 
     Returns:
       A `jax.stages.Compiled`.
@@ -69,9 +71,10 @@ def compile_overlapped(
 
 
 def compile_for(lowered: Any, mesh: Mesh) -> Any:
-    """The same for the devices of a mesh, of which CPUs have nothing to overlap.
+    """Compiles for a mesh's devices: with `compile_overlapped` for GPUs.
 
-    A GPU that nobody knows the figures of is warned of; XLA's own costs must do.
+    For a GPU of unknown peaks it warns, and leaves XLA its own costs. CPUs overlap
+    nothing, so a step for them is compiled once.
     """
     if mesh.devices.flat[0].platform == "cpu":
         return lowered.compile()
@@ -83,10 +86,10 @@ def compile_for(lowered: Any, mesh: Mesh) -> Any:
 
 
 def _written(profile: str) -> str:
-    """A file with this text, whose name says what is in it.
+    """Writes a file with this text, named by its hash, and returns its path.
 
-    jax's compilation cache looks at options, so at the name; and several processes may
-    share a host. The file is left for them.
+    jax's compilation cache hashes options, and so the name; several processes may share
+    a host. The file is left for them.
     """
     digest = hashlib.sha256(profile.encode()).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"dualpipe_jax_{digest}.pbtxt"
@@ -96,12 +99,12 @@ def _written(profile: str) -> str:
 
 
 def options_here() -> dict[str, bool | int]:
-    """`gpu_compiler_options` for this process, with its GPUs or without any."""
+    """Returns `gpu_compiler_options` for this process, with or without GPUs."""
     return gpu_compiler_options(compile_only=jax.default_backend() != "gpu")
 
 
 def scheduling_profile(report: OverlapReport) -> str:
-    """The costs as text of XLA's ProfiledInstructionsProto, in microseconds."""
+    """Returns the costs as text of a ProfiledInstructionsProto, in microseconds."""
     return "".join(
         f'costs {{ name: "{name}" cost_us: {1e6 * seconds:.3f} }}\n'
         for name, seconds in report.costs().items()

@@ -1,4 +1,4 @@
-"""FLOPs of one instruction: products, convolutions and the libraries' calls."""
+"""Counts an instruction's FLOPs: products, convolutions and calls of libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Flops:
 
     Attributes:
       count: multiplications and additions.
-      as_bf16: how many bfloat16 operations take the tensor cores as long.
+      as_bf16: the number of bfloat16 operations that take the tensor cores as long.
     """
 
     count: float = 0.0
@@ -28,15 +28,15 @@ class Flops:
 
 
 def of(op: Instruction, where: Computation, has_fp8: bool) -> Flops | None:
-    """FLOPs of an instruction that is no fusion.
+    """Counts the FLOPs of an instruction other than a fusion.
 
     Args:
       op: the instruction.
-      where: the computation that it stands in.
+      where: its computation.
       has_fp8: whether eight-bit floats are multiplied at twice bfloat16's rate.
 
     Returns:
-      None where a custom call may multiply, and its shapes do not tell.
+      None for a custom call that may multiply matrices, where its shapes do not tell.
     """
     opcode = op.opcode.removesuffix("-start")
     if opcode not in ("dot", "convolution", "custom-call", "ragged-dot"):
@@ -62,7 +62,7 @@ def of(op: Instruction, where: Computation, has_fp8: bool) -> Flops | None:
 
 
 def name(op: Instruction) -> str:
-    """What a custom call calls, with the kernel's name if it has one."""
+    """Returns a custom call's target, with the kernel's name if it has one."""
     target = op.get("custom_call_target").strip('"') or op.opcode
     kernel = re.search(r'\bname = "([^"]*)"', op.get("backend_config"))
     return f"{target} ({kernel[1]})" if kernel else target
@@ -73,7 +73,7 @@ def _along(array: Array, dims: tuple[int, ...]) -> int:
 
 
 def _slowness(arrays: list[Array], algorithm: str, has_fp8: bool) -> float:
-    """Time of one operation in those of bfloat16."""
+    """Returns the time of one operation over that of a bfloat16 operation."""
     found = re.search(r"dot_(\w+?)_\w+?(?:_x(\d))?$", algorithm)
     if found:
         times = float(found[2] or 1)
@@ -122,13 +122,13 @@ def _custom(
 
 
 def _is_kernel(target: str) -> bool:
-    """Whether a custom call is a kernel of somebody's own, which may multiply."""
+    """Returns whether a custom call is a hand-written kernel, which may multiply."""
     target = target.lower()
     return any(word in target for word in ("triton", "mosaic", "pallas", "ragged"))
 
 
 def _grouped(result: Array, arrays: list[Array]) -> float | None:
-    """A grouped product by its shapes, such as a Triton kernel of tokamax.
+    """Counts a grouped product by its shapes, such as a Triton kernel of tokamax.
 
     [m, k] and [groups, k, n] make [m, n]; for the weights [m, k] and [m, n] make
     [groups, k, n].
@@ -147,7 +147,7 @@ def _grouped(result: Array, arrays: list[Array]) -> float | None:
         _, k, n = result.dims
         for first in rank2:
             for second in rank2:
-                # Either may come transposed: the rows are what both have.
+                # Either may be transposed: the rows are the size that both have.
                 rows = {first[0], first[1]} & {second[0], second[1]}
                 for m in rows:
                     if {first, second} <= {(m, k), (m, n), (k, m), (n, m)} and (
@@ -159,7 +159,7 @@ def _grouped(result: Array, arrays: list[Array]) -> float | None:
 
 
 def _attention(op: Instruction, target: str, query: Array) -> float | None:
-    """Attention by cuDNN: two products forward, five backward, half if causal."""
+    """Counts cuDNN attention: two products forward, five backward; half if causal."""
     config = _find(op.backend_config, "cudnn_fmha_backend_config") or {}
     tensor = _find(config, "intermediate_tensor_shape") or {}
     scores = [int(size) for size in tensor.get("dimensions", [])]
@@ -172,11 +172,11 @@ def _attention(op: Instruction, target: str, query: Array) -> float | None:
 
 
 def _attention_kernel(arrays: list[Array], results: tuple[Array, ...]) -> float | None:
-    """A kernel of attention by its shapes: queries, keys and values come first.
+    """Counts an attention kernel by its shapes: queries, keys and values come first.
 
-    Two products forward; five backward, which makes the scores again. Of sequence and
-    heads, the sequence is the longer one; as many keys as queries are taken to be
-    causal, which halves the work.
+    Two products forward; five backward, which recomputes the scores. Of the sequence
+    and the heads, the sequence is taken to be the longer dimension. Attention over as
+    many keys as queries is taken to be causal, which halves the work.
     """
     if len(arrays) < 3 or len({len(array.dims) for array in arrays[:3]}) > 1:
         return None
@@ -193,7 +193,7 @@ def _attention_kernel(arrays: list[Array], results: tuple[Array, ...]) -> float 
 
 
 def _find(config: object, key: str):
-    """The value of a key, however deep it lies."""
+    """Returns the value of a key at any depth of nested dicts, else None."""
     if isinstance(config, dict):
         if key in config:
             return config[key]

@@ -1,7 +1,7 @@
-"""How often a loop runs whose trips XLA does not know.
+"""Guesses the trip counts of loops where XLA does not know them.
 
-Two kinds of loops can be recognised by what they carry: guards, which run zero or one
-time, and loops over the blocks of a ragged buffer, as a grouped product has them.
+Two kinds of loops can be recognised by what they carry: guards, which run at most once,
+and loops over the blocks of a ragged buffer, as in a grouped product.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dualpipe_jax.gpu.overlap.shapes import leaves
 
 
 def is_guard(module: Module, op: Instruction) -> bool:
-    """Whether a `while` runs at most once: the body clears the flag that it carries."""
+    """Returns whether a `while` runs at most once: its body clears its flag."""
     condition = module[op.called("condition")[0]]
     body = module[op.called("body")[0]]
     flag = condition.source(condition.root.name)
@@ -28,15 +28,15 @@ def is_guard(module: Module, op: Instruction) -> bool:
 
 
 def blocks(module: Module) -> dict[str, float]:
-    """Trips of loops that go through a buffer block by block.
+    """Guesses the trips of loops that go through a buffer block by block.
 
     The guess: the loop, with all loops of known trips around it that carry the same
-    buffer, goes through it once. Of several such loops in one computation (whole
-    blocks, then what is left over in smaller ones) the one with the largest blocks
+    buffer, goes through the buffer once. Of several such loops in one computation
+    (whole blocks, then the remainder in smaller ones) the one with the largest blocks
     does so, and the others run once.
 
     Returns:
-      By name of the body.
+      Trips by the name of the loop's body.
     """
     found: dict[str, float] = {}
     _visit(module, module.entry, (), found)
@@ -72,7 +72,7 @@ def _visit(
             if op.opcode == "call":
                 for name in op.called("to_apply"):
                     _visit(module, module[name], outer, found)
-    # Where the buffers differ, the smaller one is through first.
+    # Of a body with buffers of several sizes, the smallest decides: it comes last.
     for rows in sorted(ragged, reverse=True):
         around = math.prod(trips for trips, carried in outer if rows in carried)
         largest = max(block for block, _ in ragged[rows])
@@ -81,7 +81,7 @@ def _visit(
 
 
 def _sliced(module: Module, body: Computation) -> Iterator[tuple[int, int]]:
-    """(rows of a carried buffer, rows of the block) that a body reads or writes."""
+    """Yields (rows of a carried buffer, rows of the block that a body accesses)."""
     for op in body.instructions:
         where, ops = body, [op]
         if op.opcode == "fusion":
@@ -97,6 +97,6 @@ def _sliced(module: Module, body: Computation) -> Iterator[tuple[int, int]]:
             buffers, blocks_ = leaves(whole), leaves(block)
             if buffers and blocks_ and len(buffers[0].dims) > 1:
                 (rows, *columns), (part, *same) = buffers[0].dims, blocks_[0].dims
-                # One row of many is a stack, gone through in an order of its own.
+                # A block of one row indexes a stack: any order, any number of times.
                 if columns == same and 1 < part < rows:
                     yield rows, part

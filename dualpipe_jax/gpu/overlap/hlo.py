@@ -1,7 +1,7 @@
 """Reads the text of scheduled HLO modules: their computations and instructions.
 
-A module of a large model has hundreds of thousands of lines, so that a line is only
-taken apart when its computation is asked for, and attributes when they are.
+A large model's module has hundreds of thousands of lines, so lines are parsed when
+their computation is first read, and attributes when they are.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Instruction name -> the instructions that take it as an operand."""
+        """Maps an instruction's name to the instructions that take it as an operand."""
         found: dict[str, list[Instruction]] = {}
         for each in self.instructions:
             for operand in dict.fromkeys(each.operands):
@@ -66,7 +66,7 @@ class Computation:
         ]
 
     def source(self, name: str) -> Instruction | None:
-        """The instruction that makes a value, behind copies and bitcasts."""
+        """Returns the instruction that makes a value, behind copies and bitcasts."""
         found = self.by_name.get(name)
         while found is not None and found.opcode in ("copy", "bitcast", "reshape"):
             found = self.by_name.get(found.operands[0])
@@ -74,12 +74,12 @@ class Computation:
 
 
 class Module:
-    """A module: its computations by name, its entry, and what its first line says.
+    """A module: its computations, its entry, and what its first line says.
 
     Attributes:
       name: of the module.
       computations: by name.
-      entry: the computation that runs.
+      entry: the computation that a run starts with.
       num_devices: partitions times replicas.
     """
 
@@ -92,8 +92,8 @@ class Module:
     def __getitem__(self, name: str) -> Computation:
         if name not in self.computations:
             raise ValueError(
-                f"the module {self.name} calls the computation {name!r}, which it does "
-                "not have; the text is cut off: pass all of `compiled.as_text()`."
+                f"the module {self.name} calls the computation {name!r}, which its "
+                "text does not contain; pass all of `compiled.as_text()`."
             )
         return self.computations[name]
 
@@ -102,7 +102,7 @@ def parse(text: str) -> Module:
     """Reads a scheduled module.
 
     Raises:
-      ValueError: the text is no HLO module, or is not scheduled.
+      ValueError: the text is not an HLO module, or not a scheduled one.
     """
     start = re.search(r"^HloModule ([^\s,]+)(.*)$", text, re.M)
     if start is None:
@@ -114,7 +114,7 @@ def parse(text: str) -> Module:
     if "is_scheduled=true" not in start[2]:
         raise ValueError(
             f"the module {start[1]} is not scheduled (no is_scheduled=true in its "
-            "first line), so that nothing can be said of overlap; pass the text of a "
+            "first line), so its text does not show what overlaps; pass the text of a "
             "compiled program, `lowered.compile().as_text()`, not of a lowered one."
         )
     computations: dict[str, Computation] = {}
@@ -125,8 +125,8 @@ def parse(text: str) -> Module:
             entry = computations[name]
     if entry is None:
         raise ValueError(
-            f"the module {start[1]} has no ENTRY computation; the text is cut off: "
-            "pass all of `compiled.as_text()`."
+            f"the text of the module {start[1]} contains no ENTRY computation; pass "
+            "all of `compiled.as_text()`."
         )
     count = 1
     for key in ("num_partitions", "replica_count"):
@@ -139,7 +139,7 @@ def _computations(text: str) -> Iterator[tuple[str, bool, list[str]]]:
     name, is_entry, lines = None, False, []
     for line in text.splitlines():
         if name is None:
-            # A head stands at the line's begin: `ENTRY %name (params) -> shape {`.
+            # A head is not indented: `ENTRY %name (params) -> shape {`.
             if line.endswith("{") and not line.startswith((" ", "\t")):
                 is_entry = line.startswith("ENTRY ")
                 match = _NAME.match(line.removeprefix("ENTRY ").lstrip())

@@ -1,4 +1,4 @@
-"""One line of HLO: what it is called, computes and takes, and its attributes."""
+"""Parses one line of HLO: name, shape, opcode, operands and attributes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Instruction:
       name: without the percent sign.
       shape: as text; see `shapes`.
       opcode: such as `fusion` or `all-gather-start`.
-      is_root: whether it is what its computation returns.
+      is_root: whether its computation returns it.
     """
 
     __slots__ = (
@@ -46,7 +46,7 @@ class Instruction:
             return [part.strip(" %") for part in self._operands.split(",") if part]
         found = []
         for part in split_commas(self._operands):
-            # With or without its shape before it.
+            # A shape may precede the name.
             match = _OPERAND.search(part)
             if match:
                 found.append(match[1] or match[2])
@@ -54,7 +54,7 @@ class Instruction:
 
     @property
     def literal(self) -> str:
-        """What stands in the parentheses: of a constant its value."""
+        """The text in the parentheses; of a constant, its value."""
         return self._operands.strip()
 
     @property
@@ -65,31 +65,31 @@ class Instruction:
         return self._cache
 
     def get(self, name: str, default: str = "") -> str:
-        """The text of an attribute."""
-        # Most lines do not have it: look before taking the line apart.
+        """Returns the text of an attribute."""
+        # Most lines do not have it: look before parsing the attributes.
         if name + "=" not in self._attributes:
             return default
         return self.attributes.get(name, default)
 
     def dims(self, name: str) -> tuple[int, ...]:
-        """An attribute such as `lhs_contracting_dims={1,2}`."""
+        """Returns the integers of an attribute such as `lhs_contracting_dims={1,2}`."""
         return tuple(int(number) for number in re.findall(r"\d+", self.get(name)))
 
     def called(self, *names: str) -> list[str]:
-        """The computations that these attributes name."""
+        """Returns the computations that these attributes name."""
         return [
             found[1] for name in names for found in _CALLED.finditer(self.get(name, ""))
         ]
 
     @property
     def op_name(self) -> str:
-        """Where in the program it comes from; empty if metadata does not say."""
+        """Where in the program it comes from; empty if the metadata does not say."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self._attributes)
         return match[1] if match else ""
 
     @property
     def backend_config(self) -> dict[str, Any]:
-        """The backend's JSON; empty where there is none, or something else."""
+        """The backend's JSON object; empty where there is none, or other text."""
         text = self.get("backend_config")
         try:
             value = json.loads(text) if text else {}
@@ -100,7 +100,7 @@ class Instruction:
 
 
 def read(line: str) -> Instruction | None:
-    """Takes a line apart; None if it is no instruction."""
+    """Parses a line; returns None if it is not an instruction."""
     line = line.strip()
     is_root = line.startswith("ROOT ")
     left, sign, rest = line.removeprefix("ROOT ").partition(" = ")
@@ -125,7 +125,7 @@ def read(line: str) -> Instruction | None:
 
 
 def _closing(text: str, opening: int) -> int:
-    """The position behind the parenthesis that closes the one at `opening`."""
+    """Returns the position behind the parenthesis that closes that at `opening`."""
     depth, at = 0, opening
     while True:
         close = text.find(")", at)

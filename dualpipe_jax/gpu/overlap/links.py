@@ -1,7 +1,7 @@
-"""What a collective sends, over which link, and how long that takes.
+"""Estimates what a collective sends, over which link, and how long that takes.
 
-Partition i is taken to be GPU `i % gpus_per_node` of node `i // gpus_per_node`, which
-is how a mesh lies whose devices are in jax's order.
+Partition i is taken to be GPU `i % gpus_per_node` of node `i // gpus_per_node`, as in a
+mesh whose devices are in jax's order.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import re
 
 import numpy as np
 
+from dualpipe_jax.gpu.gpus import Gpu
+from dualpipe_jax.gpu.overlap.groups import replica_groups
 from dualpipe_jax.gpu.overlap.hlo import Computation, Module
 from dualpipe_jax.gpu.overlap.instructions import Instruction
 from dualpipe_jax.gpu.overlap.shapes import leaves, num_bytes
-from dualpipe_jax.gpu.topology import Gpu
 
-# Until the first byte arrives: one kernel and the flags of its peers, and a round trip
-# through network cards. NCCL's small-message times lie around these.
+# Until the first byte arrives: one kernel and its peers' flags, or a round trip through
+# network cards. NCCL's times for small messages are close to these.
 INSIDE_LATENCY_S = 10e-6
 BETWEEN_LATENCY_S = 20e-6
 
@@ -29,7 +30,7 @@ KINDS = (
     "all-gather",
     "reduce-scatter",
     "collective-broadcast",
-    # Of a pair that XLA has made of a permute; `send` is its other end.
+    # XLA makes a pair of `send` and `recv` of some permutes.
     "recv",
 )
 NVLINK, NETWORK, LOCAL = "nvlink", "network", "local"
@@ -37,14 +38,14 @@ NVLINK, NETWORK, LOCAL = "nvlink", "network", "local"
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one device sends in one run of a collective; of all, the slowest one.
+    """What the slowest device sends in one run of a collective.
 
     Attributes:
-      inside_bytes: to GPUs of its own node.
-      between_bytes: to other nodes.
+      inside_bytes: sent to GPUs of its own node.
+      between_bytes: sent to other nodes.
       seconds: the estimate, with latency.
-      link: `nvlink`, `network`, or `local` where nothing leaves the device: what
-        takes longest.
+      link: the one that takes longest: `nvlink`, `network`, or `local` where nothing
+        leaves the device.
       group_size: devices that communicate with each other; 2 for a permute.
     """
 
@@ -60,12 +61,12 @@ class Traffic:
 
 
 class Links:
-    """Times on the links of a GPU, with the groups that were parsed before.
+    """Times of a module's collectives on the links of a GPU; caches parsed groups.
 
     Args:
-      module: whose collectives are asked for.
-      gpu: whose links they use.
-      gpus_per_node: devices in one node.
+      module: the module.
+      gpu: the GPU.
+      gpus_per_node: devices per node.
     """
 
     def __init__(self, module: Module, gpu: Gpu, gpus_per_node: int):
@@ -79,7 +80,7 @@ class Links:
         Args:
           kind: one of `KINDS`.
           op: the instruction with the operands and the groups.
-          where: the computation that it stands in.
+          where: its computation.
         """
         shapes = where.operand_shapes(op)
         if kind == "collective-permute":
@@ -90,8 +91,8 @@ class Links:
             return self._permute(op, pairs, leaves(op.shape)[0].num_bytes)
         size, in_node = self._group(op)
         if kind == "ragged-all-to-all":
-            # Rows arrive in as many as leave, over the group: neither buffer can be
-            # more than full on average. The offsets are not sent.
+            # As many rows arrive in the group as leave, so neither buffer can be more
+            # than full on average. The offsets are not sent.
             total = float(min(num_bytes(shapes[0]), num_bytes(shapes[1])))
         else:
             total = float(sum(map(num_bytes, shapes)))
@@ -104,7 +105,7 @@ class Links:
             "reduce-scatter": total * (size - 1) / size,
             "collective-broadcast": total if size > 1 else 0.0,
         }[kind]
-        # Rings, one for each GPU of a node, each leaving the node at another GPU.
+        # Rings, one per GPU of a node, each of which leaves the node at its own GPU.
         between = sent / in_node if in_node < size else 0.0
         return self._time(sent - between, between, size)
 
@@ -127,25 +128,25 @@ class Links:
             numbers = np.array(re.findall(r"\d+", text), dtype=np.int64)
             if len(numbers) % 2:
                 raise ValueError(
-                    f"{op.name}: source_target_pairs={text[:80]} are no pairs; pass "
+                    f"{op.name}: source_target_pairs={text[:80]} are not pairs; pass "
                     "the module's text as XLA printed it."
                 )
             pairs = numbers.reshape(-1, 2)
             moving = pairs[pairs[:, 0] != pairs[:, 1]] // self._per_node
-            crossing = bool((moving[:, 0] != moving[:, 1]).any())
-            self._pairs[text] = crossing if len(moving) else None
-        crossing = self._pairs[text]
-        if crossing is None:
-            # To oneself, read and written once.
+            between_nodes = bool((moving[:, 0] != moving[:, 1]).any())
+            self._pairs[text] = between_nodes if len(moving) else None
+        between_nodes = self._pairs[text]
+        if between_nodes is None:
+            # Every device sends to itself: one read and one write.
             seconds = 2 * total / self._gpu.memory_bandwidth
             return Traffic(0.0, 0.0, seconds + INSIDE_LATENCY_S, LOCAL, 1)
-        inside, between = (0.0, total) if crossing else (total, 0.0)
+        inside, between = (0.0, total) if between_nodes else (total, 0.0)
         return self._time(inside, between, 2)
 
     def _group(self, op: Instruction) -> tuple[int, int]:
-        """(size, members in one node) of the group whose members send the most."""
+        """Returns (size, members per node) of the group whose members send the most."""
         text = op.get("replica_groups")
-        if "device_ids" in op.attributes:  # of the mesh: `mesh[...], device_ids=...`
+        if "device_ids" in op.attributes:  # of a mesh: `mesh[...], device_ids=...`
             text += f", device_ids={op.get('device_ids')}"
         if text not in self._groups:
             found = [
@@ -157,85 +158,6 @@ class Links:
                 )
                 for group in replica_groups(text, self._module.num_devices)
             ]
-            # The most to send, and the fewest in a node: the slowest device decides.
+            # The slowest device decides: the largest group, the fewest of it per node.
             self._groups[text] = max(found, key=lambda each: (each[0], -each[1]))
         return self._groups[text]
-
-
-def replica_groups(text: str, num_devices: int) -> list[np.ndarray]:
-    """Reads replica groups in any of the syntaxes that XLA prints.
-
-    Args:
-      text: lists `{{0,1},{2,3}}`, iota `[2,4]<=[4,2]T(1,0)`, a mesh and its axes
-        `mesh['a'=2,'b'=4] {'b'}`, or nothing for all devices in one group.
-      num_devices: of the module.
-
-    Returns:
-      The members of each group.
-
-    Raises:
-      ValueError: the text is none of these.
-
-    Examples:
-      >>> [group.tolist() for group in replica_groups("[2,2]<=[2,2]T(1,0)", 4)]
-      [[0, 2], [1, 3]]
-      >>> [group.tolist() for group in replica_groups("mesh['a'=2,'b'=2] {'a'}", 4)]
-      [[0, 2], [1, 3]]
-    """
-    if not re.search(r"\d", text):
-        return [np.arange(num_devices)]
-    if text.startswith("mesh["):
-        return _mesh_groups(text)
-    if "<=" in text:
-        return list(_iota(text).reshape(_dims(text)))
-    if re.fullmatch(r"\{(\s*\{[\d,\s]*\}\s*,?)+\}", text):
-        lists = re.findall(r"\{([\d,\s]+)\}", text)
-        return [np.array(each.split(","), dtype=np.int64) for each in lists]
-    if re.fullmatch(r"\{[\d,\s]+\}", text):
-        return [np.array(text[1:-1].split(","), dtype=np.int64)]
-    raise ValueError(
-        f"replica_groups={text[:80]} are not understood; known are lists in braces, "
-        "[groups,size]<=[dims]T(order), and mesh[...] {axes}."
-    )
-
-
-def _dims(text: str) -> list[int]:
-    found = re.search(r"\[([\d,]+)\]", text)
-    return [int(d) for d in found[1].split(",")] if found else []
-
-
-def _iota(text: str) -> np.ndarray:
-    """The devices of `...<=[dims]T(order)`, or of `[dims]T(order)`, flat."""
-    text = text.rpartition("<=")[2]
-    dims = _dims(text)
-    order = re.search(r"T\(([\d,]+)\)", text)
-    ids = np.arange(np.prod(dims)).reshape(dims)
-    if order:
-        ids = ids.transpose([int(axis) for axis in order[1].split(",")])
-    return ids.reshape(-1)
-
-
-def _mesh_groups(text: str) -> list[np.ndarray]:
-    axes = {
-        name: int(size) for name, size in re.findall(r"['\"]([^'\"]+)['\"]=(\d+)", text)
-    }
-    ids = np.arange(int(np.prod(list(axes.values()))))
-    given = re.search(r"device_ids=\(([^{]*)\)", text)
-    if given:
-        flat = "[" not in given[1]
-        ids = np.array(given[1].split(","), dtype=int) if flat else _iota(given[1])
-    # `'a':(2)4` is the part of size 4 of axis a, behind a part of size 2.
-    reduced = re.findall(
-        r"['\"]([^'\"=]+)['\"](?::\((\d+)\)(\d+))?", text.rpartition("{")[2]
-    )
-    cuts = {name: (int(pre), int(size)) for name, pre, size in reduced if pre}
-    dims, grouped = [], []
-    for name, size in axes.items():
-        wanted = any(name == each for each, _, _ in reduced)
-        pre, part = cuts.get(name, (1, size if wanted else 1))
-        dims += [pre, part, size // (pre * part)]
-        grouped += [False, wanted, False]
-    outer = [axis for axis, inside in enumerate(grouped) if not inside]
-    inner = [axis for axis, inside in enumerate(grouped) if inside]
-    size = int(np.prod([dims[axis] for axis in inner]))
-    return list(ids.reshape(dims).transpose(outer + inner).reshape(-1, size))

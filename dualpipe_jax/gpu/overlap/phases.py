@@ -1,4 +1,4 @@
-"""The phases of a compiled module's collectives; see `dualpipe_jax.pictures.phases`."""
+"""Names the phases of a module's collectives; see `dualpipe_jax.pictures.phases`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import collections
 
 from dualpipe_jax.gpu.overlap.hlo import Computation
 from dualpipe_jax.gpu.overlap.instructions import Instruction
-from dualpipe_jax.gpu.overlap.program import Program
+from dualpipe_jax.gpu.overlap.program import HloProgram
 from dualpipe_jax.pictures import phase
 
 _VIEWS = ("get-tuple-element", "copy", "bitcast", "reshape")
 
 
-def phase_of(program: Program, computation: str, start: str) -> str:
-    """The phase of a collective, from its name, or its neighbours' names.
+def phase_of(program: HloProgram, computation: str, start: str) -> str:
+    """Returns the phase of a collective, from its name or its neighbours' names.
 
-    XLA drops the names of what it wraps in asynchronous calls: then what makes the
-    operands and what takes the result vote.
+    XLA drops the names of collectives that it wraps in asynchronous calls: the phase is
+    then the most frequent one of what makes the operands and what reads the result.
     """
     found, _ = program.collectives(computation)[start]
     own = phase(found.op.op_name)
@@ -41,7 +41,7 @@ def _vote(where: Computation, op: Instruction) -> str | None:
 
 
 def _behind(where: Computation, view: Instruction) -> Instruction | None:
-    """What a view shows; of a tuple, which is left of a barrier, its element."""
+    """Returns the operand of a view; of a tuple (a former barrier), the element."""
     made = where.by_name.get(view.operands[0])
     if made is not None and made.opcode == "tuple" and view.get("index"):
         return where.by_name.get(made.operands[int(view.get("index"))])
@@ -49,7 +49,7 @@ def _behind(where: Computation, view: Instruction) -> Instruction | None:
 
 
 def _readers(where: Computation, made: Instruction) -> list[Instruction]:
-    """The instructions that read a value, behind the tuple of a barrier as well."""
+    """Returns the readers of a value, also those behind the tuple of a barrier."""
     found = []
     for user in where.users.get(made.name, []):
         if user.opcode != "tuple":
@@ -63,5 +63,5 @@ def _readers(where: Computation, made: Instruction) -> list[Instruction]:
 
 
 def last_part(op_name: str) -> str:
-    """The operation's own name in its path."""
+    """Returns the operation's own name, the last part of its path."""
     return op_name.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""How a module runs: which computation runs where, how often, and how long it takes."""
+"""How a module runs: where each computation is called, how often, and how long."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import functools
 from collections.abc import Mapping
 
 from dualpipe_jax.gpu.overlap import collectives, guesses, timeline
-from dualpipe_jax.gpu.overlap.collectives import Found
+from dualpipe_jax.gpu.overlap.collectives import Collective
 from dualpipe_jax.gpu.overlap.hlo import Computation, Module
 from dualpipe_jax.gpu.overlap.instructions import Instruction
 from dualpipe_jax.gpu.overlap.links import Links, Traffic
-from dualpipe_jax.gpu.overlap.timeline import Compute, Done, Event, Start, Timeline
-from dualpipe_jax.gpu.overlap.work import Roofline, Work
+from dualpipe_jax.gpu.overlap.timeline import Compute, Done, Event, HloTimeline, Start
+from dualpipe_jax.gpu.overlap.work import KernelWork, Roofline
 
 KNOWN, GUARD, GIVEN, BLOCKS, UNKNOWN = "known", "guard", "given", "blocks", "unknown"
 
@@ -23,10 +23,10 @@ class Trips:
     """How often a loop's body runs each time that the loop is reached.
 
     Attributes:
-      count: what the times are reckoned with.
-      source: `known` if XLA knows it; `guard` if zero or one (one is reckoned with);
-        `given` by `trip_counts`; `blocks` if the body fills a buffer block by block,
-        and the count is guessed to fill it once; `unknown` otherwise.
+      count: the number that times are estimated with.
+      source: where the count is from. `known`: XLA knows it. `guard`: zero or one, and
+        one is taken. `given`: by `trip_counts`. `blocks`: the body fills a buffer block
+        by block, and is guessed to fill it once. `unknown`: one is taken.
     """
 
     count: float
@@ -34,14 +34,14 @@ class Trips:
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame:
-    """One step on the way from the entry to a computation.
+class CallFrame:
+    """A loop or a branch on the way from the entry to a computation.
 
     Attributes:
       kind: `while` or `branch`.
       computation: the body, or the branch.
       trips: of the loop; 1 for a branch.
-      source: see `Trips`; `guard` for a branch, as it runs at most once.
+      source: see `Trips`; `guard` for a branch, which runs at most once.
     """
 
     kind: str
@@ -50,18 +50,19 @@ class Frame:
     source: str
 
 
-Path = tuple[Frame, ...]
+Path = tuple[CallFrame, ...]
 
 
-class Program:
+class HloProgram:
     """A module with costs.
 
     Args:
       module: what was compiled.
-      links: the times of its collectives.
-      roofline: the times of its kernels.
-      trip_counts: of loops whose trips the module does not tell: a number for all, or
-        by name (or pattern, as `region_7.*`) of the body. They win over guesses.
+      links: estimates its collectives.
+      roofline: estimates its kernels.
+      trip_counts: of loops whose trips the module does not say: one number for all, or
+        numbers by the name of the body, or a pattern such as `region_7.*`. They
+        override guesses.
     """
 
     def __init__(
@@ -73,25 +74,25 @@ class Program:
     ):
         self.module, self._links, self._roofline = module, links, roofline
         self._given = trip_counts
-        self._timelines: dict[str, Timeline] = {}
+        self._timelines: dict[str, HloTimeline] = {}
         self._events: dict[str, list[Event]] = {}
-        self._found: dict[str, dict[str, tuple[Found, Traffic]]] = {}
+        self._found: dict[str, dict[str, tuple[Collective, Traffic]]] = {}
 
-    def timeline(self, name: str) -> Timeline:
-        """One run of a computation."""
+    def timeline(self, name: str) -> HloTimeline:
+        """Returns the timeline of one run of a computation."""
         if name not in self._timelines:
             self._timelines[name] = timeline.run(self.events(name))
         return self._timelines[name]
 
     def events(self, name: str) -> list[Event]:
-        """A computation's instructions, in order, those of its calls among them."""
+        """Returns a computation's events in order, those of its calls among them."""
         if name not in self._events:
             self._found[name], self._events[name] = {}, []
             self._read(self.module[name], self._found[name], self._events[name])
         return self._events[name]
 
-    def collectives(self, name: str) -> dict[str, tuple[Found, Traffic]]:
-        """The collectives of a computation itself, by the name of their start."""
+    def collectives(self, name: str) -> dict[str, tuple[Collective, Traffic]]:
+        """Returns a computation's own collectives, by the name of their start."""
         self.events(name)
         return self._found[name]
 
@@ -109,8 +110,8 @@ class Program:
                 events.append(Start(op.name, traffic.seconds, traffic.link))
                 if not collective.asynchronous:
                     events.append(Done(op.name))
-            elif origin is not None:  # of what is no collective: free
-                if origin in started:
+            elif origin is not None:  # an update or a done
+                if origin in started:  # of a collective; others are free
                     started[op.name] = started[origin]
                     if op.opcode.endswith("-done"):
                         events.append(Done(started[origin]))
@@ -122,7 +123,7 @@ class Program:
                 if work.kernels:
                     events.append(Compute(op.name, work, op.op_name))
 
-    def _work(self, op: Instruction, where: Computation) -> Work:
+    def _work(self, op: Instruction, where: Computation) -> KernelWork:
         if op.opcode == "while":
             body, condition = op.called("body")[0], op.called("condition")[0]
             times = self.trips(op).count
@@ -130,17 +131,17 @@ class Program:
         if op.opcode == "conditional":
             works = [self._whole(name) for name in branches(op)]
             return max(works, key=lambda work: work.seconds)
-        if op.opcode == "async-start":  # compute on another stream: in order here
+        if op.opcode == "async-start":  # compute on another stream, taken as in order
             works = [self._whole(name) for name in op.called("calls")]
-            return sum(works, Work())
+            return sum(works, KernelWork())
         return self._roofline.kernel(op, where)
 
-    def _whole(self, name: str) -> Work:
+    def _whole(self, name: str) -> KernelWork:
         done = self.timeline(name)
         return dataclasses.replace(done.compute, seconds=done.makespan)
 
     def trips(self, op: Instruction) -> Trips:
-        """How often a `while` runs its body."""
+        """Returns how often a `while` runs its body."""
         known = op.backend_config.get("known_trip_count", {}).get("n")
         if known is not None:
             return Trips(int(known), KNOWN)
@@ -167,20 +168,20 @@ class Program:
 
     @functools.cached_property
     def paths(self) -> dict[str, list[Path]]:
-        """All ways from the entry to each computation that runs on its own."""
+        """All paths from the entry to each loop body, branch, and the entry itself."""
         found: dict[str, list[Path]] = {self.module.entry.name: [()]}
         self._walk(self.module.entry.name, (), found)
         return found
 
     def _walk(self, name: str, path: Path, found: dict[str, list[Path]]) -> None:
         for op in self.module[name].instructions:
-            frames: list[Frame] = []
+            frames: list[CallFrame] = []
             if op.opcode == "while":
                 trips = self.trips(op)
                 body = op.called("body")[0]
-                frames = [Frame("while", body, trips.count, trips.source)]
+                frames = [CallFrame("while", body, trips.count, trips.source)]
             elif op.opcode == "conditional":
-                frames = [Frame("branch", each, 1, GUARD) for each in branches(op)]
+                frames = [CallFrame("branch", each, 1, GUARD) for each in branches(op)]
             elif op.opcode == "call":
                 for each in op.called("to_apply"):
                     self._walk(each, path, found)
@@ -191,5 +192,5 @@ class Program:
 
 
 def branches(op: Instruction) -> list[str]:
-    """The computations of a `conditional`."""
+    """Returns the names of a `conditional`'s computations."""
     return op.called("branch_computations", "true_computation", "false_computation")

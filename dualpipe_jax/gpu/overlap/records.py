@@ -1,4 +1,4 @@
-"""What is known of one collective, and of one computation that has some."""
+"""Reports on one collective, and on one computation that has collectives."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from dualpipe_jax.gpu.overlap import phases
-from dualpipe_jax.gpu.overlap.program import GIVEN, GUARD, KNOWN, Frame, Program
-from dualpipe_jax.gpu.overlap.work import Work
+from dualpipe_jax.gpu.overlap.program import GIVEN, GUARD, KNOWN, CallFrame, HloProgram
+from dualpipe_jax.gpu.overlap.work import KernelWork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +18,17 @@ class CollectiveReport:
     Attributes:
       name: of the instruction (of its start).
       kind: such as `all-to-all`.
-      phase: such as `dispatch(F)`; the program's own name where that cannot be told.
-      computation: the loop, branch or entry that it stands in.
+      phase: such as `dispatch(F)`; the program's own name where the phase is unknown.
+      computation: the loop body, branch or entry that contains it.
       asynchronous: whether other instructions may run meanwhile.
       group_size: devices that communicate with each other; 2 for a permute.
-      inside_bytes: sent by one device to its own node, by the slowest of all.
-      between_bytes: sent to other nodes.
+      inside_bytes: sent by the slowest device inside its own node.
+      between_bytes: sent by it to other nodes.
       link: `nvlink`, `network` or `local`.
-      seconds: on its link, with nothing in its way.
-      exposed_s: seconds in which compute waited for it.
+      seconds: on an idle link.
+      exposed_s: seconds in which compute waits for it.
       under: the compute between its start and its done.
-      op_name: what the program calls it; empty where XLA has dropped it.
+      op_name: its name in the program; empty where XLA has dropped it.
     """
 
     name: str
@@ -42,7 +42,7 @@ class CollectiveReport:
     link: str
     seconds: float
     exposed_s: float
-    under: Work
+    under: KernelWork
     op_name: str
 
     @property
@@ -54,7 +54,7 @@ class CollectiveReport:
         return self.inside_bytes + self.between_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns it as plain data, for JSON."""
         names = (
             "name kind phase asynchronous group_size inside_bytes between_bytes link"
         )
@@ -73,16 +73,15 @@ class CollectiveReport:
 class LoopReport:
     """A computation with collectives of its own: a loop's body, a branch, or the entry.
 
-    Times are of one run of it. Loops and branches inside count as compute.
+    Times are of one run. Loops and branches inside count as compute.
 
     Attributes:
       name: of the computation.
       kind: `while`, `guard`, `branch` or `entry`.
-      path: the loops and branches around it, from the outside, itself the last.
-      runs: how often one execution of the module runs it; None if that depends on
-        data, or if a guard or a branch decides.
-      runs_at_most: the same with guards and branches taken; None if that depends on
-        data.
+      path: the loops and branches around it, the outermost first and itself last.
+      runs: how often one execution of the module runs it; None where data, a guard or
+        a branch decides.
+      runs_at_most: the same with guards and branches taken; None where data decide.
       makespan_s: of one run.
       compute: work of one run.
       collectives: its own, in the order of their starts.
@@ -90,11 +89,11 @@ class LoopReport:
 
     name: str
     kind: str
-    path: tuple[Frame, ...]
+    path: tuple[CallFrame, ...]
     runs: float | None
     runs_at_most: float | None
     makespan_s: float
-    compute: Work
+    compute: KernelWork
     collectives: tuple[CollectiveReport, ...]
 
     @property
@@ -111,16 +110,16 @@ class LoopReport:
 
     @property
     def hidden_fraction(self) -> float:
-        """Hidden part of the communication time; 1 where there is none."""
+        """Hidden fraction of the communication time; 1 without communication."""
         return self.hidden_s / self.communication_s if self.communication_s else 1.0
 
     @property
     def without_gemms(self) -> tuple[CollectiveReport, ...]:
-        """Collectives that have no matrix product between start and done."""
+        """Collectives with no matrix product between start and done."""
         return tuple(each for each in self.collectives if not each.under.gemms)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns it as plain data, for JSON."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -138,27 +137,27 @@ class LoopReport:
         }
 
 
-def read_loop(program: Program, name: str) -> LoopReport:
+def read_loop(program: HloProgram, name: str) -> LoopReport:
     """Reports on one computation of a program."""
-    done = program.timeline(name)
+    timeline = program.timeline(name)
     rows = []
-    for start, (found, traffic) in program.collectives(name).items():
+    for start, (collective, traffic) in program.collectives(name).items():
         phase = phases.phase_of(program, name, start)
         rows.append(
             CollectiveReport(
                 name=start,
-                kind=found.kind,
+                kind=collective.kind,
                 phase=phase,
                 computation=name,
-                asynchronous=found.asynchronous,
+                asynchronous=collective.asynchronous,
                 group_size=traffic.group_size,
                 inside_bytes=traffic.inside_bytes,
                 between_bytes=traffic.between_bytes,
                 link=traffic.link,
                 seconds=traffic.seconds,
-                exposed_s=done.exposed[start],
-                under=done.under[start],
-                op_name=found.op.op_name,
+                exposed_s=timeline.exposed[start],
+                under=timeline.under[start],
+                op_name=collective.op.op_name,
             )
         )
     paths = program.paths[name]
@@ -175,7 +174,7 @@ def read_loop(program: Program, name: str) -> LoopReport:
         path=paths[0],
         runs=times if certain and GUARD not in sources else None,
         runs_at_most=times if certain else None,
-        makespan_s=done.makespan,
-        compute=done.compute,
+        makespan_s=timeline.makespan,
+        compute=timeline.compute,
         collectives=tuple(rows),
     )

@@ -1,4 +1,4 @@
-"""The report as plain text, as a rich table, and as HTML for Jupyter."""
+"""Shows the report as plain text, as a rich table, and as HTML for Jupyter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from dualpipe_jax.pictures import aligned, html_table
 
 if TYPE_CHECKING:
-    from dualpipe_jax.gpu.overlap.report import LoopReport, OverlapReport
+    from dualpipe_jax.gpu.overlap.program import CallFrame
+    from dualpipe_jax.gpu.overlap.records import LoopReport
+    from dualpipe_jax.gpu.overlap.report import OverlapReport
 
 _LOOPS = ("loop", "runs", "time", "compute", "comm", "hidden", "exposed", "hidden %")
 _COLLECTIVES = (
@@ -28,7 +30,7 @@ _COLLECTIVES = (
 
 
 def text(report: OverlapReport, name: str | None = None) -> str:
-    """All loops, the collectives of one, and what was assumed."""
+    """Returns all loops, the collectives of one, and the assumptions."""
     if not report.loops:
         return f"{report.module}: no collectives, so nothing to hide."
     loop = _loop(report, name)
@@ -47,28 +49,28 @@ def text(report: OverlapReport, name: str | None = None) -> str:
 
 
 def summary(report: OverlapReport, name: str | None = None) -> str:
-    """What one computation comes to, in two lines."""
+    """Summarizes one computation in two lines."""
     if not report.loops:
         return text(report)
     loop = _loop(report, name)
     is_steady = loop is report.steady_state and loop.kind in ("while", "guard")
     kind = "steady state" if is_steady else loop.kind
-    said = (
+    lines = (
         f"{report.module}, {kind} {loop.name}: {hidden(loop)}; one run "
         f"{_ms(loop.makespan_s)}, compute {_ms(loop.compute.seconds)}"
     )
     bare = loop.without_gemms
-    said += (
+    lines += (
         f"\ncollectives with no GEMM under them: {len(bare)} of {len(loop.collectives)}"
     )
     kinds = collections.Counter(each.kind for each in bare)
     if bare:
-        said += f" ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())})"
-    return said
+        lines += f" ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())})"
+    return lines
 
 
 def hidden(loop: LoopReport) -> str:
-    """How much of a computation's communication is hidden, in a few words."""
+    """Says how much of a computation's communication is hidden."""
     return (
         f"{loop.hidden_fraction:.1%} of {_ms(loop.communication_s)} communication "
         f"hidden, {_ms(loop.exposed_s)} exposed"
@@ -76,13 +78,13 @@ def hidden(loop: LoopReport) -> str:
 
 
 def rich_table(report: OverlapReport, name: str | None = None):
-    """Collectives of one computation as a `rich.table.Table`."""
+    """Returns the collectives of one computation as a `rich.table.Table`."""
     try:
         from rich.table import Table
     except ImportError as error:
         raise ImportError(
-            "tables need rich; pip install 'dualpipe-jax[train]', or print the report, "
-            "which does not."
+            "tables need rich; pip install 'dualpipe-jax[train]', or print the report "
+            "as text, which does not."
         ) from error
     if not report.loops:
         return Table(title=str(report))
@@ -100,7 +102,7 @@ def rich_table(report: OverlapReport, name: str | None = None):
 
 
 def html(report: OverlapReport) -> str:
-    """Both tables as HTML."""
+    """Returns both tables as HTML."""
     if not report.loops:
         return f"<p>{escape(str(report))}</p>"
     loop = report.steady_state
@@ -119,21 +121,21 @@ def _loop(report: OverlapReport, name: str | None) -> LoopReport:
 
 
 def _where(loop: LoopReport) -> str:
-    """The computation with the loops around it."""
+    """Names the computation and the loops around it."""
     inside = " > ".join(
         f"{frame.computation} x{_trips(frame)}" for frame in loop.path[:-1]
     )
     return f"{loop.name} ({loop.kind}{', inside ' + inside if inside else ''})"
 
 
-def _trips(frame) -> str:
+def _trips(frame: CallFrame) -> str:
     if frame.source == "guard":
         return "0-1"
     return f"{frame.trips:g}" + ("" if frame.source in ("known", "given") else "?")
 
 
 def runs(loop: LoopReport) -> str:
-    """How often it runs, in a few characters."""
+    """Says how often a computation runs, in a few characters."""
     if loop.runs is not None:
         return f"{loop.runs:g}"
     if loop.runs_at_most is not None:
@@ -142,7 +144,7 @@ def runs(loop: LoopReport) -> str:
 
 
 def _loop_rows(report: OverlapReport) -> list[tuple[str, ...]]:
-    """One a loop; those of which all is alike but the name share one."""
+    """Returns a row per loop; loops that differ only in their name share one."""
     alike: dict[tuple[str, ...], list[LoopReport]] = {}
     for loop in report.loops:
         alike.setdefault((loop.kind, *_loop_cells(loop)), []).append(loop)

@@ -1,4 +1,4 @@
-"""Shapes as HLO writes them: `bf16[128,64]{1,0}`, and tuples of such."""
+"""Parses shapes as HLO writes them: `bf16[128,64]{1,0}`, and tuples of these."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Array:
 
     @property
     def bits(self) -> int:
-        """Of one element; 0 where nothing is stored (token, opaque)."""
+        """Bits per element; 0 where nothing is stored (token, opaque)."""
         if self.dtype == "pred":
             return 8
         match = _BITS.match(self.dtype)
@@ -38,7 +38,7 @@ class Array:
 
 @functools.lru_cache(maxsize=65536)
 def leaves(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape; those of a tuple, however nested, from left to right.
+    """Returns the arrays of a shape; of a nested tuple, from left to right.
 
     Examples:
       >>> leaves("(bf16[2,3]{1,0}, (s32[], pred[4]{0}))")[0]
@@ -51,5 +51,5 @@ def leaves(shape: str) -> tuple[Array, ...]:
 
 
 def num_bytes(shape: str) -> int:
-    """Bytes of all arrays of a shape."""
+    """Returns the bytes of all arrays of a shape."""
     return sum(array.num_bytes for array in leaves(shape))

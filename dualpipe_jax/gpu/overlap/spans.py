@@ -1,17 +1,17 @@
-"""One run of a computation as the spans of a timeline, for its figure."""
+"""Converts one run of a computation to the spans that a figure draws."""
 
 from __future__ import annotations
 
 from dualpipe_jax.gpu.overlap.phases import last_part, phase, phase_of
-from dualpipe_jax.gpu.overlap.program import Program
+from dualpipe_jax.gpu.overlap.program import HloProgram
 from dualpipe_jax.gpu.overlap.timeline import Compute
 from dualpipe_jax.pictures import TrackSpan
 
 TRACKS = {"": "Compute", "nvlink": "NVLink", "network": "Network", "local": "Copies"}
 
 
-def spans_of(program: Program, computation: str) -> tuple[TrackSpan, ...]:
-    """What the estimated timeline has of compute and of each link."""
+def spans_of(program: HloProgram, computation: str) -> tuple[TrackSpan, ...]:
+    """Returns the spans of compute and of each link, in microseconds."""
     op_names = {
         event.name: event.op_name
         for event in program.events(computation)

@@ -1,47 +1,50 @@
-"""What an instruction costs a GPU: FLOPs and bytes, and by a roofline, seconds."""
+"""Estimates what an instruction costs a GPU: FLOPs, bytes, and a roofline's seconds."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from dualpipe_jax.gpu.gpus import Gpu
 from dualpipe_jax.gpu.overlap import flops
 from dualpipe_jax.gpu.overlap.flops import Flops
 from dualpipe_jax.gpu.overlap.hlo import Computation, Module
 from dualpipe_jax.gpu.overlap.instructions import Instruction
 from dualpipe_jax.gpu.overlap.shapes import num_bytes
-from dualpipe_jax.gpu.topology import Gpu
 
-# From one kernel's end to the next one's first work, in a stream that is never empty.
+# From the end of one kernel to the start of the next, in a stream that is never empty.
 KERNEL_LATENCY_S = 1.5e-6
 
-# Nothing runs for these.
+# Instructions that run nothing.
 FREE = frozenset(
     {
-        *(
-            "parameter",
-            "constant",
-            "get-tuple-element",
-            "tuple",
-            "bitcast",
-            "after-all",
-        ),
-        *("opt-barrier", "domain", "add-dependency", "partition-id", "replica-id"),
-        *("send", "recv"),
+        "add-dependency",
+        "after-all",
+        "bitcast",
+        "constant",
+        "domain",
+        "get-tuple-element",
+        "opt-barrier",
+        "parameter",
+        "partition-id",
+        "recv",
+        "replica-id",
+        "send",
+        "tuple",
     }
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """Compute, of one kernel or of many.
+class KernelWork:
+    """The work of one kernel or of several.
 
     Attributes:
       seconds: by the roofline, with latencies.
       flops: of matrix products.
-      gemm_seconds: of the kernels that have any.
+      gemm_seconds: of the kernels that have matrix products.
       num_bytes: read and written in the GPU's memory.
-      kernels: how many.
-      gemms: how many of them multiply matrices.
+      kernels: number of kernels.
+      gemms: number of those with matrix products.
     """
 
     seconds: float = 0.0
@@ -51,11 +54,13 @@ class Work:
     kernels: float = 0.0
     gemms: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(self._values, other._values, strict=True)))
+    def __add__(self, other: KernelWork) -> KernelWork:
+        return KernelWork(
+            *(a + b for a, b in zip(self._values, other._values, strict=True))
+        )
 
-    def __mul__(self, times: float) -> Work:
-        return Work(*(times * value for value in self._values))
+    def __mul__(self, times: float) -> KernelWork:
+        return KernelWork(*(times * value for value in self._values))
 
     @property
     def _values(self) -> tuple[float, ...]:
@@ -70,15 +75,15 @@ class Work:
 
 
 class Roofline:
-    """Costs of instructions on a GPU.
+    """Costs of a module's instructions on a GPU.
 
     Args:
-      module: whose instructions are asked for.
-      gpu: which runs them.
-      efficiency: part of its peaks, of compute and of memory, that kernels reach.
+      module: the module.
+      gpu: the GPU.
+      efficiency: fraction of its peaks, of compute and of memory, that kernels reach.
 
     Attributes:
-      unknown: custom calls whose FLOPs their shapes do not tell; counted as none.
+      unknown: custom calls of unknown FLOPs, which count as zero FLOPs.
     """
 
     def __init__(self, module: Module, gpu: Gpu, efficiency: float):
@@ -86,11 +91,11 @@ class Roofline:
         self._fused: dict[str, tuple[Flops, float]] = {}
         self.unknown: set[str] = set()
 
-    def kernel(self, op: Instruction, where: Computation) -> Work:
-        """An instruction that runs as one kernel, or as none."""
+    def kernel(self, op: Instruction, where: Computation) -> KernelWork:
+        """Returns the work of an instruction that runs as one kernel, or as none."""
         opcode = op.opcode.removesuffix("-start")
         if opcode in FREE:
-            return Work()
+            return KernelWork()
         if opcode == "fusion":
             products, moved = self._fusion(op.called("calls")[0])
         else:
@@ -100,7 +105,9 @@ class Roofline:
             moved / (self._gpu.memory_bandwidth * self._efficiency),
         )
         gemm = products.count > 0
-        return Work(seconds, products.count, seconds * gemm, moved, 1.0, float(gemm))
+        return KernelWork(
+            seconds, products.count, seconds * gemm, moved, 1.0, float(gemm)
+        )
 
     def _products(self, op: Instruction, where: Computation) -> Flops:
         found = flops.of(op, where, self._gpu.has_fp8)
@@ -149,7 +156,7 @@ _VIEWS = ("bitcast", "reshape", "get-tuple-element", "tuple")
 
 
 def _read(parameter: Instruction, fused: Computation) -> float:
-    """Bytes that a fusion reads of a parameter: of a buffer only what it slices."""
+    """Returns the bytes a fusion reads of a parameter; of a buffer, what it slices."""
     whole, read = num_bytes(parameter.shape), 0.0
     pending, seen = [parameter], set()
     while pending:
@@ -173,7 +180,7 @@ def _read(parameter: Instruction, fused: Computation) -> float:
 
 
 def _written(root: Instruction, fused: Computation) -> float:
-    """Bytes that a fusion writes: of a buffer that it updates only the update."""
+    """Returns the bytes that a fusion writes; of a buffer in place, the update."""
     if root.opcode == "tuple":
         return sum(_written(fused.by_name[name], fused) for name in root.operands)
     made = fused.source(root.name) or root

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dualpipe_jax.gpu.topology import GPUS
+from dualpipe_jax.gpu import GPUS
 
 # Seconds: 1 ps a FLOP and 1 ps a byte at half of the peaks, 10 ps a byte of NVLink and
 # 100 ps a byte of network.

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from dualpipe_jax import overlap_report
-from dualpipe_jax.gpu.topology import GPUS, gpu_compiler_options, gpu_mesh
+from dualpipe_jax.gpu import GPUS, gpu_compiler_options, gpu_mesh
 
 pytestmark = pytest.mark.as_users
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dualpipe_jax import overlap_report
-from dualpipe_jax.gpu.topology import GPUS
+from dualpipe_jax.gpu import GPUS
 from tests.gpu.overlap.modules import GPU, module
 
 TEXT = module("")

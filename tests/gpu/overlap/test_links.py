@@ -3,7 +3,7 @@
 import pytest
 
 from dualpipe_jax import overlap_report
-from dualpipe_jax.gpu.overlap.links import replica_groups
+from dualpipe_jax.gpu.overlap.groups import replica_groups
 from tests.gpu.overlap.modules import BETWEEN, GPU, HALF, INSIDE, M, module
 
 MB = 1e6

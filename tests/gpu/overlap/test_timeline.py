@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from dualpipe_jax.gpu.overlap.timeline import Compute, Done, Start, run
-from dualpipe_jax.gpu.overlap.work import Work
+from dualpipe_jax.gpu.overlap.work import KernelWork
 
 
 def gemm(seconds, name="gemm"):
-    return Compute(name, Work(seconds=seconds, gemms=1.0, kernels=1.0))
+    return Compute(name, KernelWork(seconds=seconds, gemms=1.0, kernels=1.0))
 
 
 def test_nothing_takes_no_time():
