@@ -1,10 +1,12 @@
-"""`python -m dualpipe_jax memory`: the memory report from the command line."""
+"""`python -m dualpipe_jax memory`: the memory report of a config's train step."""
 
 from __future__ import annotations
 
 import argparse
 
-from dualpipe_jax.gpu import GPUS, gpu_compiler_options, gpu_mesh, memory_report
+from dualpipe_jax.commands.gpu_config import add_gpu, load_for_gpus
+from dualpipe_jax.gpu import gpu_compiler_options, memory_report
+from dualpipe_jax.train import TrainConfig, make_programs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,26 +14,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="as for train, or FILE.py:FUNCTION; its train step is compiled for GPUs "
-        "that need not be there",
+        help="as for train, or FILE.py:FUNCTION; its train step is compiled for GPUs, "
+        "none of which are needed",
     )
-    parser.add_argument(
-        "--gpu", choices=sorted(GPUS), default="h100", help="(%(default)s)"
-    )
+    add_gpu(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reports as `add_arguments` describes; 1 where the step does not fit.
+    """Reports as `add_arguments` describes; returns 1 if the step does not fit.
 
     Raises:
       ValueError: bad input.
     """
-    # The training job is not needed to read a module.
-    from dualpipe_jax.train import load_config, make_programs
-
-    config = load_config(args.config)
-    programs = make_programs(config, gpu_mesh(args.gpu, config.mesh_shape))
+    programs = make_programs(*load_for_gpus(TrainConfig, args.config, args.gpu))
     state, tokens = programs.abstract_state, programs.abstract_tokens
     options = gpu_compiler_options()
     report = memory_report(

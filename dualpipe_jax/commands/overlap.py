@@ -1,4 +1,4 @@
-"""`python -m dualpipe_jax overlap`: the report from the command line."""
+"""`python -m dualpipe_jax overlap`: the overlap report of a step or a module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from dualpipe_jax.gpu import GPUS, gpu_mesh
+from dualpipe_jax.commands.gpu_config import add_gpu, load_for_gpus
 from dualpipe_jax.gpu.overlap import OverlapReport, compile_overlapped, overlap_report
 
 
@@ -16,12 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="as for train or serve; its step is compiled for GPUs that need not be "
-        "there. Or the text of a scheduled module, FILE.hlo",
+        help="as for train or serve; its step is compiled for GPUs, none of which are "
+        "needed. Or the text of a scheduled module, FILE.hlo",
     )
-    parser.add_argument(
-        "--gpu", choices=sorted(GPUS), default="h100", help="(%(default)s)"
-    )
+    add_gpu(parser)
     parser.add_argument(
         "--gpus-per-node", type=int, default=8, metavar="N", help="(%(default)s)"
     )
@@ -29,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--efficiency",
         type=float,
         default=0.7,
-        metavar="PART",
+        metavar="FRACTION",
         help="of the GPU's peaks that kernels reach (%(default)s)",
     )
     parser.add_argument(
@@ -37,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="BODY=N",
-        help="how often a loop runs whose trips depend on data, by the name or pattern "
-        "of its body; may be given several times",
+        help="trips of a loop whose trips depend on data, by the name of its body or a "
+        "pattern; may be given several times",
     )
     parser.add_argument(
-        "--loop", metavar="NAME", help="show and trace this one, not the steady state"
+        "--loop", metavar="NAME", help="show and trace this loop, not the steady state"
     )
     parser.add_argument(
         "--figure",
@@ -88,10 +86,11 @@ def _report(args: argparse.Namespace) -> OverlapReport:
         compiled = Path(args.config).read_text(encoding="utf-8")
     else:
         # The training job is not needed to read a module.
-        from dualpipe_jax.train import StepConfig, load_as
+        from dualpipe_jax.train import StepConfig
 
-        config = load_as(StepConfig, args.config)
-        mesh = gpu_mesh(args.gpu, config.mesh_shape, gpus_per_host=args.gpus_per_node)
+        config, mesh = load_for_gpus(
+            StepConfig, args.config, args.gpu, gpus_per_node=args.gpus_per_node
+        )
         compiled = compile_overlapped(
             config.lower_step(mesh),
             gpu=args.gpu,
@@ -108,10 +107,10 @@ def _report(args: argparse.Namespace) -> OverlapReport:
 
 
 def parse_trips(texts: list[str]) -> dict[str, float]:
-    """Reads `BODY=N` of each.
+    """Reads `BODY=N` from each text.
 
     Raises:
-      ValueError: one is not of that form, or negative.
+      ValueError: a text has another form, or N is negative.
 
     Examples:
       >>> parse_trips(["region_7.*=320"])

@@ -1,4 +1,4 @@
-"""`python -m dualpipe_jax trace`: what a profile says about overlap."""
+"""`python -m dualpipe_jax trace`: the overlap in a profile."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="REGEX",
-        help="kernels whose names contain it communicate too; may be given again",
+        help="kernels whose names match it communicate as well; may be given several "
+        "times",
     )
     parser.add_argument(
         "--chunks",
         type=int,
         metavar="N",
-        help="forwards that each device ran, for the costs of one (default: the pairs "
-        "that the profile marks, or 1)",
+        help="number of forwards that each device ran, to divide the costs by (default: "
+        "the number of pairs that the profile marks, or 1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _status(text: str) -> AbstractContextManager:
-    """Says on a terminal what takes a while."""
+    """Shows a text on a terminal while something takes a while."""
     if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         return contextlib.nullcontext()
     from rich.console import Console
