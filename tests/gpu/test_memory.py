@@ -1,4 +1,4 @@
-"""The memory report: bytes by hand, what is refused, and how it reads."""
+"""The memory report: bytes by hand, refusals, and its text."""
 
 import json
 import types
@@ -7,9 +7,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dualpipe_jax import PipelineParams, dualpipe, gpipe, lower, memory_report
-from dualpipe_jax.executor.pipeline import pipeline_value_and_grad
-from dualpipe_jax.gpu.memory import MemoryReport, PipelineBuffers
+from dualpipe_jax import (
+    PipelineParams,
+    dualpipe,
+    gpipe,
+    lower,
+    memory_report,
+    pipeline_value_and_grad,
+)
+from dualpipe_jax.executor import PipelineBuffers
+from dualpipe_jax.gpu import MemoryReport
 
 RANKS, MICROBATCHES, ROWS, WIDTH = 2, 4, 8, 64
 
@@ -37,14 +44,14 @@ def test_buffers_are_counted_as_the_program_plans_them(overlap):
     program = lower(schedule)
     found = step_of(schedule, overlap).buffers(*arguments())
     activation, weights = 2 * ROWS * WIDTH, 2 * WIDTH * WIDTH
-    # A backward that runs whole keeps nothing for W.
+    # A whole backward keeps nothing for W.
     assert (found.num_slots, found.num_wgrad_residual_slots) == (
         RANKS + 1,
         int(overlap),
     )
-    # x for the weights, y for tanh's derivative.
+    # x for the weights' gradient, y for tanh's derivative.
     assert found.residuals == found.num_slots * 2 * activation
-    # The cotangent of the product, which W needs beside x.
+    # The product's cotangent, which W needs beside x.
     assert found.wgrad_residuals == found.num_wgrad_residual_slots * activation
     assert found.messages == (program.num_message_slots + 1) * activation
     # Two stages a rank and the head; gradients in float32.
@@ -53,7 +60,7 @@ def test_buffers_are_counted_as_the_program_plans_them(overlap):
     assert found.outputs == 4 * MICROBATCHES
 
 
-def test_a_schedule_that_splits_nothing_has_no_w_queue():
+def test_a_schedule_of_whole_backwards_has_no_wgrad_residuals():
     found = step_of(gpipe(RANKS, MICROBATCHES)).buffers(*arguments())
     assert found.wgrad_residuals == found.num_wgrad_residual_slots == 0
     assert found.num_slots == MICROBATCHES
@@ -73,7 +80,7 @@ def compiled_like(temporaries, given=64, results=24, in_place=16):
 BUFFERS = PipelineBuffers(400, 5, 90, 3, 20, 80, 40, 10)
 
 
-def test_what_xla_says_against_what_the_program_says():
+def test_temporaries_against_buffers_and_a_task():
     report = memory_report(
         compiled_like(880),
         buffers=BUFFERS,
@@ -92,7 +99,7 @@ def test_what_xla_says_against_what_the_program_says():
     assert text in report._repr_html_()
 
 
-def test_a_device_shares_what_is_divided():
+def test_one_device_s_shards_are_counted():
     mesh = jax.make_mesh((RANKS,), ("pp",), devices=jax.devices()[:RANKS])
     divided = jax.NamedSharding(mesh, jax.P("pp"))
     leaf = jax.ShapeDtypeStruct((RANKS, 8), jnp.float32, sharding=divided)
@@ -101,7 +108,7 @@ def test_a_device_shares_what_is_divided():
     assert report.expected is report.ratio is report.spare is None
 
 
-def test_what_does_not_fit_says_by_how_much():
+def test_a_step_that_does_not_fit():
     report = MemoryReport({"parameters": 2**30}, 0, 3 * 2**30, 0, capacity=3 * 2**30)
     assert report.spare == -(2**30)
     assert "1.0 GiB too much" in str(report) and "too much" in repr(report)
@@ -109,16 +116,16 @@ def test_what_does_not_fit_says_by_how_much():
 
 def test_refusals():
     leaf = jax.ShapeDtypeStruct((17,), jnp.float32)
-    with pytest.raises(ValueError, match=r"arguments are 68 B .* 64 B"):
+    with pytest.raises(ValueError, match=r"arguments take 68 B .* 64 B"):
         memory_report(compiled_like(0), arguments={"parameters": leaf})
-    with pytest.raises(ValueError, match=r"gpu='gtx' is unknown; choose from h100"):
+    with pytest.raises(ValueError, match=r"gpu='gtx' is unknown; choose from h100, "):
         memory_report(compiled_like(0), gpu="gtx")
     silent = types.SimpleNamespace(memory_analysis=lambda: None)
-    with pytest.raises(ValueError, match="does not tell"):
+    with pytest.raises(ValueError, match="no memory analysis; compile for GPUs"):
         memory_report(silent)
 
 
-def test_parameters_that_do_not_fit_are_refused_as_by_the_step():
+def test_wrong_parameters_are_refused_as_by_the_step():
     step = step_of(dualpipe(RANKS, MICROBATCHES))
     with pytest.raises(ValueError, match="params is a dict"):
         step.buffers({}, *arguments()[1:])

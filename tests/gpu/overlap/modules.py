@@ -1,21 +1,22 @@
-"""Scheduled modules written by hand, and a GPU with round figures."""
+"""Scheduled modules written by hand, and a GPU with round numbers."""
 
 import dataclasses
 
+from dualpipe_jax import overlap_report
 from dualpipe_jax.gpu import GPUS
 
-# Seconds: 1 ps a FLOP and 1 ps a byte at half of the peaks, 10 ps a byte of NVLink and
-# 100 ps a byte of network.
+# At half of the peaks, 1 ps per FLOP and 1 ps per byte; 10 ps per byte of NVLink and
+# 100 ps per byte of network.
 GPU = dataclasses.replace(
     GPUS["h100"],
-    name="round figures",
+    name="round numbers",
     bf16_flops=2e12,
     memory_bandwidth=2_000_000_000_000,
     nvlink_bandwidth=1e11,
     network_bandwidth=1e10,
 )
 HALF = {"gpu": GPU, "efficiency": 0.5}
-# What the package says of latencies, once more.
+# The latencies that the package documents.
 KERNEL, INSIDE, BETWEEN = 1.5e-6, 10e-6, 20e-6
 
 # A square matrix of bfloat16: 2 MB, and 2 GFLOP to multiply two of them.
@@ -29,7 +30,7 @@ ALL_TO_ALL = 2e6 * 7 / 8 / 1e11 + INSIDE
 
 
 def module(entry, *computations, devices=16):
-    """A module's text; the entry takes one matrix `%x` and returns it."""
+    """The text of a module whose entry takes one matrix `%x` and returns it."""
     return "\n\n".join(
         [
             f"HloModule by_hand, is_scheduled=true, num_partitions={devices}",
@@ -78,7 +79,7 @@ CARRY = f"(s32[], pred[], {M})"
 
 
 def loop(name, lines, flag="%flag"):
-    """A body and a condition on the counter: `{name}` and `{name}.until`."""
+    """A loop's body and its condition on the flag: `{name}` and `{name}.until`."""
     return f"""%{name} (c.{name}: {CARRY}) -> {CARRY} {{
   %c.{name} = {CARRY} parameter(0)
   %i = s32[] get-tuple-element(%c.{name}), index=0
@@ -96,7 +97,7 @@ def loop(name, lines, flag="%flag"):
 
 
 def run_loop(name, trips=None, carry="x"):
-    """The lines that run a loop in a computation that has `%x`."""
+    """The lines that run a loop, in a computation that has `%x`."""
     config = (
         f', backend_config={{"known_trip_count":{{"n":"{trips}"}}}}' if trips else ""
     )
@@ -105,3 +106,35 @@ def run_loop(name, trips=None, carry="x"):
   %init.{name} = {CARRY} tuple(%zero.{name}, %true.{name}, %{carry})
   %run.{name} = {CARRY} while(%init.{name}), condition=%{name}.until, \
 body=%{name}{config}"""
+
+
+def branch(name, *lines):
+    """A computation of one matrix `%x`: a branch, or what a call or fusion calls."""
+    text = "\n".join(lines)
+    return f"""%{name} (y: {M}) -> {M} {{
+  %x = {M} parameter(0)
+{text}
+  ROOT %r = {M} bitcast(%x)
+}}"""
+
+
+# A permute and an all-to-all under a product, and a permute under a copy.
+STEADY = "\n".join(
+    [
+        permute_start("p"),
+        all_to_all_start("a"),
+        gemm("g"),
+        all_to_all_done("a"),
+        permute_done("p"),
+        permute_start("q"),
+        copy("k"),
+        permute_done("q"),
+    ]
+)
+# A permute alone.
+PERMUTED = f"{permute_start('p')}\n{permute_done('p')}"
+
+
+def report_of(*computations, **options):
+    """The report on a module of these computations; the first is the entry's lines."""
+    return overlap_report(module(*computations), **{**HALF, **options})

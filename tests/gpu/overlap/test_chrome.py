@@ -1,4 +1,4 @@
-"""The trace of the estimated timeline, and phases in DeepSeek's names."""
+"""The estimated timeline as a Chrome trace, and phases in DeepSeek's names."""
 
 import json
 
@@ -51,7 +51,7 @@ def report():
     lines = "\n".join(
         [
             named(copy("rows"), "step/jvp(dispatch)/gather"),
-            # XLA has dropped the name of this one.
+            # XLA has dropped the name of this all-to-all.
             all_to_all_start("a", operand="rows"),
             named(permute_start("p"), "step/ppermute"),
             named(gemm("g"), "step/transpose(jvp(mlp))/dot_general"),
@@ -64,7 +64,7 @@ def report():
     return overlap_report(text, **HALF)
 
 
-def test_the_trace_is_what_the_timeline_is(report, tmp_path):
+def test_the_trace_shows_the_timeline(report, tmp_path):
     trace = report.chrome_trace(path=tmp_path / "trace.json")
     assert json.loads((tmp_path / "trace.json").read_text()) == trace
     tracks = {
@@ -93,6 +93,6 @@ def test_events_have_what_perfetto_needs(report):
             assert event["dur"] >= 0 and event["ts"] >= 0 and event["cat"]
 
 
-def test_an_all_to_all_without_a_name_is_named_by_its_neighbours(report):
+def test_an_all_to_all_without_a_name_takes_its_neighbours_phase(report):
     names = {each.name: each.phase for each in report.collectives}
     assert names == {"a": "dispatch(F)", "p": "ppermute"}

@@ -1,4 +1,4 @@
-"""Reports on what XLA makes of a small program, compiled for H100s without one."""
+"""Reports on a small program that XLA compiled for H100s, without a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ MATRIX = 2 * WIDTH * WIDTH  # bytes
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Two ranks of one node each; collectives beside products, in loops and guards."""
+    """Two ranks of a node each; collectives beside products, in loops and guards."""
     mesh = gpu_mesh("h100", {"pp": 2, "ep": 8})
 
     def local(x, y, w, flags):
         def body(_, carry):
             x, y = carry
-            # The product of y can run under the all-to-all of x, and the other way.
+            # The product of y can run under the all-to-all of x, and vice versa.
             sent = jax.lax.all_to_all(x.reshape(8, -1, WIDTH), "ep", 0, 0)
             y = jnp.tanh(jnp.tanh(y @ w) @ w)
             return sent.reshape(x.shape), y
@@ -79,7 +79,7 @@ def test_a_program_that_xla_compiled(compiled):
 
 @pytest.mark.slow
 def test_the_all_to_all_runs_under_the_products(compiled):
-    """What DualPipe lives on: XLA's scheduler finds it without being told."""
+    """DualPipe depends on it: XLA's scheduler finds this overlap by itself."""
     (sent,) = overlap_report(compiled).steady_state.collectives
     assert sent.asynchronous
     assert sent.under.gemms >= 1
@@ -99,7 +99,7 @@ def test_smaller_nodes_move_the_all_to_all_to_the_network(compiled):
 
 
 @pytest.mark.slow
-def test_lowered_text_is_refused(compiled):
+def test_an_unscheduled_module_is_refused(compiled):
     text = compiled.as_text().replace("is_scheduled=true, ", "")
     with pytest.raises(ValueError, match="is not scheduled"):
         overlap_report(text, gpu="h100")

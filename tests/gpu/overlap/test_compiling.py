@@ -1,4 +1,4 @@
-"""What XLA's scheduler is told, and what it makes of it."""
+"""The costs that XLA's scheduler reads, and the order that it then chooses."""
 
 import re
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.as_users
 
 
 def lowered():
-    """Two exchanges, each as long as many small products, and these beside them."""
+    """Two exchanges, and beside them many small products that take as long."""
     mesh = gpu_mesh("h100", {"ep": 16})
 
     def run(x, y, w):
@@ -43,16 +43,16 @@ def lowered():
 
 
 @pytest.mark.slow
-def test_the_scheduler_is_told_what_everything_costs():
+def test_the_scheduler_reads_what_everything_costs():
     program = lowered()
     plain = overlap_report(program.compile(gpu_compiler_options()), gpu="h100")
     text = scheduling_profile(plain)
-    told = dict(re.findall(r'costs \{ name: "(.*)" cost_us: (.*) \}\n', text))
-    # Every line is one, and an exchange's is what the report says.
-    assert len(told) == text.count("\n") > 80
+    costs = dict(re.findall(r'costs \{ name: "(.*)" cost_us: (.*) \}\n', text))
+    # Every line is a cost, and an exchange's is the report's.
+    assert len(costs) == text.count("\n") > 80
     for exchange in plain.collectives:
         want = pytest.approx(1e6 * exchange.seconds, abs=1e-3)
-        assert float(told[exchange.name]) == want
+        assert float(costs[exchange.name]) == want
     steered = overlap_report(compile_overlapped(program), gpu="h100")
     ((before,), (after,)) = plain.loops, steered.loops
     assert after.hidden_fraction > 0.97 > before.hidden_fraction

@@ -1,4 +1,4 @@
-"""Bytes and times of collectives, against arithmetic done by hand."""
+"""Bytes and times of collectives, against arithmetic by hand."""
 
 import pytest
 
@@ -38,7 +38,9 @@ def test_every_syntax_of_groups(text, devices, expected):
 
 
 def test_groups_in_an_unknown_syntax_are_refused():
-    with pytest.raises(ValueError, match=r"replica_groups=<0,1> are not understood"):
+    with pytest.raises(
+        ValueError, match=r"replica_groups=<0,1> have an unknown syntax"
+    ):
         replica_groups("<0,1>", 2)
 
 
@@ -60,12 +62,12 @@ MIXED = "replica_groups=[1,16]<=[16]"
 @pytest.mark.parametrize(
     ("kind", "where", "inside", "between"),
     [
-        # One's own part of 2 MB stays; the others' go to 3 peers in the node ...
+        # A device keeps its own part of 2 MB, and sends 3 to peers in the node ...
         ("all-to-all", IN_NODE, 2 * 3 / 4, 0),
         ("all-to-all", ACROSS, 0, 2 * 1 / 2),
-        # ... or to 7 in the node and 8 behind the network.
+        # ... or 7 to peers in the node and 8 over the network.
         ("all-to-all", MIXED, 2 * 7 / 16, 2 * 8 / 16),
-        # Rings. Across nodes, one of the node's 8 GPUs in each ring leaves the node.
+        # Rings. Across nodes, one of a node's 8 GPUs sends out of the node in each.
         ("all-gather", IN_NODE, 2 * 3, 0),
         ("all-gather", MIXED, 30 * 7 / 8, 30 * 1 / 8),
         ("all-gather", ACROSS, 0, 2),
@@ -85,12 +87,12 @@ def test_bytes_inside_and_between_nodes(kind, where, inside, between):
     latency = BETWEEN if between else INSIDE
     assert found.seconds == pytest.approx(max(on_nvlink, on_network) + latency)
     assert found.link == ("network" if on_network > on_nvlink else "nvlink")
-    # Nothing runs beside what is not asynchronous.
+    # Nothing runs beside a synchronous collective.
     assert found.exposed_s == pytest.approx(found.seconds) and not found.under.kernels
 
 
 def test_the_slowest_device_decides():
-    """In a group of 8 + 1 devices, the lone one sends all over the network."""
+    """In a group of 8 + 1 devices, the single one sends everything over the network."""
     found = collective("all-to-all", "replica_groups={{0,1,2,3,4,5,6,7,8}}")
     assert found.between_bytes == pytest.approx(2e6 * 8 / 9)
     assert found.inside_bytes == 0
@@ -107,7 +109,7 @@ def test_smaller_nodes_have_more_between_them():
     [
         ("{{0,1},{1,0}}", "nvlink", 2e6 / 1e11 + INSIDE),
         ("{{0,8},{8,0}}", "network", 2e6 / 1e10 + BETWEEN),
-        # One pair across is enough for all to wait for.
+        # All wait for the one pair that crosses nodes.
         ("{{0,1},{7,8},{9,9}}", "network", 2e6 / 1e10 + BETWEEN),
         ("{{0,0},{1,1}}", "local", 4e6 / 2e12 + INSIDE),
     ],
@@ -117,7 +119,7 @@ def test_permutes(pairs, link, seconds):
     assert (found.link, found.seconds) == (link, pytest.approx(seconds))
 
 
-def test_permutes_made_into_send_and_recv():
+def test_permutes_that_became_send_and_recv():
     found = one(
         f"""  %t = token[] after-all()
   %r = ({M}, u32[], token[]) recv(%t), channel_id=1, frontend_attributes=\
@@ -152,5 +154,5 @@ def test_a_group_of_one_sends_nothing():
     assert collective("all-reduce", "replica_groups=[16,1]<=[16]").num_bytes == 0
 
 
-def test_the_gpu_may_be_one_of_your_own():
+def test_the_gpu_may_be_a_custom_one():
     assert one(f"  %c = {M} all-to-all(%x), {MIXED}", gpu=GPU).link == "network"

@@ -1,4 +1,4 @@
-"""The simulated order: exact on small cases, and invariants on random ones."""
+"""The simulated order: exact times of small cases, invariants of random ones."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ def test_one_queue_is_in_order_two_are_not():
 
 
 def test_a_stall_is_charged_to_what_runs_meanwhile():
-    """b waits for a: each is charged with its own time, and neither with more."""
+    """b waits for a: each is charged with its own time and no more."""
     events = [
         Start("a", 4.0, "x"),
         gemm(1.0),
@@ -52,7 +52,7 @@ def test_a_stall_is_charged_to_what_runs_meanwhile():
     assert (done.makespan, done.exposed) == (6.0, {"a": 3.0, "b": 2.0})
 
 
-def test_what_is_never_waited_for_ends_with_the_computation():
+def test_a_start_without_a_done_ends_with_the_computation():
     assert run([Start("a", 4.0, "x"), gemm(1.0)]).exposed == {"a": 3.0}
 
 
@@ -64,17 +64,17 @@ def test_a_done_without_its_start_waits_for_nothing():
 def events(draw):
     """Compute, starts and dones in any order in which a start comes before its done."""
     seconds = st.floats(0, 10, allow_subnormal=False)
-    made, flying = [], []
+    made, started = [], []
     for number in range(draw(st.integers(0, 12))):
         kind = draw(st.sampled_from(["compute", "start", "done"]))
-        if kind == "done" and flying:
-            made.append(Done(flying.pop(draw(st.integers(0, len(flying) - 1)))))
+        if kind == "done" and started:
+            made.append(Done(started.pop(draw(st.integers(0, len(started) - 1)))))
         elif kind == "start":
             made.append(Start(str(number), draw(seconds), draw(st.sampled_from("xy"))))
-            flying.append(str(number))
+            started.append(str(number))
         else:
             made.append(gemm(draw(seconds), f"gemm{number}"))
-    return made + [Done(name) for name in flying]
+    return made + [Done(name) for name in started]
 
 
 @given(events())
@@ -93,7 +93,7 @@ def test_invariants(made):
     for queue in ("", "x", "y"):
         spans = sorted((s.begin, s.end) for s in done.spans if s.queue == queue)
         for (_, end), (begin, _) in itertools.pairwise(spans):
-            assert begin >= end - 1e-9  # a stream does one thing at a time
+            assert begin >= end - 1e-9  # a stream runs one thing at a time
 
 
 @given(events(), st.floats(1, 3))

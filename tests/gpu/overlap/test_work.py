@@ -1,4 +1,4 @@
-"""FLOPs and bytes of kernels, by hand; the GPU takes 1 ps for either at half peak."""
+"""FLOPs and bytes of kernels, by hand; at half peak the GPU takes 1 ps for either."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from tests.gpu.overlap.modules import (
 
 
 def under(lines, *computations, gpu=GPU):
-    """The work of the lines, which run under a permute."""
+    """The work of some lines that run under a permute, and the report."""
     text = module(
         "\n".join([start("p"), lines, permute_done("p")]),
         *computations,
@@ -72,7 +72,7 @@ def test_a_gpu_without_float8_multiplies_it_as_bfloat16():
     ("algorithm", "slowness"),
     [("dot_bf16_bf16_f32", 1), ("dot_bf16_bf16_f32_x3", 3), ("dot_tf32_tf32_f32", 2)],
 )
-def test_the_algorithm_says_more_than_the_type(algorithm, slowness):
+def test_the_algorithm_overrides_the_type(algorithm, slowness):
     lines = constants(a="f32[2000,2000]") + (
         "\n  %d = f32[2000,2000] dot(%a, %a), lhs_contracting_dims={1}, "
         f"algorithm={algorithm}"
@@ -80,7 +80,7 @@ def test_the_algorithm_says_more_than_the_type(algorithm, slowness):
     assert under(lines)[0].seconds == pytest.approx(slowness * 16e9 / 1e12 + KERNEL)
 
 
-def test_products_inside_fusions_and_their_fusions():
+def test_products_inside_nested_fusions():
     inner = """%inner (p: bf16[100,300], q: bf16[300,200]) -> bf16[100,200] {
   %p = bf16[100,300] parameter(0)
   %q = bf16[300,200] parameter(1)
@@ -121,7 +121,7 @@ def test_a_fusion_reads_only_what_it_slices_and_writes_only_what_it_updates():
     assert (work.flops, work.gemms, work.gemm_seconds) == (0, 0, 0)
 
 
-def test_a_buffer_that_is_also_read_whole_counts_whole():
+def test_a_buffer_that_is_also_read_whole_counts_in_full():
     fused = """%fused (b: f32[64,10], i: s32[]) -> (f32[1,10], f32[10]) {
   %b = f32[64,10] parameter(0)
   %i = s32[] parameter(1)
@@ -146,7 +146,7 @@ def test_a_buffer_that_is_also_read_whole_counts_whole():
         (f"%y = {M} add(%x, %x)", 6e6),
     ],
 )
-def test_bytes_of_what_is_not_fused(line, moved):
+def test_bytes_outside_fusions(line, moved):
     lines = constants(i="s32[]", u="bf16[1,1000]", k="s32[7,1]")
     work, _ = under(f"{lines}\n  {line}")
     assert (work.num_bytes, work.kernels) == (moved, 1)
@@ -242,16 +242,16 @@ def test_views_and_tuples_are_free():
 def test_calls_of_libraries(shapes, call, flops):
     work, report = under(f"{constants(**shapes)}\n  %c = {call}")
     assert work.flops == flops
-    assert not any("custom calls" in said for said in report.assumptions)
+    assert not any("custom calls" in each for each in report.assumptions)
 
 
-def test_a_kernel_that_is_not_understood_is_named():
+def test_a_kernel_of_unknown_flops_is_named():
     lines = constants(a="bf16[8,8]") + (
         '\n  %c = bf16[8,3] custom-call(%a, %a), custom_call_target="triton", '
         'backend_config={grid_x = 1 : i32, ir = "\\0D, calls=\\22", name = "mine"}'
     )
     work, report = under(lines)
     assert (work.flops, work.kernels) == (0, 1)
-    assert "custom calls whose FLOPs are not known count none: triton (mine)" in (
+    assert "custom calls of unknown FLOPs count as zero FLOPs: triton (mine)" in (
         report.assumptions
     )
