@@ -153,8 +153,8 @@ def memory_report(
       task: its costliest task, compiled: `step.lower_costliest_task(...).compile()`.
       arguments: trees of the step's arguments by name, as arrays or as shapes with
         shardings; one device's shards are counted.
-      gpu: whose memory the step has to fit: a key of `dualpipe_jax.gpu.GPUS`, or a
-        `Gpu`.
+      gpu: the GPU whose memory the step should fit: a key of `dualpipe_jax.gpu.GPUS`,
+        or a `Gpu`.
 
     Returns:
       A `MemoryReport`.

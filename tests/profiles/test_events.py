@@ -65,9 +65,9 @@ def test_bad_files(tmp_path, capsys, content, message):
     with pytest.raises(ValueError, match=message):
         read_trace(path)
     assert cli.main(["trace", str(path)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("python -m dualpipe_jax trace: error: ")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("python -m dualpipe_jax trace: error: ")
+    assert printed.count("\n") == 1
 
 
 def test_a_folder_and_a_missing_file(tmp_path, capsys):
