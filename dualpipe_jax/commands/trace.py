@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunks",
         type=int,
         metavar="N",
-        help="number of forwards that each device ran, which divides the costs (default: "
-        "the number of pairs that the profile marks, or 1)",
+        help="number of forwards that each device ran, by which costs are divided "
+        "(default: the number of pairs that the profile marks, or 1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
