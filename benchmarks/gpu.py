@@ -1,9 +1,10 @@
-"""What one accelerator says: a pair against F then B, grouped products, a rebalance.
+"""Times on one accelerator: F&B against F then B, grouped products, a rebalance.
 
 Run: python benchmarks/gpu.py [--quick]
 
-Without a GPU, and with `--quick`, sizes are small and runs are two: to see it work.
-Rivals run in turn; times are medians of wall time until the result is ready.
+Without a GPU, and with `--quick`, it only shows that it works: sizes are small, and
+there are two runs. Rivals run in turn; times are medians of wall time until the result
+is ready.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from eplb_jax import grouped_matmul, rebalance_experts
 
 
 def race(runs, rivals):
-    """Median seconds of each of some jitted functions with their arguments."""
+    """Returns the median seconds of several jitted functions and their arguments."""
     times = {name: [] for name in rivals}
     for run in range(runs + 1):
         for name, (function, *args) in rivals.items():
@@ -34,7 +35,7 @@ def race(runs, rivals):
 
 
 def report(title, times):
-    """Prints a race, each against the first."""
+    """Prints the times of a race, each over the first."""
     print(f"\n{title}")
     first = next(iter(times.values()))
     for name, seconds in times.items():
@@ -42,7 +43,7 @@ def report(title, times):
 
 
 def pair(quick):
-    """A stage of one layer of DeepSeek-V3's widths, and of as many experts as fit."""
+    """A stage of one layer of DeepSeek-V3's widths, with as many experts as fit."""
     scale = 16 if quick else 1
     arch = DeepSeekConfig(
         vocab_size=64,
@@ -115,7 +116,7 @@ def products(quick):
 
 
 def rebalances(quick):
-    """Placements of all layers of DeepSeek-V3, 320 slots on 64 devices."""
+    """Placements for all layers of DeepSeek-V3, 320 physical experts on 64 devices."""
     layers = 4 if quick else 58
     loads = jax.random.gamma(jax.random.key(0), 1.0, (layers, 256))
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunks",
         type=int,
         metavar="N",
-        help="number of forwards that each device ran, to divide the costs by "
+        help="number of forwards that each device ran, by which costs are divided "
         "(default: the number of pairs that the profile marks, or 1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -90,7 +90,7 @@ class MemoryReport:
         rows.append(("temporaries", self.temporaries, note))
         rows += self._rows_of_buffers()
         if self.working_set is not None:
-            note = "of the most expensive task alone"
+            note = "of the costliest task alone"
             rows.append(("  working set", self.working_set, note))
         if self.code:
             rows.append(("code", self.code, ""))
@@ -150,11 +150,11 @@ def memory_report(
       compiled: a `jax.stages.Compiled`, for any backend with a memory analysis.
       buffers: what the program keeps: `step.buffers(...)` of
         `pipeline_value_and_grad`.
-      task: its costliest task, `step.lower_costliest_task(...).compile()`.
+      task: its costliest task, compiled: `step.lower_costliest_task(...).compile()`.
       arguments: trees of the step's arguments by name, as arrays or as shapes with
         shardings; one device's shards are counted.
-      gpu: whose memory the step has to fit: a key of `dualpipe_jax.gpu.GPUS`, or a
-        `Gpu`.
+      gpu: the GPU whose memory the step should fit: a key of `dualpipe_jax.gpu.GPUS`,
+        or a `Gpu`.
 
     Returns:
       A `MemoryReport`.

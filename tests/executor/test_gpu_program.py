@@ -18,7 +18,7 @@ from tests.modules import computations, copies_of, in_loops
 
 pytestmark = pytest.mark.as_users
 
-RANKS, LAYERS, WIDTH, HIDDEN, TOKENS, VOCABULARY = 4, 2, 512, 1024, 2048, 1024
+RANKS, LAYERS, WIDTH, HIDDEN, TOKENS, VOCABULARY = 4, 1, 512, 1024, 2048, 1024
 
 
 def stage_fn(layers, x):

@@ -44,14 +44,14 @@ def test_buffers_are_counted_as_the_program_plans_them(overlap):
     program = lower(schedule)
     found = step_of(schedule, overlap).buffers(*arguments())
     activation, weights = 2 * ROWS * WIDTH, 2 * WIDTH * WIDTH
-    # A backward that runs whole keeps nothing for W.
+    # A whole backward keeps nothing for W.
     assert (found.num_slots, found.num_wgrad_residual_slots) == (
         RANKS + 1,
         int(overlap),
     )
-    # x for the weights, y for tanh's derivative.
+    # x for the weights' gradient, y for tanh's derivative.
     assert found.residuals == found.num_slots * 2 * activation
-    # The cotangent of the product, which W needs beside x.
+    # The product's cotangent, which W needs beside x.
     assert found.wgrad_residuals == found.num_wgrad_residual_slots * activation
     assert found.messages == (program.num_message_slots + 1) * activation
     # Two stages a rank and the head; gradients in float32.

@@ -1,4 +1,4 @@
-"""Profiles of our own programs, taken and read."""
+"""Profiles of our own programs, recorded and read."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def stage(params, x):
 
 
 @pytest.mark.slow
-def test_a_pipeline_tells_its_phases(tmp_path):
+def test_a_pipeline_has_phases(tmp_path):
     mesh = jax.make_mesh((2,), ("pp",), axis_types=(jax.sharding.AxisType.Auto,))
     step = pipeline_value_and_grad(
         stage,
@@ -62,7 +62,7 @@ def test_the_newest_profile_is_read(tmp_path):
     assert find_trace(tmp_path).parent.name == date
 
 
-def test_only_what_tells_something_is_written_down(tmp_path):
+def test_only_informative_names_are_written(tmp_path):
     def f(x):
         with jax.named_scope("mlp"):
             y = x @ x
@@ -75,7 +75,7 @@ def test_only_what_tells_something_is_written_down(tmp_path):
     assert ops and all("mlp" in op.op_name for op in ops.values())
 
 
-def test_a_profile_within_another_leaves_that_one_alone(tmp_path):
+def test_a_profile_inside_another_leaves_the_outer_one_intact(tmp_path):
     def f(x):
         with jax.named_scope("mlp"):
             return x @ x
@@ -102,7 +102,7 @@ def test_two_programs_of_one_name(tmp_path):
         pass
 
 
-def test_what_is_not_compiled(tmp_path):
+def test_a_function_that_is_not_compiled_is_refused(tmp_path):
     with (
         pytest.raises(ValueError, match=r"must be a compiled program; pass jit\(f\)"),
         profile(tmp_path / "none", jax.jit(jnp.sin)),

@@ -18,7 +18,7 @@ def report():
 
 
 def test_headline_figures(report):
-    # Counted from the published file by hand; 0.2 % is what the project promises.
+    # Counted by hand in the published file; the project promises 0.2 %.
     assert report.span_us == pytest.approx(129_012, rel=2e-3)
     assert report.comm_us == pytest.approx(113_440, rel=2e-3)
     assert report.comm_hidden == pytest.approx(0.963, rel=2e-3)
@@ -37,7 +37,7 @@ def test_every_kernel_has_a_phase_and_all_phases_are_there(report):
 
 
 def test_four_layers_of_each_exchange(report):
-    # One dispatch a layer and direction, each of three kernels forward.
+    # One dispatch per layer and direction; the forward's has three kernels.
     assert report.phases["dispatch(F)"].num_kernels == 3 * 4
     assert report.phases["combine(F)"].num_kernels == 2 * 4
 
@@ -50,7 +50,7 @@ def test_phases_add_up_to_the_kernels(report):
 
 def test_costs_feed_the_simulator(report):
     costs = report.costs()
-    # F = 36 of compute and 61 of communication; the pair is the whole profile.
+    # F is 36 ms of compute and 61 of communication; the pair is the whole profile.
     assert (pytest.approx(97.4, 1e-3), pytest.approx(35.1, 1e-3)) == (costs.F, costs.W)
     assert report.span_us / 1e3 == costs.FB
     assert pytest.approx(111.6, rel=1e-3) == costs.I
@@ -69,11 +69,11 @@ def test_our_own_traces_have_the_published_proportions(report):
 
 def test_the_command(capsys):
     assert cli.main(["trace", str(PUBLISHED), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    read = json.loads(capsys.readouterr().out)
     assert {"span_us", "compute_us", "comm_us", "comm_hidden", "compute_busy"} <= {
-        *said
+        *read
     }
-    assert said["phases"]["dispatch(F)"]["num_kernels"] == 12
+    assert read["phases"]["dispatch(F)"]["num_kernels"] == 12
     assert cli.main(["trace", str(PUBLISHED)]) == 0
     printed = capsys.readouterr().out
     assert "span           129.0 ms" in printed

@@ -47,7 +47,7 @@ def test_a_schedule_is_read_back(make, lowered, tmp_path):
         assert [tuple(e["args"]) for e in own] == [
             tuple(str(task) for task in step) for step in schedule.steps[rank]
         ]
-        # Phases fill their steps: nothing else computes or exchanges, but PP.
+        # Phases fill their steps: only PP computes or communicates outside of them.
         inside = [s for s in report.spans if s.device == f"Rank {rank}" and s.phase]
         for span in inside:
             assert any(
@@ -68,7 +68,7 @@ def test_a_schedule_is_read_back(make, lowered, tmp_path):
     assert passes == {"F", "B", "W"}
 
 
-def test_a_pair_hides_its_exchanges_and_a_step_alone_does_not(tmp_path):
+def test_a_pair_hides_its_exchanges_and_a_single_step_does_not(tmp_path):
     report, _ = read_back(simulate(one_f_one_b(2, 2), Costs()), tmp_path / "a.json")
     assert report.comm_hidden == pytest.approx(0, abs=1e-9)
     paired, _ = read_back(simulate(dualpipe(2, 40), Costs()), tmp_path / "b.json")
@@ -76,11 +76,11 @@ def test_a_pair_hides_its_exchanges_and_a_step_alone_does_not(tmp_path):
     assert "attn(F) " in str(paired)  # phases keep their names among the kernels
 
 
-def test_permutes_lie_behind_what_they_send(tmp_path):
+def test_permutes_follow_the_step_that_sends(tmp_path):
     timeline = simulate(one_f_one_b(2, 1), DEEPSEEK)
     report, _ = read_back(timeline, tmp_path / "trace.json")
     sent = [(s.device, s.begin_us, s.end_us) for s in report.spans if s.name == "PP"]
-    # One F down, one B up; each is there when the other rank begins.
+    # One F forth, one B back; each arrives when the other rank begins.
     assert sent == [
         ("Rank 0", 97_000, pytest.approx(98_200)),
         ("Rank 1", pytest.approx(334_200), pytest.approx(335_400)),

@@ -36,7 +36,7 @@ def assumptions(
 
     Args:
       program: the program that was read.
-      gpu: whose peaks the times are estimated from.
+      gpu: the GPU that times are estimated for.
       gpus_per_node: devices per node.
       efficiency: fraction of the peaks that kernels reach.
       kinds: of the collectives.

@@ -36,7 +36,7 @@ def of(op: Instruction, where: Computation, has_fp8: bool) -> Flops | None:
       has_fp8: whether eight-bit floats are multiplied at twice bfloat16's rate.
 
     Returns:
-      None for a custom call that may multiply matrices, where its shapes do not tell.
+      None for a custom call that may multiply matrices, if its shapes do not say.
     """
     opcode = op.opcode.removesuffix("-start")
     if opcode not in ("dot", "convolution", "custom-call", "ragged-dot"):

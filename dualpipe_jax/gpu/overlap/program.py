@@ -60,8 +60,8 @@ class HloProgram:
       module: what was compiled.
       links: estimates its collectives.
       roofline: estimates its kernels.
-      trip_counts: of loops whose trips the module does not say: one number for all, or
-        numbers by the name of the body, or a pattern such as `region_7.*`. They
+      trip_counts: of loops whose trips XLA does not know: one number for all, or
+        numbers by the name of the body, or by a pattern such as `region_7.*`. They
         override guesses.
     """
 

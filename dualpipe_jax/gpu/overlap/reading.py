@@ -28,13 +28,13 @@ def overlap_report(
     Args:
       compiled: `jax.jit(f).lower(...).compile()` for GPUs, attached or of `gpu_mesh`;
         or the text of a scheduled module.
-      gpu: whose peaks to estimate times from: a key of `dualpipe_jax.gpu.GPUS`, or a
+      gpu: the GPU to estimate times for: a key of `dualpipe_jax.gpu.GPUS`, or a
         `Gpu`; by default the GPU that the program was compiled for.
       gpus_per_node: device i is taken to be in node `i // gpus_per_node`.
       efficiency: fraction of the peak FLOP/s and of the memory bandwidth that kernels
         reach.
-      trip_counts: how often loops run whose trips depend on data: one number for all of
-        them, or numbers by the name (or pattern) of the body.
+      trip_counts: of loops whose trips depend on data: one number for all of them, or
+        numbers by the name of the body, or by a pattern.
 
     Returns:
       The report: print it, or see `loops`, `steady_state`, `to_json`, `chrome_trace`.

@@ -71,7 +71,7 @@ class CollectiveReport:
 
 @dataclasses.dataclass(frozen=True)
 class LoopReport:
-    """A computation with collectives of its own: a loop's body, a branch, or the entry.
+    """A computation that contains collectives: a loop's body, a branch, or the entry.
 
     Times are of one run. Loops and branches inside count as compute.
 

@@ -29,7 +29,7 @@ class OverlapReport:
 
     Attributes:
       module: the module's name.
-      gpu: whose peaks the times are estimated from.
+      gpu: the GPU that times are estimated for.
       gpus_per_node: devices per node.
       efficiency: fraction of the GPU's peaks that kernels are taken to reach.
       loops: computations with collectives, those with the most communication in all

@@ -35,8 +35,8 @@ def test_trips_that_depend_on_data_can_be_given(given, trips):
     lines = "\n".join([permute_start("p"), run_loop("inner"), permute_done("p")])
     report = report_of(lines, loop("inner", copy("k")), trip_counts=given)
     assert report.collectives[0].under.kernels == trips
-    said = [each for each in report.assumptions if "data-dependent" in each]
-    assert bool(said) == (trips == 1)
+    guesses = [each for each in report.assumptions if "data-dependent" in each]
+    assert bool(guesses) == (trips == 1)
 
 
 def test_runs_multiply_along_the_way():
