@@ -162,7 +162,7 @@ class CompileProgress:
         # A copy: other threads take from it.
         if pending := dict(self._pending):
             parts.append(_compiling(pending))
-        return f"{'; '.join(parts)}: {self.elapsed_s:.0f} s"
+        return f"{'; '.join(parts) or 'starting'}: {self.elapsed_s:.0f} s"
 
 
 def _compiling(sizes: dict[str, int]) -> str:
