@@ -152,10 +152,11 @@ def append_cond(
         invars = [jex_core.Var(a.aval) for a in operands]
         outs = inner.inline_closed(closed, invars)
         flat.append(dce(compat.new_jaxpr(invars, outs, inner.eqns, like)))
+    lives = [live_vars(b, [True] * len(b.outvars)) for b in flat]
     used = [
         i
         for i in range(len(operands))
-        if any(b.invars[i] in live_vars(b, [True] * len(b.outvars)) for b in flat)
+        if any(b.invars[i] in live for b, live in zip(flat, lives, strict=True))
     ]
     flat = [
         compat.new_jaxpr([b.invars[i] for i in used], b.outvars, b.eqns, b)

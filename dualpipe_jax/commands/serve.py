@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from dualpipe_jax.commands.arguments import add_no_cache
 from dualpipe_jax.deepseek.serve import (
     Engine,
     ServeConfig,
@@ -22,7 +23,7 @@ from dualpipe_jax.deepseek.serve import (
     prometheus,
 )
 from dualpipe_jax.profiles import profile
-from dualpipe_jax.train import load_as
+from dualpipe_jax.train import CompileProgress, compilation_cache, load_as
 
 _OPTIONS = ("max_tokens", "temperature", "seed")
 
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a profile of the first prompts that are served together to FOLDER; "
         "`trace FOLDER` reads it",
     )
+    add_no_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_as(ServeConfig, args.config)
     defaults = {name: getattr(args, name) for name in _OPTIONS}
     number = num_refused = 0
-    with _opened(args.prompts) as file:
+    cache = compilation_cache(console.print, enabled=not args.no_cache)
+    with cache, _opened(args.prompts) as file:
         # Typed prompts are answered line by line; piped ones are served together.
         groups = ([line] for line in file) if file.isatty() else [list(file)]
         engine = _start(config, args.run, console)
@@ -132,10 +135,14 @@ def _start(config: ServeConfig, folder: Path, console: Console) -> Engine:
     mesh = make_serve_mesh(config)
     params, placement = load_checkpoint(config, folder, mesh=mesh, say=console.print)
     engine = Engine(config, params, mesh=mesh)
-    with console.status("compiling"):
-        engine.compile()
+    with CompileProgress(console) as progress:
+        engine.compile(progress)
+        compile_s = progress.elapsed_s
     if placement is not None:
         engine.place(placement)
+    console.print(
+        f"{config.name}: {config.num_devices} devices; compiled in {compile_s:.0f} s"
+    )
     return engine
 
 

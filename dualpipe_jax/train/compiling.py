@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -42,7 +44,7 @@ def compile_together(
       The compiled programs, in the order of the jobs.
     """
     progress = progress or CompileProgress(Console(quiet=True))
-    with futures.ThreadPoolExecutor(len(jobs)) as pool:
+    with _rare_collections(), futures.ThreadPoolExecutor(len(jobs)) as pool:
         running = []
         for job in jobs:
             progress.tracing(job.name)
@@ -53,6 +55,21 @@ def compile_together(
             running.append(compiled)
         progress.all_lowered()
         return [each.result() for each in running]
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Lets Python look for garbage less often.
+
+    Tracing makes objects by the million and hardly any garbage; looking for it takes
+    10 to 20 % of the time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def num_operations(lowered: Any) -> int:
@@ -145,7 +162,7 @@ class CompileProgress:
         # A copy: other threads take from it.
         if pending := dict(self._pending):
             parts.append(_compiling(pending))
-        return f"{'; '.join(parts)}: {self.elapsed_s:.0f} s"
+        return f"{'; '.join(parts) or 'starting'}: {self.elapsed_s:.0f} s"
 
 
 def _compiling(sizes: dict[str, int]) -> str:

@@ -23,6 +23,7 @@ from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.programs import make_serve_programs
 from dualpipe_jax.deepseek.serve.requests import Request, as_prompt, check_options
 from dualpipe_jax.deepseek.serve.scheduler import Admitted, Scheduler, prefill_arrays
+from dualpipe_jax.train import CompileProgress
 
 P = PartitionSpec
 
@@ -84,9 +85,13 @@ class Engine:
         self._numbers = itertools.count()
         self._undelivered: collections.deque[Token] = collections.deque()
 
-    def compile(self) -> None:
-        """Compiles all programs now; no step compiles anything after that."""
-        self.programs = self.programs.compile()
+    def compile(self, progress: CompileProgress | None = None) -> None:
+        """Compiles all programs now; no step compiles anything after that.
+
+        Args:
+          progress: where to show what compiles.
+        """
+        self.programs = self.programs.compile(progress)
         self.metrics()
 
     # Requests.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
 from dualpipe_jax.deepseek.serve.steps import Steps
 from dualpipe_jax.deepseek.serve.weights import initial_params
 from dualpipe_jax.gpu.overlap import compile_for
+from dualpipe_jax.train import CompileProgress, Job, compile_together
 
 P = PartitionSpec
 PyTree = Any
@@ -61,18 +62,23 @@ class ServePrograms:
     rebalance: Any
     move: Any
 
-    def compile(self) -> ServePrograms:
-        """Returns compiled programs; no step compiles anything after that."""
+    def compile(self, progress: CompileProgress | None = None) -> ServePrograms:
+        """Returns compiled programs; no step compiles anything after that.
+
+        Args:
+          progress: where to show what compiles.
+        """
         names = ("prefill", "decode", "rebalance", "move")
-        lowered = {name: self.lower(name) for name in names}
-        with futures.ThreadPoolExecutor() as pool:
-            running = {
-                name: pool.submit(compile_for, each, self.mesh)
-                for name, each in lowered.items()
-            }
-            return dataclasses.replace(
-                self, **{name: each.result() for name, each in running.items()}
+        jobs = [
+            Job(
+                name,
+                functools.partial(self.lower, name),
+                functools.partial(compile_for, mesh=self.mesh),
             )
+            for name in names
+        ]
+        compiled = compile_together(jobs, progress)
+        return dataclasses.replace(self, **dict(zip(names, compiled, strict=True)))
 
     @property
     def compiled(self) -> tuple[jax.stages.Compiled, ...]:

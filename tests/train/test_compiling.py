@@ -1,0 +1,144 @@
+"""Programs compile side by side, and a line says which are not done yet."""
+
+import io
+import re
+import threading
+
+import jax
+import pytest
+from rich.console import Console
+
+from dualpipe_jax.train.compiling import (
+    CompileProgress,
+    Job,
+    compile_together,
+    num_operations,
+)
+
+TIMEOUT_S = 60
+
+
+def lowered(size):
+    """A program of so many additions."""
+
+    def add(x):
+        for _ in range(size):
+            x = x + x
+        return x
+
+    return jax.jit(add).lower(1.0)
+
+
+def console(*, terminal=False):
+    return Console(file=io.StringIO(), width=120, force_terminal=terminal)
+
+
+def test_programs_come_in_the_order_of_the_jobs():
+    second_is_done = threading.Event()
+
+    def first(_):
+        # They compile at the same time, or this would never end.
+        assert second_is_done.wait(TIMEOUT_S)
+        return "first"
+
+    def second(_):
+        second_is_done.set()
+        return "second"
+
+    jobs = [
+        Job("one", lambda: lowered(1), first),
+        Job("two", lambda: lowered(2), second),
+    ]
+    assert compile_together(jobs) == ["first", "second"]
+
+
+def test_what_is_pending_is_shown_with_its_size():
+    may_end = {"large": threading.Event(), "small": threading.Event()}
+    shown = []
+
+    class Recording(CompileProgress):
+        """Keeps what is shown after each change; lets the small program end first."""
+
+        def tracing(self, name):
+            super().tracing(name)
+            shown.append(self.text)
+
+        def compiling(self, name, num_operations):
+            super().compiling(name, num_operations)
+            shown.append(self.text)
+            if name == "small":
+                may_end["small"].set()
+
+        def done(self, name):
+            super().done(name)
+            shown.append(self.text)
+            may_end["large"].set()
+
+    def job(name, size):
+        return Job(
+            name, lambda: lowered(size), lambda _: may_end[name].wait(TIMEOUT_S)
+        )
+
+    assert compile_together([job("large", 9), job("small", 3)], Recording(console()))
+    large, small = (
+        f"{name} ({num_operations(lowered(size))} operations)"
+        for name, size in (("large", 9), ("small", 3))
+    )
+    assert [re.sub(r": \d+ s$", "", text) for text in shown] == [
+        "tracing large",
+        f"compiling {large}",
+        f"tracing small; compiling {large}",
+        f"compiling {large}, {small}",
+        f"compiling {large}",
+        "starting",
+    ]
+
+
+def test_without_a_terminal_it_is_one_line():
+    out = console()
+    jobs = [Job("one", lambda: lowered(1), lambda _: None)]
+    with CompileProgress(out) as progress:
+        compile_together(jobs, progress)
+    size = num_operations(lowered(1))
+    assert out.file.getvalue() == f"compiling one ({size} operations)\n"
+
+
+def test_on_a_terminal_a_line_comes_and_goes():
+    is_shown = threading.Event()
+
+    class Terminal(io.StringIO):
+        def write(self, text):
+            if re.search(r"compiling one \(\d+ operations\): \d+ s", text):
+                is_shown.set()
+            return super().write(text)
+
+    out = Console(file=Terminal(), width=120, force_terminal=True)
+    jobs = [Job("one", lambda: lowered(1), lambda _: is_shown.wait(TIMEOUT_S))]
+    with CompileProgress(out) as progress:
+        assert compile_together(jobs, progress) == [True]
+    erase_line = "\x1b[2K"
+    assert out.file.getvalue().endswith(erase_line)
+
+
+def test_a_program_that_does_not_compile_ends_it():
+    def fail(_):
+        raise RuntimeError("does not fit")
+
+    jobs = [
+        Job("bad", lambda: lowered(1), fail),
+        Job("good", lambda: lowered(1), lambda _: None),
+    ]
+    with pytest.raises(RuntimeError, match="does not fit"):
+        compile_together(jobs)
+
+
+def test_operations_inside_of_loops_count():
+    def loop(size):
+        def body(_, x):
+            for _ in range(size):
+                x = x + x
+            return x
+
+        return jax.jit(lambda x: jax.lax.fori_loop(0, 9, body, x)).lower(1.0)
+
+    assert num_operations(loop(7)) == num_operations(loop(3)) + 4
