@@ -187,7 +187,7 @@ def test_a_platform_without_a_branch_is_said():
 
     with pytest.raises(ValueError, match="branches for tpu, cuda but not for 'cpu'"):
         SplitBackward.trace(fn, W, X, platform="cpu")
-    with pytest.raises(ValueError, match="say 'cuda' or 'rocm'"):
+    with pytest.raises(ValueError, match="pass 'cuda' or 'rocm'"):
         SplitBackward.trace(layer, W, X, platform="gpu")
 
 
