@@ -197,7 +197,7 @@ def _with_operands(
 
 
 def _small_first(turns: Sequence[_Turn]) -> list[_Turn]:
-    """Gives a turn's small exchanges a turn of their own before it.
+    """Moves the small exchanges that a turn waits for to a separate turn before it.
 
     On the link they would follow the large exchange, and their readers would wait for
     both.

@@ -112,7 +112,7 @@ class BufferShapes(NamedTuple):
 def forward_work(
     functions: Functions, params: PipelineParams, chunk: PyTree, inputs, targets
 ) -> tuple[Work, BufferShapes]:
-    """Returns the work of a forward-only program: outputs are those of the last stage."""
+    """Returns the work of a forward-only program; outputs are the last stage's."""
     del targets
     x, stages, _ = _trace_stages(functions, params, chunk, inputs)
 
