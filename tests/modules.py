@@ -1,11 +1,11 @@
-"""Reading the text of compiled modules."""
+"""Reads the text of compiled modules."""
 
 import math
 import re
 
 
 def computations(text):
-    """Name -> lines of every computation of an HLO module; the entry is 'ENTRY'."""
+    """Maps each computation of an HLO module to its lines; the entry is 'ENTRY'."""
     found, name = {}, None
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
@@ -18,7 +18,7 @@ def computations(text):
 
 
 def in_loops(found):
-    """Names of the computations that run inside a loop, called ones included."""
+    """Returns the computations that run inside a loop, called ones included."""
     callee = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.-]+)")
     branches = re.compile(r"branch_computations=\{([^}]*)\}")
     reached = set()
@@ -41,7 +41,7 @@ def in_loops(found):
 
 
 def copies_of(found, names):
-    """(computation, line) -> bytes, of all copies in some computations."""
+    """Maps (computation, line) of all copies in some computations to bytes."""
     copies = {}
     for name in names:
         for line in found[name]:

@@ -1,8 +1,7 @@
-"""The pipeline's independent oracle: the same functions with no pipeline at all.
+"""The pipeline's independent oracle: the same functions without a pipeline.
 
-Plain loops over microbatches and stages and one `jax.value_and_grad`; no
-schedule, no collective, no slot. Signatures are those of
-`dualpipe_jax.executor.pipeline`.
+Plain loops over microbatches and stages and one `jax.value_and_grad`; no schedule, no
+collective, no slot. Signatures are those of `dualpipe_jax.executor.pipeline`.
 """
 
 import jax

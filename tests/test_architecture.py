@@ -1,7 +1,7 @@
-"""The rooms are the folders: what they import, how large their files are, no circles.
+"""Checks the rooms (folders): their imports and file sizes, and that no circles exist.
 
-A room is a folder with an `__init__.py`. Its docstring names the rooms that it imports,
-in a paragraph `Imports: a, b.`; the test reads that, and nothing here lists modules.
+A room is a folder with an `__init__.py`. Its docstring names the rooms that it imports
+in a paragraph `Imports: a, b.`; the test reads this, so no modules are listed here.
 """
 
 import ast
@@ -46,7 +46,7 @@ def names_of(path: Path):
         if isinstance(node, ast.Import):
             pairs = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively; write the whole name."
+            assert node.level == 0, f"{path}: relative import; write the full name."
             pairs = [(node.module, alias.name) for alias in node.names]
         else:
             continue
@@ -54,12 +54,12 @@ def names_of(path: Path):
 
 
 def room_of(module: str) -> str:
-    """The room of a module, which may be given as its room's own name."""
+    """Returns the room of a module; a room's name is a module of that room."""
     return module if module in ROOMS else module.rpartition(".")[0]
 
 
 def rooms_imported(room: str) -> set[str]:
-    """The rooms that the files of a room import; leaves at the roots do not count."""
+    """Returns the rooms that a room's files import, without modules at the roots."""
     found = set()
     for module, path in MODULES.items():
         if room_of(module) == room:
@@ -70,10 +70,10 @@ def rooms_imported(room: str) -> set[str]:
 
 
 def rooms_named(room: str) -> set[str]:
-    """What the docstring of a room says that it imports."""
+    """Returns the rooms that a room's docstring lists as imported."""
     doc = " ".join((ast.get_docstring(tree_of(ROOMS[room])) or "").split())
     match = re.search(r"Imports: ([\w., ]*?)\.(?: |$)", doc)
-    assert match, f"{room} says nowhere `Imports: ...`."
+    assert match, f"The docstring of {room} lacks `Imports: ...`."
     package = room.split(".")[0]
     return {
         name if name.split(".")[0] in PACKAGES else f"{package}.{name}"
@@ -84,12 +84,12 @@ def rooms_named(room: str) -> set[str]:
 
 @functools.cache
 def handed_out_by(room: str) -> set[str]:
-    """The names that the door of a room imports: `__all__` for users, and others."""
+    """Returns the names that a room's `__init__` exports, in `__all__` or not."""
     return {what for _, what in names_of(ROOMS[room])}
 
 
 def circle_in(arrows: dict[str, set[str]]) -> set[str]:
-    """What is left when everything that depends on nothing left is taken away."""
+    """Returns what remains after repeatedly removing nodes without dependencies."""
     left = dict(arrows)
     while ready := [name for name, needs in left.items() if not needs & left.keys()]:
         for name in ready:
@@ -100,7 +100,7 @@ def circle_in(arrows: dict[str, set[str]]) -> set[str]:
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_what_it_says(room):
     if room.endswith(".commands"):
-        # They stand above everything, and everything else below them.
+        # Commands are above everything else.
         assert "Imports: " in tree_of(ROOMS[room]).body[0].value.value
     else:
         assert rooms_imported(room) == rooms_named(room)
@@ -109,8 +109,8 @@ def test_a_room_imports_what_it_says(room):
 def test_rooms_have_no_circle():
     arrows = {}
     for room in ROOMS:
-        # A folder inside another is a part of it: the outer room hands out what is in
-        # the inner one, which may read the outer room's modules.
+        # A folder inside another is a part of it: the outer room exports the contents
+        # of the inner one, which may import the outer room's modules.
         arrows[room] = {
             other
             for other in rooms_imported(room)
@@ -120,7 +120,7 @@ def test_rooms_have_no_circle():
 
 
 def test_modules_have_no_circle():
-    # Imports inside functions and for type checkers count, too.
+    # Imports inside functions and for type checkers count too.
     arrows = {}
     for module, path in MODULES.items():
         needs = set()
@@ -145,7 +145,7 @@ def test_other_rooms_are_entered_by_the_door():
             if inside or module.endswith("__main__"):
                 continue
             if name == here.split(".")[0]:
-                # The root hands out names to users only; leaves lie beside it.
+                # The root exports names to users only; its modules are separate.
                 handed_out = f"{name}.{what}" in {*MODULES, *ROOMS}
             elif there in ("", *PACKAGES):
                 handed_out = True
@@ -193,7 +193,7 @@ def test_tests_mirror_the_rooms():
 
 
 def run_python(code: str) -> str:
-    """What a fresh interpreter prints for `code`."""
+    """Returns what a fresh interpreter prints for `code`."""
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -215,7 +215,7 @@ def test_rooms_that_say_so_import_no_jax():
 
 @pytest.mark.parametrize("room", [*PACKAGES, *ROOMS])
 def test_no_exported_name_is_also_a_submodule(room):
-    # Importing a submodule binds its name in the package, over whatever was there.
+    # Importing a submodule binds its name in the package, replacing any other value.
     package = importlib.import_module(room)
     submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
     assert submodules.isdisjoint(getattr(package, "__all__", ()))

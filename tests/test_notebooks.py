@@ -1,4 +1,4 @@
-"""The notebooks run, are committed as they ran, and hold no trace of the machine."""
+"""The notebooks run, are committed as run, and have no traces of the machine."""
 
 import importlib.util
 import json
@@ -59,7 +59,7 @@ def test_committed_as_it_ran(path):
     kinds = {output.output_type for output in outputs(notebook)}
     assert kinds <= {"stream", "display_data", "execute_result"}
     assert not streams(notebook, "stderr")
-    # Cleaning it again would change nothing but the pictures' bytes.
+    # Cleaning it again would change only the pictures' bytes.
     for output in outputs(notebook):
         assert execute.WIDGET not in output.get("data", {})
         assert not output.get("metadata")
@@ -92,7 +92,7 @@ def test_claims_are_asserted_and_links_lead_somewhere(path):
 
 
 def first_cell(path, folder, monkeypatch, *, is_missing):
-    """What the first code cell passes to pip, run in a folder."""
+    """Returns what the first code cell, run in a folder, passes to pip."""
     monkeypatch.chdir(folder)
     found = (lambda name: None) if is_missing else (lambda name: name)
     monkeypatch.setattr(importlib.util, "find_spec", found)

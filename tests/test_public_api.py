@@ -128,7 +128,7 @@ EXPORTED = [
 
 @pytest.mark.parametrize("package", FROZEN, ids=lambda package: package.__name__)
 def test_exported_names_are_frozen(package):
-    # A name that is added or removed is a decision: change this list with it.
+    # Adding or removing a name is a decision: update this list too.
     assert sorted(getattr(package, "__all__", [])) == sorted(FROZEN[package])
     assert set(FROZEN[package]) <= set(dir(package))
 
@@ -164,4 +164,4 @@ def test_docstrings_name_every_argument_or_field(exported):
 )
 def test_every_function_of_a_root_shows_an_example(exported):
     tests = doctest.DocTestFinder().find(exported, exported.__name__)
-    assert any(test.examples for test in tests), "no Examples block that a doctest runs"
+    assert any(test.examples for test in tests), "no Examples block with a doctest"

@@ -1,4 +1,4 @@
-"""One style for all pictures: its colours, and that no other module names any."""
+"""One style for all pictures: checks its colours, and that no other module has any."""
 
 import ast
 import io
@@ -23,7 +23,7 @@ NO_COLOUR = {"none", "auto", "inherit"}
 
 
 def colours_in(source: str) -> list[str]:
-    """Returns the colours that a module names: of the form #rrggbb, or as a keyword."""
+    """Returns the colours in a module, written as #rrggbb or as a keyword's value."""
     tree = ast.parse(source)
     documents = {
         id(node.body[0].value)
@@ -73,7 +73,7 @@ def test_only_the_style_names_colours():
 
 
 def test_a_figure_changes_nothing_global():
-    # Like a user's dark theme.
+    # As in a user's dark theme.
     with matplotlib.rc_context({"axes.facecolor": "#000000", "text.color": "#00ff00"}):
         before = dict(matplotlib.rcParams)
         figure = style.figure(2, 1)
@@ -122,4 +122,4 @@ def test_many_colours_differ_and_numbers_on_them_are_readable(index):
     face = style.distinct(index)
     assert face not in {style.distinct(i) for i in range(index)}
     back, text = (style.luminance(c) + 0.05 for c in (face, style.ink_on(face)))
-    assert max(back / text, text / back) >= 3  # large or bold text; names are beside
+    assert max(back / text, text / back) >= 3  # large or bold text; names are beside it

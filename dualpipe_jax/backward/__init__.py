@@ -1,10 +1,10 @@
-"""The backward of any function, cut into input half (I) and weight half (W).
+"""The backward pass of any function, cut into an input half (I) and a weight half (W).
 
-In the order of reading: `jaxprs` (what equations cost, what depends on what), `flatten`
-(calls inlined), `mincut`, `cut` (one jaxpr into an early and a late program), `loops`
-(scans, conds and shard_maps first become two each: `scans`, `branches`, and cheap ones
-move into their readers: `fuse`), `programs` (F, I, W and B of a function). `split_vjp`,
-`SplitBackward` and `run_interleaved` are what others use.
+In reading order: `jaxprs` (equation costs and dependencies), `flatten` (inlines calls),
+`mincut`, `cut` (one jaxpr into an early and a late program), `loops` (first splits each
+scan, cond and shard_map in two: `scans`, `branches`; moves cheap ones into the loops
+that read them: `fuse`), `programs` (F, I, W and B of a function). The public entry
+points are `split_vjp`, `SplitBackward` and `run_interleaved`.
 
 Imports: nothing.
 """

@@ -1,4 +1,4 @@
-"""Conds and shard_maps that become two, as scans do in ``scans``."""
+"""Splits conds and shard_maps in two, as ``scans`` does for scans."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from dualpipe_jax.backward.scans import Piece
 
 
 class CondSplit:
-    """The two conds that a cond becomes; arguments as in ``ScanSplit``.
+    """The two conds that a cond is split into; arguments as in ``ScanSplit``.
 
-    What crosses differs between the branches: values of one type share a slot, and a
-    branch that has fewer fills the rest with zeros.
+    Each branch has its own crossing values: values of the same type share a slot, and a
+    branch with fewer values fills the remaining slots with zeros.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ def append_cond(
     """Appends a cond on the same index as ``eqn``; returns its results.
 
     Operands that no branch reads are dropped. (``lax.switch`` would clamp the index
-    anew each time, and conds on one index could no longer be told.)
+    again each time, which would hide that several conds share one index.)
     """
     like = bodies(eqn)[0]
     flat = []
@@ -175,10 +175,10 @@ def append_cond(
 
 
 class ShardMapSplit:
-    """The two shard_maps that a shard_map becomes; arguments as in ``ScanSplit``.
+    """The two shard_maps that a shard_map is split into; arguments as in ``ScanSplit``.
 
-    What crosses is stacked over the mesh axes that it varies over, so that no device
-    sends anything.
+    Crossing values are stacked over the mesh axes that they vary over, so that no
+    device sends anything.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class ShardMapSplit:
         self._specs = {v: self._spec(v.aval) for v in self._emitted}
 
     def early(self) -> Piece:
-        """Returns the early shard_map: early results, then what crosses."""
+        """Returns the early shard_map: early results, then crossing values."""
         num = len(self.early_outputs)
         body, _ = prune(self._cut.early)
         out_specs = [self._eqn.params["out_specs"][i] for i in self.early_outputs]

@@ -1,9 +1,9 @@
 """Cuts a jaxpr into an early and a late program that together compute the same.
 
-The one operation behind the split of a training step: forward and backward are the two
-halves of the joint jaxpr, and backward-for-input and backward-for-weights are the two
-halves of the backward. What the late half reads from the early one is chosen by a
-minimum cut over bytes, in which cheap equations may be repeated and heavy ones may not.
+This one operation splits a training step: forward and backward are the two halves of
+the joint jaxpr, and backward-for-input and backward-for-weights are the two halves of
+the backward. A minimum cut over bytes chooses what the late half reads from the early
+one; cheap equations may be repeated, heavy ones may not.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from dualpipe_jax.backward.mincut import cheapest_cut
 
 
 class Status(enum.IntEnum):
-    """Where a value can be had, from everywhere to one place only.
+    """Where a value is available, from everywhere to one program only.
 
-    A result's status is the highest among its operands', or higher.
+    A result's status is at least the highest among its operands.
     """
 
     CONSTANT = 0  # in both programs, the same in every call
     STATIC = 1  # in both programs: parameters
     FREE = 2  # in both programs: residuals, when the backward is cut
-    EARLY = 3  # in the early program; the late one must be handed it
+    EARLY = 3  # in the early program, which must pass it to the late one
     LATE = 4  # only in the late program
 
 
 def result_status(eqn: Any, operands: Sequence[Status]) -> Status:
     """Returns the status of an equation's results, if it may run anywhere.
 
-    Constants are made wherever they are read, whatever that takes: keeping them would
-    keep one copy a call. What depends on parameters only is made again too (a cast of
-    the weights), unless that multiplies matrices. Collectives never run twice.
+    Constants are computed wherever they are read, whatever the cost: keeping them would
+    keep one copy per call. Values that depend on parameters only (a cast of the
+    weights) are recomputed too, unless that takes a matrix product. Collectives never
+    run twice.
     """
     highest = max(operands, default=Status.CONSTANT)
     if highest is Status.CONSTANT:
@@ -64,10 +65,10 @@ class Policy:
     """What may move between the two programs.
 
     Attributes:
-      late_heavy: equations that only late outputs need and that are not cheap run late
-        (the weight gradients); otherwise early (what the forward pass saves).
-      early_reductions: a reduction that only late outputs need may run early where
-        less then crosses.
+      late_heavy: whether equations that only late outputs need and that are not cheap
+        run late (the weight gradients) or early (what the forward pass saves).
+      early_reductions: whether a reduction that only late outputs need may run early
+        where fewer bytes then cross.
     """
 
     late_heavy: bool
@@ -86,7 +87,7 @@ class Cut:
     Attributes:
       early: (inputs that are not late) -> (early outputs, crossing).
       late: (inputs of both programs, crossing, late inputs) -> late outputs.
-      crossing: the variables, of the jaxpr that was cut, that cross.
+      crossing: the variables of the original jaxpr that cross.
     """
 
     early: Any
@@ -107,11 +108,11 @@ def cut(
 
     Args:
       jaxpr: flat, without constants.
-      status: for each input, where it can be had.
+      status: for each input, where it is available.
       early_outputs: for each output, whether the early program returns it.
       policy: what may move.
       late_equations: ids of equations that must run late.
-      price: what keeping a variable costs; by default its bytes.
+      price: the cost of keeping a variable; by default its size in bytes.
     """
     return _Cutter(jaxpr, status, early_outputs, policy, late_equations, price).cut()
 
@@ -132,7 +133,7 @@ class _Cutter:
         self.status = self._propagate(late_equations)
 
     def _early_effects(self, late: Collection[int]) -> list[Any]:
-        """A print runs early unless it reports on what only the late program has."""
+        """A print runs early unless it reads what only the late program has."""
         effectful = [eqn for eqn in self.effectful if id(eqn) not in late]
         if not effectful or not self.policy.late_heavy:
             return effectful
@@ -146,7 +147,7 @@ class _Cutter:
             elif any(map(compat.is_ordered, eqn.effects)):
                 raise ValueError(
                     f"fn must not have an ordered effect ({eqn.primitive.name}) in its "
-                    "backward pass that weight gradients alone need: I and W run at "
+                    "backward pass that only weight gradients need: I and W run at "
                     "different times; make it unordered."
                 )
         return chosen
@@ -169,7 +170,7 @@ class _Cutter:
                 results = [Status.EARLY if s is Status.FREE else s for s in operands]
             else:
                 result = result_status(eqn, operands)
-                # What is free is recomputed under the rules for early values.
+                # Free values are recomputed under the rules for early ones.
                 if result is Status.FREE:
                     result = Status.EARLY
                 if result is Status.EARLY and self._must_be_late(eqn):
@@ -194,7 +195,7 @@ class _Cutter:
         return Cut(self._early(crossing), self._late(crossing), crossing)
 
     def _recompute_from(self, var: Any) -> Sequence[Any] | None:
-        """Returns what ``var`` can be recomputed from; None if it may not be."""
+        """Returns what ``var`` can be recomputed from; None if it must not be."""
         eqn = self.producer.get(var)
         if eqn is None:
             return None
@@ -261,8 +262,8 @@ class _Cutter:
 
 @dataclasses.dataclass(frozen=True)
 class _Needed:
-    wanted: dict[Any, None]  # early values that the late program could be handed
-    roots: dict[Any, None]  # those that it reads for certain
+    wanted: dict[Any, None]  # early values that could be passed to the late program
+    roots: dict[Any, None]  # those that it certainly reads
 
 
 def _read_for(eqn: Any, result: Any) -> Sequence[Any]:

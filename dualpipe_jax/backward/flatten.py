@@ -31,15 +31,15 @@ def flatten(
     """Inlines calls, and merges equal cheap equations, at every depth.
 
     ``jit`` and remat disappear; a remat of a backward pass leaves an
-    ``optimization_barrier`` on its operands, as its lowering would, so that XLA cannot
-    merge the recomputation with the forward pass that it repeats.
+    ``optimization_barrier`` on its operands, as its lowering would, so that XLA does
+    not merge the recomputation with the forward pass that it repeats.
 
     Args:
       closed: a closed jaxpr.
-      inline_custom: also inline calls with custom derivatives: right in a backward
-        pass, which is not differentiated again.
-      platform: where it will run, such as `"cuda"`, if that is known: of what
-        `lax.platform_dependent` offers, the branch for it is inlined.
+      inline_custom: whether to inline calls with custom derivatives too, as is right
+        in a backward pass, which is not differentiated again.
+      platform: where it will run, such as `"cuda"`, if known: of the branches of a
+        `lax.platform_dependent`, only that platform's is inlined.
 
     Returns:
       A jaxpr without constants whose first inputs are the constants, and their values.
@@ -77,7 +77,7 @@ class Builder:
         rename: bool = True,
         within: Any = None,
     ) -> list[Atom]:
-        """Appends the equations of ``jaxpr``, flat; returns its outputs."""
+        """Appends the flattened equations of ``jaxpr``; returns its outputs."""
         within = within or self.within
         inner = [*jaxpr.constvars, *jaxpr.invars]
         env: dict[Any, Atom] = dict(zip(inner, args, strict=True))
@@ -122,7 +122,7 @@ class Builder:
         return self._constrain(results, after)
 
     def _constrain(self, atoms: list[Atom], shardings: Sequence[Any]) -> list[Atom]:
-        """Keeps the shardings that an inlined ``jit`` asked for."""
+        """Keeps the shardings that an inlined ``jit`` specified."""
         atoms = list(atoms)
         for i, sharding in enumerate(shardings):
             if sharding is not None:
@@ -150,9 +150,9 @@ class Builder:
     def _emit(self, eqn: Any, operands: list[Atom], rename: bool) -> list[Atom]:
         if any(compat.is_ref(a.aval) for a in (*operands, *eqn.outvars)):
             raise ValueError(
-                f"fn must not read or write a jax.Ref (in {eqn.primitive.name}): when "
-                "the halves of the backward pass run is for the caller to choose; "
-                "return the new value instead."
+                f"fn must not read or write a jax.Ref (in {eqn.primitive.name}): the "
+                "caller chooses when each half of the backward pass runs; return the "
+                "new value instead."
             )
         eqn = self._flatten_bodies(eqn)
         key = None
@@ -179,11 +179,11 @@ class Builder:
 def join(
     forward: Any, backward: Any, num_consts: int, num_own_consts: int, num_kept: int
 ) -> tuple[Any, frozenset[int]]:
-    """Puts a pullback behind the forward pass that saves for it, in one jaxpr.
+    """Joins a forward pass and the pullback that reads its saved values in one jaxpr.
 
     Args:
       forward: constants, arguments -> ``num_kept`` outputs, saved values.
-      backward: own constants, saved values, cotangents -> cotangents.
+      backward: its constants, saved values, cotangents -> cotangents.
       num_consts: number of constants of ``forward``.
       num_own_consts: number of constants of ``backward``.
       num_kept: number of outputs of ``forward`` that are not saved values.

@@ -1,8 +1,8 @@
 """Counts the floating-point operations of matrix products in a traced function.
 
-XLA's own count visits a loop's body once and leaves custom calls out; here loops are
-multiplied out. A product of [m, k] and [k, n] counts 2 m k n, as usual. What is not a
-matrix product counts nothing.
+XLA's own count visits a loop's body once and omits custom calls; here a loop's body is
+multiplied by its trips. A product of [m, k] and [k, n] counts 2 m k n, as usual.
+Nothing but matrix products counts.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from dualpipe_jax import compat
 def flops(
     function: Callable[..., Any], *args: Any, while_trips: int = 1, **kwargs: Any
 ) -> int:
-    """Returns the operations that the matrix products of a call take.
+    """Returns the number of operations in the matrix products of a call.
 
     Args:
       function: any function that JAX can trace.
       *args: its arguments: pytrees of arrays or ``jax.ShapeDtypeStruct``.
       while_trips: how often to count the body of a ``while_loop``, whose number of
-        trips is not known before it runs.
-      **kwargs: further arguments, the same way.
+        trips is unknown before it runs.
+      **kwargs: keyword arguments, likewise.
 
     Returns:
-      The count, over all devices of a ``jax.shard_map``, and of a ``cond`` that of its
+      The count: a ``jax.shard_map`` counts on all its devices, a ``cond`` by its
       costliest branch.
 
     Examples:
@@ -95,7 +95,7 @@ def _product_flops(eqn: Any, contracted: Sequence[int], batch: Sequence[int]) ->
     lhs, rhs = (atom.aval.shape for atom in eqn.invars)
     depth = math.prod(lhs[i] for i in contracted)
     shared = math.prod(lhs[i] for i in batch) * depth
-    # Every element of lhs meets every column of rhs of its batch entry.
+    # Every element of lhs multiplies every column of rhs in its batch entry.
     return 2 * math.prod(lhs) * (math.prod(rhs) // shared if shared else 0)
 
 
@@ -103,7 +103,7 @@ def _ragged_flops(eqn: Any) -> int:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     lhs, rhs = (atom.aval.shape for atom in eqn.invars[:2])
-    # Each row of lhs meets the matrix of its own group.
+    # Each row of lhs multiplies the matrix of its group.
     used = {*contracted, *batch, *numbers.rhs_group_dimensions}
     return 2 * math.prod(lhs) * math.prod(n for i, n in enumerate(rhs) if i not in used)
 

@@ -1,8 +1,9 @@
 """Runs cheap loops and branches inside the loops and branches that read them.
 
-When what a scan saves is recomputed rather than kept, the recomputation is a scan too,
-with stacks as large as what was not kept. It belongs inside the scan that reads them,
-one iteration at a time. The same for conds on one index.
+If the values that a scan saves are recomputed rather than kept, the recomputation is
+itself a scan, and its stacked results are as large as what was not kept. It belongs
+inside the scan that reads them, one iteration at a time. The same holds for conds on
+one index.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from dualpipe_jax.backward.scans import Scan
 
 
 def read_in_step(jaxpr: Any) -> set[Any]:
-    """Returns the results that only like equations read, in step with their producer.
+    """Returns the results read only by similar equations, in step with their producer.
 
-    For a scan: stacked results, as per-iteration inputs of scans of the same length.
-    For a cond: results that only conds on the same index read.
+    For a scan: stacked results read only as per-iteration inputs of scans of the same
+    length. For a cond: results read only by conds on the same index.
     """
     rhythm: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
@@ -55,7 +56,7 @@ def _rhythm(eqn: Any) -> Any | None:
 
 
 def _first_in_step(eqn: Any) -> int:
-    """Returns where the operands start that are read one iteration at a time."""
+    """Returns the position of the first operand that is read per iteration."""
     return sum(compat.scan_sizes(eqn)) if eqn.primitive.name == "scan" else 1
 
 

@@ -1,13 +1,13 @@
-"""Two passes side by side, each computing while the other sends.
+"""Interleaves two passes, so that each computes while the other communicates.
 
 DeepSeek's order inside an overlapped pair (arXiv:2412.19437, section 3.2.1, figure 4):
-attention and experts of one direction run against dispatch and combine of the other.
-XLA's scheduler knows no such plan: it goes through both passes as they come, and leaves
+attention and experts of one direction run during dispatch and combine of the other.
+XLA's scheduler does not find this order: it takes both passes as they come, and leaves
 the ends of most exchanges exposed. Here the order is decided on the jaxprs. Both are
-cut at their large exchanges and their pieces take turns; what is free to move (weight
-gradients, what is computed again) fills up turns with less compute than communication.
-An `optimization_barrier` between two turns holds the order, and inside a turn nothing
-is left but to overlap.
+cut at their large exchanges and their pieces take turns; equations that are free to
+move (weight gradients, recomputation) fill turns that have less compute than
+communication. An `optimization_barrier` between two turns fixes the order, so that
+within a turn XLA can only overlap.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from dualpipe_jax.backward.jaxprs import (
 )
 from dualpipe_jax.backward.passes import EXCHANGES, Pass, cost_of, time_of
 
-# Of a turn's communication: what is worth being filled up, or filled with.
+# Fraction of a turn's communication that is worth filling, or filling with.
 _WORTH = 1 / 50
 
 
 def interleave(forward: Any, backward: Any, num_needed: int) -> Any | None:
-    """Puts two passes into one program, in turns.
+    """Interleaves a forward and a backward pass in one program.
 
     Args:
       forward: flat jaxpr.
-      backward: flat jaxpr; it may share variables with `forward`, but means others.
-      num_needed: the first outputs of `backward`, those that the previous stage waits
+      backward: flat jaxpr; a variable that also occurs in `forward` is unrelated.
+      num_needed: number of leading outputs of `backward` that the previous stage waits
         for; the others are weight gradients.
 
     Returns:
       A jaxpr from the inputs of both to the outputs of both, in this order; None where
       there is no order to decide: neither pass exchanges rows between devices outside
-      of its loops and branches, or one prints.
+      its loops and branches, or one of them prints.
     """
     forward, backward = _on_its_own(forward), _on_its_own(backward)
     if any(real_effects(eqn) for eqn in (*forward.eqns, *backward.eqns)):
@@ -65,18 +65,18 @@ def interleave(forward: Any, backward: Any, num_needed: int) -> Any | None:
 def interleave_forwards(
     first: Any, second: Any, num_weights: tuple[int, int], num_handed: int
 ) -> Any | None:
-    """Puts two forward passes into one program, in turns; the first is half ahead.
+    """Interleaves two forward passes in one program; the first is half a layer ahead.
 
     Args:
-      first: flat jaxpr; the last `num_handed` of its outputs are for the second.
-      second: flat jaxpr; it takes them as its last inputs.
-      num_weights: of each, the first inputs that are weights.
-      num_handed: see above. The second pass reads them in its own piece k if the first
-        has made them in piece k or before.
+      first: flat jaxpr; its last `num_handed` outputs are for the second.
+      second: flat jaxpr; its last `num_handed` inputs are these outputs.
+      num_weights: number of leading inputs of each that are weights.
+      num_handed: number of values passed from the first to the second. The second pass
+        reads a value in its piece k if the first computes it in piece k or before.
 
     Returns:
-      A jaxpr from the inputs of both, but the handed ones, to the outputs of both, but
-      the handed ones; None as for `interleave`, and where the second pass would wait.
+      A jaxpr from the inputs of both to the outputs of both, without the values passed
+      between them; None as for `interleave`, and where the second pass would wait.
     """
     first, second = _on_its_own(dce(first)), _on_its_own(dce(second))
     if any(real_effects(eqn) for eqn in (*first.eqns, *second.eqns)):
@@ -91,14 +91,14 @@ def interleave_forwards(
         return None
     outs = [*first.outvars[:kept], *second.outvars]
     turns = _tidy(_turns(behind.joined(), ahead.joined()))
-    if not _is_in_order(turns):  # it is handed things later than it needs them
+    if not _is_in_order(turns):  # a value is computed after the second pass needs it
         return None
     eqns, outs = _in_order(turns, outs)
     return compat.new_jaxpr([*first.invars, *second.invars[:given]], outs, eqns, first)
 
 
 def _is_in_order(turns: Sequence[_Turn]) -> bool:
-    """Whether nothing is read before it is made."""
+    """Whether every value is computed before it is read."""
     waiting = {v for turn in turns for eqn in turn.all() for v in eqn.outvars}
     for eqn in (eqn for turn in turns for eqn in turn.all()):
         if not waiting.isdisjoint(filter(is_var, eqn.invars)):
@@ -108,7 +108,7 @@ def _is_in_order(turns: Sequence[_Turn]) -> bool:
 
 
 def _substitute(jaxpr: Any, values: Mapping[Any, Any]) -> Any:
-    """The jaxpr with other atoms in place of some variables."""
+    """Returns the jaxpr with some variables replaced by other atoms."""
 
     def read(atom: Any) -> Any:
         return values.get(atom, atom) if is_var(atom) else atom
@@ -129,9 +129,9 @@ class _Turn:
 
 
 def _turns(forward: Pass, backward: Pass) -> list[_Turn]:
-    """Forward piece k beside exchange k of the backward pass, and backward piece k + 1
-    beside exchange k of the forward pass. Or, of two forward passes, the one that is
-    behind and the one ahead.
+    """Puts forward piece k beside exchange k of the backward pass, and backward piece
+    k + 1 beside exchange k of the forward pass. Of two forward passes, `forward` is the
+    one behind and `backward` the one ahead.
     """
     turns = [_Turn([], _nth(backward.pieces, 0))]
     for k in range(max(len(forward.pieces), len(backward.pieces))):
@@ -145,10 +145,10 @@ def _tidy(turns: Sequence[_Turn]) -> list[_Turn]:
 
 
 def _fill(turns: list[_Turn], backward: Pass) -> list[Any]:
-    """Moves equations of the backward pass forward, to turns with too little to do.
+    """Moves backward equations to earlier turns that have too little compute.
 
-    First those that are free, then those that a later turn would run. Returns the free
-    ones that are left.
+    Free equations move first, then those of later turns. Returns the free ones that are
+    left.
     """
     cost = {id(eqn): cost_of(eqn) for turn in turns for eqn in turn.eqns}
     cost |= {id(eqn): cost_of(eqn) for eqn in backward.free}
@@ -182,8 +182,8 @@ def _fill(turns: list[_Turn], backward: Pass) -> list[Any]:
 def _with_operands(
     eqn: Any, makers: dict[Any, Any], at: dict[int, int], turn: int
 ) -> dict[int, Any] | None:
-    """`eqn` and all that it waits for and that does not run by `turn`; None if an
-    exchange is among that, or is on its way in that turn.
+    """Returns `eqn` and its dependencies that have not run by `turn`; None if one of
+    them is an exchange. An exchange in flight in that turn has not run yet.
     """
 
     def is_there(each: Any) -> bool:
@@ -197,9 +197,9 @@ def _with_operands(
 
 
 def _small_first(turns: Sequence[_Turn]) -> list[_Turn]:
-    """Gives small exchanges that a turn waits for a turn before it.
+    """Moves the small exchanges that a turn waits for to a separate turn before it.
 
-    On the link they would come after the large one, and what reads them would wait for
+    On the link they would follow the large exchange, and their readers would wait for
     both.
     """
     result = []
@@ -229,7 +229,7 @@ def _closure(
     makers: dict[Any, Any],
     is_there: Callable[[Any], bool] = lambda eqn: False,
 ) -> dict[int, Any]:
-    """An equation and all that it waits for among these, but what is there already."""
+    """Returns an equation and its dependencies among these that have not run yet."""
     found: dict[int, Any] = {}
     pending = [eqn]
     while pending:
@@ -241,7 +241,7 @@ def _closure(
 
 
 def _in_order(turns: Sequence[_Turn], outs: Sequence[Any]) -> tuple[list, list]:
-    """The equations of all turns, with a barrier between one and the next; results."""
+    """Returns the equations of all turns, with barriers in between, and the results."""
     eqns: list[Any] = []
     now: dict[Any, Any] = {}
 
@@ -255,10 +255,10 @@ def _in_order(turns: Sequence[_Turn], outs: Sequence[Any]) -> tuple[list, list]:
                 last_use.setdefault(v, t)
     done: list[Any] = []
     for t, turn in enumerate(turns):
-        # In their order: all processes of a run must compile the same program.
+        # In a fixed order: all processes of a run must compile the same program.
         made = dict.fromkeys(v for eqn in turn.all() for v in eqn.outvars)
-        # What the turn before has made and what this one reads is there before
-        # anything of this turn begins.
+        # The results of the previous turn and the operands of this one are ready
+        # before anything in this turn begins.
         reads = [v for eqn in turn.all() for v in eqn.invars if is_var(v)]
         tied = [v for v in dict.fromkeys([*done, *reads]) if v not in made]
         if done and tied:
@@ -272,15 +272,15 @@ def _in_order(turns: Sequence[_Turn], outs: Sequence[Any]) -> tuple[list, list]:
 
 
 def _on_its_own(jaxpr: Any) -> Any:
-    """The same with variables of its own, and with nothing hidden in calls."""
+    """Returns a copy with fresh variables and with calls inlined."""
     builder = Builder(inline_custom=True)
     invars = [jex_core.Var(v.aval) for v in jaxpr.invars]
     outs = builder.inline(jaxpr, invars)
     eqns = []
     for eqn in builder.eqns:
         if is_barrier(eqn):
-            # A remat's barrier makes it wait for the cotangent; here turns decide when
-            # it runs. What is left of the barrier keeps XLA from merging the two.
+            # A remat's barrier makes it wait for the cotangent; here the turns decide
+            # when it runs. The rest of the barrier keeps XLA from merging the two.
             pairs = zip(eqn.invars, eqn.outvars, strict=True)
             eqns += [barrier_equation([a], [v]) for a, v in pairs]
         else:
@@ -289,5 +289,5 @@ def _on_its_own(jaxpr: Any) -> Any:
 
 
 def _nth(items: Sequence[list[Any]], n: int) -> list[Any]:
-    """A copy of item n, or nothing."""
+    """Returns a copy of item n, or an empty list."""
     return list(items[n]) if n < len(items) else []

@@ -1,8 +1,8 @@
-"""Two forward passes in one program, each computing while the other sends.
+"""Runs two forward passes, each computing while the other communicates.
 
-What a server does with a batch cut in two microbatches (DeepSeek-V3 report,
-arXiv:2412.19437, section 3.4): attention and experts of one run against the dispatch
-and the combine of the other.
+A server does this with the two microbatches of a batch (DeepSeek-V3 report,
+arXiv:2412.19437, section 3.4): attention and experts of one run during the dispatch and
+combine of the other.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ def run_interleaved(
 ) -> tuple[PyTree, PyTree]:
     """Runs two forward passes, cut at their exchanges, whose pieces take turns.
 
-    For use inside `jax.shard_map(..., check_vma=False)`; what is cut at is `all_to_all`
-    and `ragged_all_to_all` outside of loops and branches. The first pass is half a
-    layer ahead, so that each exchange has a piece of the other pass to run under. An
-    `optimization_barrier` holds the order; XLA does the overlapping.
+    For use inside `jax.shard_map(..., check_vma=False)`. Passes are cut at `all_to_all`
+    and `ragged_all_to_all` outside loops and branches. The first pass is half a layer
+    ahead, so that each exchange runs under a piece of the other pass. An
+    `optimization_barrier` fixes the order; XLA does the overlapping.
 
     Args:
       first: function of `(params, *inputs)` that returns `(outputs, handed)`.
       second: function of `(params, *inputs, handed)`. It may use in a layer what the
-        first has made in that layer; what it waits longer for, it runs behind.
-      params: pytree of arrays that both read: weights.
+        first computes in that layer; if it would wait longer, it runs after the first.
+      params: pytree of the weights, which both read.
       first_inputs: pytrees of arrays.
       second_inputs: pytrees of arrays.
-      platform: where it will run, see `SplitBackward.trace`.
+      platform: where it will run; see `SplitBackward.trace`.
 
     Returns:
-      What `first` returns as outputs, and what `second` returns; the values of one
-      after the other.
+      The outputs of `first`, and what `second` returns; the values are those of running
+      one after the other.
 
     Raises:
-      ValueError: a function returns what is no array.
+      ValueError: if a function returns something other than arrays.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -94,7 +94,7 @@ def run_interleaved(
 def _flat(
     function: Callable[..., PyTree], args: PyTree, platform: str | None
 ) -> tuple[Any, tuple, Any]:
-    """(flat jaxpr of constants and arguments, constants, structure of the result)."""
+    """Returns (flat jaxpr of constants and arguments, constants, result structure)."""
     tree, found = jax.tree.structure(args), []
 
     def run(*leaves: Any) -> list[Any]:

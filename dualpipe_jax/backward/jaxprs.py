@@ -1,4 +1,4 @@
-"""Jaxprs as straight lists of equations: what they cost, and what depends on what."""
+"""Jaxprs as flat lists of equations: their costs and their dependencies."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Literal = jex_core.Literal
 
 
 class Kind(enum.IntEnum):
-    """What it takes to run an equation a second time."""
+    """The cost of running an equation a second time."""
 
     CHEAP = 0  # elementwise or a change of layout: may be repeated
-    REDUCE = 1  # reads much and writes little: never repeated, but free to move
-    FIXED = 2  # not worth repeating, though it multiplies no matrices
+    REDUCE = 1  # large input, small output: never repeated, but free to move
+    FIXED = 2  # not worth repeating, though not a matrix product
     HEAVY = 3  # matrix products, loops of unknown length, collectives, random bits
 
 
@@ -58,13 +58,13 @@ _WITH_BODIES = ("scan", "cond", "shard_map")
 def real_effects(eqn: Any) -> set[Any]:
     """Returns the effects that must happen once: prints, callbacks, references.
 
-    The use of a mesh axis is an effect too in JAX, but only a mark in the types.
+    In JAX the use of a mesh axis is an effect too, but only as an annotation.
     """
     return {e for e in eqn.effects if type(e).__name__ != "NamedAxisEffect"}
 
 
 def kind(eqn: Any) -> Kind:
-    """Returns what it takes to run ``eqn`` a second time."""
+    """Returns the cost of running ``eqn`` a second time."""
     if real_effects(eqn):
         return Kind.HEAVY
     name = eqn.primitive.name
@@ -112,7 +112,7 @@ def needed_operands(
 ) -> list[bool]:
     """Returns which operands of ``eqn`` its ``needed`` results depend on.
 
-    With ``effects``, also those that prints inside it depend on.
+    With ``effects``, includes those that prints inside it depend on.
     """
     match eqn.primitive.name:
         case "optimization_barrier":
@@ -139,7 +139,7 @@ def needed_operands(
 def scan_closure(
     eqn: Any, needed: Sequence[bool], *, effects: bool = False
 ) -> list[bool]:
-    """Returns ``needed``, and the carried values that those depend on through time."""
+    """Returns ``needed`` and the carries it depends on over the iterations."""
     num_consts, num_carry = compat.scan_sizes(eqn)
     (body,) = bodies(eqn)
     carry_in = body.invars[num_consts : num_consts + num_carry]
@@ -165,10 +165,10 @@ def live_vars(
 
     Args:
       jaxpr: flat, without constants.
-      needed: for each output, whether it is wanted.
-      roots: equations of which every operand is wanted.
-      effects: whether to add what prints depend on, at any depth.
-      whole: whether to take loops as they stand, with all that they read.
+      needed: for each output, whether it is needed.
+      roots: equations whose operands are all needed.
+      effects: whether to include what prints depend on, at any depth.
+      whole: whether a loop needs all its operands, whichever results are needed.
     """
     live = {v for v, n in zip(jaxpr.outvars, needed, strict=True) if n and is_var(v)}
     pinned = {id(eqn) for eqn in roots}
@@ -187,7 +187,7 @@ def live_vars(
 
 
 def dce(jaxpr: Any) -> Any:
-    """Returns ``jaxpr`` without the equations that nothing names; prints stay."""
+    """Returns ``jaxpr`` without equations whose results are unused; prints stay."""
     effects = {id(eqn) for eqn in jaxpr.eqns if real_effects(eqn)}
     return slice_jaxpr(jaxpr, jaxpr.invars, jaxpr.outvars, effects)
 
@@ -199,9 +199,9 @@ def slice_jaxpr(
 
     Args:
       jaxpr: flat, without constants.
-      invars: what is given; may include variables that ``jaxpr`` computes.
-      outvars: what is wanted.
-      effects: ids of equations that stay whoever reads them.
+      invars: the new inputs; may include variables that ``jaxpr`` computes.
+      outvars: the new outputs.
+      effects: ids of equations to keep even if nothing reads their results.
     """
     given = set(invars)
     live = {v for v in outvars if is_var(v)} - given
@@ -221,7 +221,7 @@ def slice_jaxpr(
 
 
 def narrow_barrier(eqn: Any, live: Sequence[bool]) -> Any:
-    """Drops the operands of an ``optimization_barrier`` whose results nobody reads."""
+    """Drops the operands of an ``optimization_barrier`` with unused results."""
     kept = [i for i, n in enumerate(live) if n]
     return eqn.replace(
         invars=[eqn.invars[i] for i in kept], outvars=[eqn.outvars[i] for i in kept]
@@ -229,7 +229,7 @@ def narrow_barrier(eqn: Any, live: Sequence[bool]) -> Any:
 
 
 def prune(jaxpr: Any) -> tuple[Any, tuple[bool, ...]]:
-    """Drops the inputs that nothing reads; also returns which are read."""
+    """Drops unused inputs; also returns which inputs are used."""
     live = live_vars(jaxpr, [True] * len(jaxpr.outvars), jaxpr.eqns)
     read = tuple(v in live for v in jaxpr.invars)
     invars = [v for v, r in zip(jaxpr.invars, read, strict=True) if r]
@@ -237,14 +237,14 @@ def prune(jaxpr: Any) -> tuple[Any, tuple[bool, ...]]:
 
 
 def avals_of(atoms: Sequence[Atom]) -> list[Any]:
-    """The abstract values of operands."""
+    """Returns the abstract values of operands."""
     return [a.aval for a in atoms]
 
 
 def map_bodies(eqn: Any, function: Callable[[Any], Any]) -> Any:
     """Applies ``function`` to the bodies of a scan, a cond or a shard_map.
 
-    Bodies are passed as they are; ``function`` returns an open jaxpr.
+    Bodies are passed unchanged; ``function`` returns an open jaxpr.
     """
     if eqn.primitive.name == "cond":
         branches = tuple(compat.close(function(b)) for b in eqn.params["branches"])
@@ -258,7 +258,7 @@ def map_bodies(eqn: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def run_inside(eqn: Any, function: Callable[[], Any]) -> Any:
-    """Calls ``function`` where the mesh axes of the loop ``eqn`` have their names."""
+    """Calls ``function`` with the mesh axes of the loop ``eqn`` in scope."""
     if eqn.primitive.name != "shard_map":
         return function()
     found = []

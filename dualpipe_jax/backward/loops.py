@@ -1,9 +1,9 @@
 """Splits loops and branches so that each belongs to one program only.
 
 A scan over layers computes both what the early program returns and what only the late
-one needs. It becomes two scans: the first emits, once per iteration, the values that
-cross (a minimum cut of its body, with nested loops split in turn), and the second reads
-them. A ``cond`` or a ``shard_map`` becomes two likewise.
+one needs. It is split into two scans: the first emits, in each iteration, the values
+that cross (a minimum cut of its body, with nested loops split recursively), and the
+second reads them. A ``cond`` or a ``shard_map`` is split likewise.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sink(jaxpr: Any) -> Any:
     """Computes cheap values of one loop inside the later loop that reads them.
 
     JAX's recomputing scans (remat) emit every value that their backward scan reads,
-    elementwise ones included. Here only what is expensive to recompute is emitted.
+    elementwise ones included. This emits only what is expensive to recompute.
     """
     eqns = [
         map_bodies(eqn, lambda b: sink(compat.open_jaxpr(b)[0])) for eqn in jaxpr.eqns
@@ -79,7 +79,7 @@ def sink(jaxpr: Any) -> Any:
 def _keep_body(
     body: Any, _: Sequence[Status], early_outputs: Sequence[bool], price: Any
 ) -> Cut:
-    """Cuts nothing, when all outputs belong to one half; drops what they ignore."""
+    """Gives a body to the one half that needs its outputs; drops unused equations."""
     del price
     status = [Status.FREE] * len(body.invars)
 
@@ -98,8 +98,8 @@ class _Splitter:
     """Rewrites the loops and branches of one jaxpr.
 
     Attributes:
-      choose: for an equation, which of its results are needed early.
-      free: whether operands of a loop are available to both of its halves.
+      choose: returns which results of an equation are needed early.
+      free: whether the operands of a loop are available to both of its halves.
     """
 
     jaxpr: Any
@@ -136,11 +136,11 @@ class _Splitter:
         return jaxpr, frozenset(self.late)
 
     def _rewrite(self, old: Any, read: Callable, live: list[bool]) -> dict[int, Any]:
-        """Splits a loop, or drops what it computes and reads for nothing."""
+        """Splits a loop, or drops its unused results and operands."""
         early = [e and n for e, n in zip(self.choose(old), live, strict=True)]
         needed = needed_operands(old, live, effects=True)
         whole = early == live or not any(early)
-        # An operand that is not needed may be gone: any will do until it is dropped.
+        # An unneeded operand may no longer exist: use any until it is dropped.
         eqn = old.replace(
             invars=[
                 read(a) if n else a for a, n in zip(old.invars, needed, strict=True)

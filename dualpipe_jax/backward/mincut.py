@@ -1,10 +1,11 @@
 """A minimum vertex cut: which values to keep so that the rest can be recomputed.
 
-Values are vertices with a price (their bytes); a value that is recomputed needs its
-operands. The cheapest set of values that separates what only the first program can
-compute from what the second program needs is a minimum vertex cut, found here with
-Dinic's algorithm for maximum flow. AOTAutograd's partitioner poses the same problem
-(Chen et al., min-cut rematerialization in PyTorch's functorch); this is not its code.
+Values are vertices with a price (their bytes); recomputing a value needs its operands.
+The cheapest set of values that separates what only the first program can compute from
+what the second program needs is a minimum vertex cut, found here with Dinic's algorithm
+for maximum flow. AOTAutograd's partitioner solves the same problem (Chen et al.,
+min-cut rematerialization in PyTorch's functorch); this is an independent
+implementation.
 """
 
 from __future__ import annotations
@@ -44,27 +45,27 @@ class VertexCut:
         return vertex in self._index
 
     def add(self, vertex: Hashable, price: float) -> None:
-        """Adds a value that costs ``price`` to keep; once per value."""
+        """Adds a value that costs ``price`` to keep. Call once per value."""
         index = self._index[vertex] = len(self._index)
         self._adjacent += [[], []]
         self._edge(2 * index + 2, 2 * index + 3, price)
 
     def add_operand(self, operand: Hashable, vertex: Hashable) -> None:
-        """Recomputing ``vertex`` needs ``operand``."""
+        """Declares that recomputing ``vertex`` needs ``operand``."""
         self._edge(self._out(operand), self._in(vertex), _INFINITE)
 
     def only_early(self, vertex: Hashable) -> None:
-        """``vertex`` cannot be recomputed: it is kept, or nothing needs it."""
+        """Declares that ``vertex`` cannot be recomputed: it is kept or not needed."""
         self._edge(0, self._in(vertex), _INFINITE)
 
     def needed_late(self, vertex: Hashable) -> None:
-        """``vertex`` must be kept or recomputed."""
+        """Declares that ``vertex`` must be kept or recomputed."""
         self._edge(self._out(vertex), 1, _INFINITE)
 
     def solve(self) -> tuple[set[Hashable], set[Hashable]]:
         """Returns (values to keep, values to recompute), of minimal total price.
 
-        Among cuts of equal price, the one that recomputes least.
+        Among cuts of equal price, chooses the one that recomputes least.
         """
         while (level := self._levels()) is not None:
             position = [0] * len(self._adjacent)
@@ -156,8 +157,8 @@ def cheapest_cut(
     """Returns (values to keep, values to recompute) at the lowest total price.
 
     Args:
-      prices: what each value costs to keep.
-      operands: for each value that may be recomputed, the values that this needs.
+      prices: the cost of keeping each value.
+      operands: for each value that may be recomputed, the values this needs.
       only_early: values that may not be recomputed.
       needed_late: values that the second program reads.
 

@@ -1,4 +1,4 @@
-"""Names what a backward pass does for the weights, so that profiles can tell it."""
+"""Names the weight-gradient work of a backward pass, so that profiles can show it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SCOPE = "W"
 
 
 def name_weights(jaxpr: Any, is_input_ct: Sequence[bool]) -> Any:
-    """Puts what no input cotangent needs into a `jax.named_scope` of W, at every depth.
+    """Puts all that no input cotangent needs into W's `jax.named_scope`, at any depth.
 
     Args:
       jaxpr: flat, without constants.
-      is_input_ct: for each output, whether the pass goes on with it.
+      is_input_ct: for each output, whether it is an input cotangent.
     """
     template = _template()
     needed = live_vars(jaxpr, is_input_ct)
@@ -40,7 +40,7 @@ def _body(body: Any, mask: Sequence[bool]) -> Any:
 
 
 def _template() -> Any:
-    """An equation that stands in the scope."""
+    """Returns an equation in the scope."""
 
     def scoped(x):
         with jax.named_scope(SCOPE):

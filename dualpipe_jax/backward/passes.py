@@ -1,4 +1,4 @@
-"""A pass cut at its large exchanges, and what its equations take."""
+"""A pass cut at its large exchanges, and the costs of its equations."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from dualpipe_jax.backward.flop_count import equation_flops
 from dualpipe_jax.backward.jaxprs import Kind, is_var, kind, live_vars, nbytes
 
-# What exchanges rows between devices, with nothing of its own to compute.
+# Primitives that exchange rows between devices without any compute.
 EXCHANGES = frozenset({"all_to_all", "ragged_all_to_all"})
 
-# Costs are in bytes of memory traffic, of an H100: 989 TFLOP/s of bfloat16, 3.35 TB/s,
-# of which kernels reach 70 %, and 50 GB/s of network. Only their ratios matter, which
+# Costs are in bytes of memory traffic on an H100: 989 TFLOP/s in bfloat16, 3.35 TB/s,
+# of which kernels reach 70 %, and a network of 50 GB/s. Only their ratios matter, which
 # hardly differ between GPUs.
 _FLOPS_A_BYTE = 300
 _NETWORK = 47
-# Of the largest exchange: what is worth a turn of its own.
+# Fraction of the largest exchange from which an exchange gets its own turn.
 _LARGE = 1 / 8
 
 
@@ -27,11 +27,11 @@ class Pass:
     """One pass, cut at its large exchanges.
 
     Attributes:
-      eqns: all of it.
-      sends: the large exchanges, in their order; several and what is between them
-        where that multiplies nothing.
-      pieces: one more than there are sends; a piece runs between two of them.
-      free: what no input cotangent needs.
+      eqns: all equations.
+      sends: the large exchanges, in order. Exchanges with no product between them form
+        one send, with the equations between them.
+      pieces: the equations before, between and after the sends.
+      free: equations that no input cotangent needs.
     """
 
     eqns: list[Any]
@@ -40,12 +40,12 @@ class Pass:
     free: list[Any]
 
     def made(self) -> dict[Any, int]:
-        """The piece that makes each variable; results of an exchange come after it."""
+        """Returns the first piece in or after which each variable is available."""
         parts = [*enumerate(self.pieces), *enumerate(self.sends, 1)]
         return {v: k for k, part in parts for eqn in part for v in eqn.outvars}
 
     def joined(self) -> Pass:
-        """With the exchanges joined that are two hops of one way."""
+        """Returns the pass with the two hops of one transfer joined to one send."""
         sends, pieces = [], [self.pieces[0]]
         for send, piece in zip(self.sends, self.pieces[1:], strict=True):
             if sends and not any(map(_multiplies, pieces[-1])):
@@ -62,13 +62,13 @@ class Pass:
         weights: Collection[Any] | None = None,
         made: Mapping[Any, int] | None = None,
     ) -> Pass:
-        """Each equation as early as its operands are there.
+        """Places each equation as early as its operands allow.
 
         Args:
           jaxpr: the pass.
-          weights: inputs; what is made of them alone, to cut or to cast them, waits
-            until somebody wants it. None: it does not.
-          made: of a pass that is ahead, whose results this one reads.
+          weights: inputs that are weights; equations that depend on them only, such as
+            slices and casts, run where they are first needed. None: as early as others.
+          made: `made()` of a pass that is ahead, whose results this one reads.
         """
         sends = _large_exchanges(jaxpr)
         number = {id(eqn): i for i, eqn in enumerate(sends)}
@@ -101,7 +101,7 @@ class Pass:
 
     @classmethod
     def of_backward(cls, jaxpr: Any, num_needed: int) -> Pass:
-        """Each equation as late as its users allow: less is kept for less long."""
+        """Places each equation as late as its users allow, so that less is kept."""
         sends = _large_exchanges(jaxpr)
         number = {id(eqn): i for i, eqn in enumerate(sends)}
         is_needed = [i < num_needed for i in range(len(jaxpr.outvars))]
@@ -125,33 +125,33 @@ class Pass:
 
 
 def cost_of(eqn: Any) -> float:
-    """Time, as bytes of memory traffic; what is no product is fused mostly."""
+    """Returns the time as bytes of memory traffic; most non-products are fused."""
     written = sum(nbytes(v.aval) for v in eqn.outvars)
     if eqn.primitive.name == "pallas_call":
-        # Its loops have trip counts that nobody knows before they run. The product of
+        # The trip counts of its loops are unknown before they run. The product of
         # [m, k] and [k, n] takes 2 m k n, twice the root of its three arrays' sizes; a
         # few groups, or a causal mask, halve it.
         arrays = [a.aval for a in (*eqn.invars, *eqn.outvars)]
         sizes = sorted(math.prod(getattr(a, "shape", ())) for a in arrays)[-3:]
         return max(math.sqrt(math.prod(sizes)) / _FLOPS_A_BYTE, written)
-    if kind(eqn) == Kind.FIXED:  # gathers, scatters and sorts read, too
+    if kind(eqn) == Kind.FIXED:  # gathers, scatters and sorts read too
         return 2 * written
     return max(equation_flops(eqn) / _FLOPS_A_BYTE, written / 4)
 
 
 def time_of(eqns: Sequence[Any]) -> float:
-    """Of exchanges and what is between them, in the unit of `cost_of`."""
+    """Returns the time of exchanges and equations between them, as `cost_of` does."""
     exchanges = [eqn for eqn in eqns if eqn.primitive.name in EXCHANGES]
     return _NETWORK * sum(map(_sent, exchanges))
 
 
 def _sent(eqn: Any) -> int:
-    """Bytes of an exchange: one of its two buffers may be larger than what travels."""
+    """Returns the bytes of an exchange; one of its buffers may exceed what is sent."""
     return min(nbytes(eqn.invars[0].aval), nbytes(eqn.outvars[0].aval))
 
 
 def _multiplies(eqn: Any) -> bool:
-    """Whether it is a product of matrices, a kernel, or a loop that may hold either."""
+    """Whether it is a matrix product, a kernel, or a loop that may contain either."""
     name = eqn.primitive.name
     return name in ("dot_general", "pallas_call", "while", "scan", "ragged_dot_general")
 

@@ -26,14 +26,14 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Programs:
-    """The programs of a split, as jaxprs over flat lists; no arrays.
+    """The programs of a split, as jaxprs over flat lists; holds no arrays.
 
     ``operands`` below are flat: constants, parameters, residuals.
     """
 
     f: Any  # constants, params, inputs -> outputs, aux, residuals
     i: Any  # operands, output cotangents -> input cotangents, wgrad_residuals
-    w: Any  # what it reads of (operands, wgrad_residuals) -> param cotangents
+    w: Any  # those it reads of (operands, wgrad_residuals) -> param cotangents
     b: Any  # operands, output cotangents -> input cotangents, param cotangents
     read_by_w: tuple[bool, ...]  # of (operands, wgrad_residuals)
     in_tree: Any  # of (params, inputs)
@@ -51,7 +51,7 @@ class Programs:
 
     @property
     def num_input_cts(self) -> int:
-        """How many cotangents the inputs have; integers have none."""
+        """Number of cotangents of the inputs; integers have none."""
         return sum(map(_has_cotangent, self.in_avals[self.num_params :]))
 
     @property
@@ -85,13 +85,13 @@ class Programs:
         return {}
 
     def pair(self, other: Programs) -> Any:
-        """F, and B of another, in turns: see `interleave`; None without any."""
+        """Returns F and B of another, interleaved; None as for `interleave`."""
         if other not in self._pairs:
             self._pairs[other] = interleave(self.f, other.b, other.num_input_cts)
         return self._pairs[other]
 
     def forward_and_backward(self, consts, forward, other, other_consts, backward):
-        """(params, inputs) of this one, and of the other (params, residuals, cts)."""
+        """Runs F on (params, inputs) and B of other on (params, residuals, cts)."""
         params, residuals, cts = backward
         operands = other.operands(other_consts, params, residuals)
         pair = self.pair(other)
@@ -129,7 +129,7 @@ class Programs:
         num = self.num_input_cts
         return self._param_cts(outs[num:]), self._input_cts(outs[:num])
 
-    # What split_vjp hands out: `saved` holds the residuals that W reads.
+    # What split_vjp returns: `saved` holds the residuals that W reads.
 
     def kept_until_weights(self, operands):
         stop = len(operands) - len(self.residual_avals)
@@ -196,7 +196,7 @@ def trace_programs(fn, params, inputs, has_aux, early_reductions, platform=None)
 
     f, f_consts = flatten(
         trace(forward, in_avals),
-        # Who says where it runs has no more transformations in mind.
+        # A known platform means that no further transformations follow.
         inline_custom=platform is not None,
         platform=platform,
     )
@@ -264,7 +264,7 @@ def _avals(args: PyTree) -> tuple[Any, ...]:
 
 
 def _checked_function(fn, has_aux):
-    """Returns ``fn`` with errors that name the result that is wrong."""
+    """Returns ``fn`` with errors that name the wrong result."""
 
     def checked(*args):
         result = fn(*args)
@@ -299,7 +299,7 @@ def _has_cotangent(aval: Any) -> bool:
 
 
 def _with_float0(avals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-    """Puts the zeros of float0 where ``jax.vjp`` has them, at integer values."""
+    """Puts float0 zeros at integer values, as ``jax.vjp`` does."""
     given = iter(cotangents)
     return [
         next(given) if _has_cotangent(a) else np.zeros(a.shape, dtypes.float0)
@@ -314,7 +314,7 @@ def _take(values, tree: Any) -> list[Any]:
 def _flat(value: PyTree, tree: Any, avals: Sequence[Any], name: str) -> list[Any]:
     """Returns the leaves of ``value``, checked against ``avals`` (None: not checked).
 
-    They come back varying over the mesh axes that the trace says.
+    They are returned varying over the same mesh axes as in the trace.
     """
     leaves, actual = jax.tree_util.tree_flatten_with_path(value)
     if actual != tree:
@@ -342,12 +342,12 @@ def _is_key(aval: Any) -> bool:
 
 
 def _to_storage(x: Any) -> Any:
-    """Random keys are kept as their bits, so that any buffer can hold them."""
+    """Returns random keys as their bits, so that any buffer can hold them."""
     return jax.random.key_data(x) if _is_key(jax.typeof(x)) else x
 
 
 def storage_struct(aval: Any) -> jax.ShapeDtypeStruct:
-    """The struct that a value is stored as; random keys are stored as their data."""
+    """Returns the struct that a value is stored as; random keys as their data."""
     struct = compat.struct(aval)
     return jax.eval_shape(jax.random.key_data, struct) if _is_key(aval) else struct
 

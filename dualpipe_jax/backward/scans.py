@@ -1,4 +1,4 @@
-"""Scans that become two: one for the early program, one for the late."""
+"""Splits a scan in two: one for the early program, one for the late."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class Scan:
 
 
 class ScanSplit:
-    """The two scans that a scan becomes.
+    """The two scans that a scan is split into.
 
     Args:
       eqn: the scan.
       early: for each result, whether the early scan computes it.
       live: for each result, whether anything reads it.
-      status: where each operand can be had.
+      status: where each operand is available.
       split: cuts a body: (jaxpr, status, early outputs, price) -> Cut.
     """
 
@@ -99,7 +99,7 @@ class ScanSplit:
         ]
 
     def early(self) -> Piece:
-        """Returns the early scan: early results, then what crosses, stacked."""
+        """Returns the early scan: early results, then crossing values, stacked."""
         body, num = self._early_body, len(self.early_outputs)
         crossing = dict(zip(self._crossing, body.outvars[num:], strict=True))
         outvars = body.outvars[:num] + [crossing[v] for v in self._emitted]

@@ -1,13 +1,13 @@
 """Splits the backward pass of any function into its input half and its weight half.
 
 Zero-bubble schedules, and the ends of DualPipe, run the backward pass in two pieces: I
-computes the cotangents that the previous stage waits for, W the weight gradients, for
-which nobody waits. Here no layer needs to know of it. The function is traced, its
-pullback is cut in two by liveness, and what passes from F to the backward, and from I
-to W, is a minimum cut over bytes in which elementwise equations may be repeated and
+computes the cotangents that the previous stage waits for, W the weight gradients, which
+no other rank waits for. No layer needs to be written for this. The function is traced,
+its pullback is cut in two by liveness, and what passes from F to the backward, and from
+I to W, is a minimum cut over bytes in which elementwise equations may be repeated and
 matrix products may not: I and W together multiply as much as B.
 
-The zero-bubble papers write B for what is I here (Qi et al. 2023, arXiv:2401.10241).
+The zero-bubble papers call our I B (Qi et al. 2023, arXiv:2401.10241).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class SplitBackward:
 
     Attributes:
       residuals: what F must keep until W; parameters and constants are not among them.
-      wgrad_residuals: what I must keep for W beside the residuals.
-      read_by_weights: for each residual, whether W reads it; the others are needed no
-        longer than until I.
+      wgrad_residuals: what I must keep for W besides the residuals.
+      read_by_weights: for each residual, whether W reads it; the others can be freed
+        after I.
       outputs: structs of what the function returns, without aux.
       inputs: structs of its inputs, one pytree per input.
       consts: arrays that the function closes over; nothing keeps them per call.
@@ -72,32 +72,33 @@ class SplitBackward:
     ) -> SplitBackward:
         """Traces ``fn`` and cuts its backward pass.
 
-        Inside ``jax.shard_map`` the function may use mesh axes. What it closes over may
-        be traced; the plan then belongs to that trace.
+        Inside ``jax.shard_map`` the function may use mesh axes. It may close over
+        traced values; the plan is then valid in that trace only.
 
         Args:
           fn: function of ``(params, *inputs)`` that returns a pytree of arrays, or
             ``(outputs, aux)`` with ``has_aux``.
-          params: pytree of arrays or ``jax.ShapeDtypeStruct``: what W is for.
-          *inputs: pytrees of the same: what I is for.
+          params: pytree of arrays or ``jax.ShapeDtypeStruct``; W computes their
+            cotangents.
+          *inputs: pytrees likewise; I computes their cotangents.
           has_aux: whether ``fn`` also returns data that is not differentiated.
-          early_reductions: whether a weight gradient that is a mere sum (of a norm's
-            scale, say) may be summed in I where that spares keeping an activation for
+          early_reductions: whether a weight gradient that is only a sum (a norm's
+            scale, say) may be summed in I where this avoids keeping an activation for
             W. Matrix products never move.
-          platform: where the programs will run, `"cpu"`, `"cuda"` or `"rocm"`, if that
-            is known. Of a `lax.platform_dependent` only the branch for it then goes on;
-            else both halves keep what any branch needs. The programs are then not to be
-            differentiated or vmapped again.
+          platform: where the programs will run, `"cpu"`, `"cuda"` or `"rocm"`, if
+            known. Then only its branch of a `lax.platform_dependent` is kept, and the
+            programs must not be differentiated or vmapped again. Otherwise both halves
+            keep what any branch needs.
 
         Returns:
           The plan.
 
         Raises:
           ValueError: if an argument or a result of ``fn`` is not an array, or
-            ``platform`` is `"gpu"`, which is two of them.
+            ``platform`` is `"gpu"`, which could be either GPU platform.
         """
         if platform == "gpu":
-            raise ValueError(f"{platform=} is ambiguous; say 'cuda' or 'rocm'.")
+            raise ValueError(f"{platform=} is ambiguous; pass 'cuda' or 'rocm'.")
         programs, consts = trace_programs(
             fn, params, inputs, has_aux, early_reductions, platform
         )
@@ -145,18 +146,18 @@ class SplitBackward:
         backward: tuple[PyTree, Sequence[Any], PyTree],
         other: SplitBackward | None = None,
     ) -> tuple[tuple[PyTree, tuple], tuple[PyTree, tuple[PyTree, ...]]]:
-        """F of one microbatch and B of another, in an order in which each hides the
-        communication of the other: see `dualpipe_jax.backward.interleave`.
+        """Runs F of one microbatch and B of another, interleaved so that each hides the
+        communication of the other; see `dualpipe_jax.backward.interleave`.
 
-        It is not to be differentiated or vmapped again.
+        The result must not be differentiated or vmapped again.
 
         Args:
           forward: (params, *inputs), the arguments of `forward`.
           backward: (params, residuals, output_cts), the arguments of `backward`.
-          other: the plan that B belongs to; None: this one.
+          other: the plan that B belongs to; by default this one.
 
         Returns:
-          What the two return.
+          The results of `forward` and of `backward`.
         """
         params, *inputs = forward
         other = self if other is None else other

@@ -1,7 +1,8 @@
 """Runs a lowered schedule: one jitted step inside `jax.shard_map`.
 
 A step's call chain: `pipeline` (the public functions), `model` (parameters and buffers
-of one device), `work` (what the user's functions do in a tick), `runner` (the ticks).
+of one device), `work` (the user's functions as the work of a tick), `runner` (the
+ticks).
 
 Imports: schedules, lowering, backward.
 """

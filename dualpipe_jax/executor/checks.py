@@ -1,4 +1,4 @@
-"""Checks of what the user passes to the pipeline, before anything is compiled."""
+"""Checks the pipeline's arguments before anything is compiled."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def check_params(params, schedule: Schedule):
         )
     leaves = jax.tree_util.tree_leaves_with_path(params.stages)
     if not leaves:
-        raise ValueError(
-            "params.stages holds no arrays; give parameters of the stages."
-        )
+        raise ValueError("params.stages holds no arrays; pass the stages' parameters.")
     for path, leaf in leaves:
         shape = jnp.shape(leaf)
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
@@ -99,7 +97,7 @@ def check_batch(inputs, targets, schedule: Schedule, mesh, data_axes):
 
 
 def check_activations(x: PyTree, embed_fn: Callable | None):
-    """Raises a `ValueError` if what enters a stage is not floating."""
+    """Raises a `ValueError` if a stage's input is not floating."""
     source = "inputs" if embed_fn is None else "the output of embed_fn"
     leaves = jax.tree_util.tree_leaves_with_path(x)
     if not leaves:
@@ -119,7 +117,7 @@ def check_stage_fns(stage_fn: Any, schedule: Schedule):
         return
     if len(stage_fn) != schedule.num_stages:
         raise ValueError(
-            f"stage_fn has {len(stage_fn)} functions, but {schedule.num_stages=}; give "
+            f"stage_fn has {len(stage_fn)} functions, but {schedule.num_stages=}; pass "
             "one for each stage, or one for all."
         )
 
@@ -136,7 +134,7 @@ def check_same_aux(auxes: Sequence[PyTree]):
 
 
 def check_stage(out: PyTree, x: PyTree) -> tuple[bool, PyTree]:
-    """Whether the stage, whose output is `out`, returns aux beside, and which."""
+    """Returns whether the stage with output `out` also returns aux, and which."""
     wanted = describe(x)
     if describe(out) == wanted:
         return False, None

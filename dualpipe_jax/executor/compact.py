@@ -1,7 +1,7 @@
-"""A `Program` as the smallest code that runs it: one body for F and one for B.
+"""Runs a `Program` with the least code: one body for F and one for B.
 
-Where communication is not hidden under compute (CPU devices), bodies for overlapped
-pairs, for steady states and for the two halves of a backward bring nothing, and
+Where communication is not hidden under compute (CPU devices), separate bodies for
+overlapped pairs, steady states and the two halves of a backward gain nothing, and
 compiling them takes most of the time. Here every tick runs the same code: F, then B,
 each under a guard. A pair runs as F, then B. Where the schedule splits a backward, all
 of it runs in the tick of I, and the tick of W is empty. Ticks, permutes, activation
@@ -9,7 +9,7 @@ slots and message slots are those of the program.
 
 The chunks of a rank share these bodies: their parameters, gradients and auxiliary
 outputs are stacked on a leading axis, and a task indexes its chunk. Each distinct stage
-function has bodies of its own.
+function has its own bodies.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ PyTree = Any
 
 
 class Tasks(NamedTuple):
-    """Which tasks run in a tick: int32, one scalar each, as a table [num_ticks, ...].
+    """Which tasks run in a tick: int32 scalars, or as a table [num_ticks, ...].
 
-    Fields of tasks that a tick lacks hold 0.
+    Fields of tasks that a tick does not run hold 0.
     """
 
     forward: Any  # 1 where F runs
@@ -64,12 +64,12 @@ class CompactRunner(Runner):
 
     @staticmethod
     def num_wgrad_residual_slots(program: Program) -> int:
-        """None: a backward that runs whole keeps nothing for W."""
+        """Returns 0: a backward that runs whole keeps nothing for W."""
         return 0
 
     @staticmethod
     def pack(chunks: tuple[PyTree, ...]) -> PyTree:
-        """A rank's chunks in one tree, leaves [num_chunks, ...]."""
+        """Stacks a rank's chunks into one tree, leaves [num_chunks, ...]."""
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks)
 
     def unpack(self, chunks: PyTree) -> tuple[PyTree, ...]:
@@ -80,13 +80,13 @@ class CompactRunner(Runner):
         )
 
     def run(self, state: State) -> State:
-        """The state after the last tick."""
+        """Returns the state after the last tick."""
         choice, permutes = self.permutes_in(np.arange(self.program.num_ticks))
 
         def tick(number, state):
             row, tasks = self.row(number), self._tasks_in(number)
             state = self.embed(row, state)
-            # Before F writes: of a pair, F's output may take the slot of B's input.
+            # Before F writes: in a pair, F's output may take the slot of B's input.
             dy = read(state.messages, row.b_in) if self.backward_variants else None
             for variant in self.forward_variants:
                 state = self._forward(variant, tasks, row, state)
@@ -99,7 +99,7 @@ class CompactRunner(Runner):
         return lax.fori_loop(0, self.program.num_ticks, tick, state)
 
     def run_costliest(self, state: State) -> State:
-        """The backward of each distinct stage function, one after the other."""
+        """Runs the backward of each distinct stage function, one after the other."""
         row, tasks = self.row(jnp.int32(0)), self._tasks_in(jnp.int32(0))
         for variant in self.backward_variants:
             dy = read(state.messages, row.b_in)
@@ -162,7 +162,7 @@ class CompactRunner(Runner):
 
 
 def tasks_of(program: Program, variants: tuple[int, ...]) -> Tasks:
-    """The tasks of every tick and rank, NumPy arrays; W is part of its B or I."""
+    """Returns the tasks of every tick and rank (NumPy); W is part of its B or I."""
     tasks = Tasks(
         *(np.zeros(program.table.kind.shape, np.int32) for _ in Tasks._fields)
     )

@@ -1,4 +1,4 @@
-"""The buffers of a step on one device, and its costliest task alone."""
+"""The buffers of a step on one device, and its costliest task compiled alone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class PipelineBuffers:
     """Bytes on one device that a step keeps from its first tick to its last.
 
     Attributes:
-      residuals: activation slots, what F keeps for B, or for I and W.
-      num_slots: how many they are; P+1 under DualPipe.
-      wgrad_residuals: what I keeps for W beside the residuals.
-      num_wgrad_residual_slots: how many they are.
-      messages: activations and cotangents on their way between stages.
+      residuals: activation slots: what F keeps for B, or for I and W.
+      num_slots: number of activation slots; P+1 under DualPipe.
+      wgrad_residuals: what I keeps for W besides the residuals.
+      num_wgrad_residual_slots: number of slots for these.
+      messages: activations and cotangents in transit between stages.
       gradients: accumulators of all stages that the rank runs, of embedding and head.
-      parameters: of these stages, embedding and head, as they are computed with.
+      parameters: parameters of these stages, embedding and head, as used in compute.
       outputs: losses and auxiliary outputs.
 
     Examples:
@@ -46,12 +46,12 @@ class PipelineBuffers:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all."""
         return sum(vars(self).values()) - self.num_slots - self.num_wgrad_residual_slots
 
 
 def buffers_of(model: Model, params, inputs, targets, key) -> PipelineBuffers:
-    """The bytes of a training model's buffers; arguments as those of `Model.call`."""
+    """Returns the bytes of a training model's buffers; arguments as `Model.call`'s."""
     state, chunks = _shapes(model, params, inputs, targets, key)
     return PipelineBuffers(
         residuals=num_bytes(state.residuals),
@@ -66,10 +66,10 @@ def buffers_of(model: Model, params, inputs, targets, key) -> PipelineBuffers:
 
 
 def lower_costliest_task(model: Model, params, inputs, targets, key) -> Any:
-    """The costliest task of a training model alone, as a `jax.stages.Lowered`.
+    """Lowers the costliest task of a training model alone, to a `jax.stages.Lowered`.
 
-    It takes the buffers and gives them back in place, so that the temporaries of what
-    is compiled are the task's working set.
+    It takes the buffers and returns them in place, so that the temporaries of the
+    compiled task are its working set.
     """
 
     def body(params, inputs, targets, key, state, chunks):
@@ -98,18 +98,18 @@ def lower_costliest_task(model: Model, params, inputs, targets, key) -> Any:
 
 
 def num_bytes(tree: PyTree) -> int:
-    """Bytes of a tree's arrays, or of arrays of its shapes."""
+    """Returns the bytes of a tree's arrays, or of arrays of its shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _shapes(model: Model, params, inputs, targets, key) -> tuple[State, PyTree]:
-    """One device's part of the state, and of what it computes with."""
+    """Returns the shapes of one device's state and of its parameters in compute."""
     model.check(params, inputs, targets)
 
     def body(params, inputs, targets, key):
         ready = model.prepare(training_work, params, inputs, targets, key)
         return ready.state, (ready.runner.chunks, params.embed, params.head)
 
-    # A result that is told to be the same everywhere has the shape that it has here.
+    # A replicated output has the same shape globally as on this device.
     run = model.mapped(body, P())
     return jax.eval_shape(run, params, inputs, targets, key)

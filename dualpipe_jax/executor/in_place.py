@@ -1,6 +1,6 @@
-"""BufferShapes that tasks read and write in place: what XLA needs to see to copy none.
+"""Reads and writes buffers in place, in forms for which XLA inserts no copies.
 
-Leaves of a buffer have a leading slot axis. docs/design.md has what was measured.
+Leaves of a buffer have a leading slot axis. docs/design.md has the measurements.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ PyTree = Any
 def row_major(tree: PyTree) -> PyTree:
     """Constrains arrays to the row-major layout that all loops share.
 
-    XLA chooses layouts for each loop that a value passes through, as the products in it
-    would like it best. It copies whole buffers from one layout to the other, and holds
-    a transposed copy of the parameters for each, all step long.
+    Otherwise XLA chooses a layout for each loop that a value passes through, to suit
+    the products in it. It then copies whole buffers from one layout to another, and
+    holds a transposed copy of the parameters for each during the whole step.
     """
 
     def lay(leaf: jax.Array) -> jax.Array:
@@ -33,13 +33,13 @@ def row_major(tree: PyTree) -> PyTree:
 
 
 def when(predicate: jax.Array, body: Callable[[PyTree], PyTree], carry: PyTree):
-    """`body(carry)` where the predicate holds, as a loop of zero or one trip.
+    """Runs `body(carry)` where the predicate holds, as a loop of zero or one trip.
 
     A `lax.cond` would copy every buffer.
 
-    The carry holds all buffers that `body` reads or writes. The barrier keeps what
-    follows after those reads: XLA forgets the order of a buffer that passes through
-    a loop unchanged, and would copy it before the next write.
+    The carry must hold all buffers that `body` reads or writes. The barrier orders what
+    follows after those reads: XLA loses the order of a buffer that passes through a
+    loop unchanged, and would copy it before the next write.
     """
     _, carry = lax.while_loop(
         lambda c: c[0],
@@ -50,14 +50,14 @@ def when(predicate: jax.Array, body: Callable[[PyTree], PyTree], carry: PyTree):
 
 
 def read(tree: PyTree, slot: jax.Array) -> PyTree:
-    """One slot of every buffer."""
+    """Returns one slot of every buffer."""
     return jax.tree.map(
         lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), tree
     )
 
 
 def write(tree: PyTree, slot: jax.Array, value: PyTree) -> PyTree:
-    """The buffers with one slot replaced."""
+    """Returns the buffers with one slot replaced."""
     return jax.tree.map(
         lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, axis=0),
         tree,
@@ -66,7 +66,7 @@ def write(tree: PyTree, slot: jax.Array, value: PyTree) -> PyTree:
 
 
 def at(buffers: tuple[jax.Array, ...], places: tuple[int, ...]) -> tuple:
-    """The arrays at some places of a tuple."""
+    """Returns the arrays at some positions of a tuple."""
     return tuple(buffers[place] for place in places)
 
 
@@ -76,7 +76,7 @@ def write_at(
     slot: jax.Array,
     values: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, ...]:
-    """Writes the values to a slot of the buffers at these places."""
+    """Writes the values to a slot of the buffers at these positions."""
     result = list(buffers)
     for place, value in zip(places, values, strict=True):
         result[place] = write(result[place], slot, value)
@@ -84,10 +84,10 @@ def write_at(
 
 
 def accumulate(total: PyTree, new: PyTree) -> PyTree:
-    """A sum of gradients, plus those of one microbatch."""
+    """Adds the gradients of one microbatch to their sum."""
 
     def add(t, n):
-        # Integer parameters have no gradient; AD says so with float0.
+        # Integer parameters have no gradient, which AD marks with float0.
         return t if n.dtype == jax.dtypes.float0 else t + n.astype(t.dtype)
 
     return jax.tree.map(add, total, new)

@@ -1,4 +1,4 @@
-"""A user's model on a mesh: what goes into `jax.shard_map`, and what comes out."""
+"""A user's model on a mesh: the inputs and outputs of `jax.shard_map`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Prepared(NamedTuple):
     """The runner of one device and its initial state.
 
     Attributes:
-      runner: runs it.
-      state: buffers, with zeros in gradients and sums.
-      transfer: moves stages between the ranks that own and those that run them.
+      runner: runs the program.
+      state: buffers, with gradients and sums at zero.
+      transfer: moves stages between the ranks that own them and those that run them.
     """
 
     runner: Runner
@@ -79,11 +79,11 @@ class Model:
 
     @property
     def runner(self) -> type[Runner]:
-        """What runs the program: with bodies for overlapped pairs, or without."""
+        """The class that runs the program, with or without bodies for pairs."""
         overlap = self.overlap
         if overlap is None:
-            # In one process every permute is a barrier of all virtual devices, so that
-            # no order of the tasks hides anything.
+            # In one process every permute is a barrier over all virtual devices, so no
+            # order of the tasks hides communication.
             overlap = compat.platform_of(self.mesh) != "cpu" or (
                 len({device.process_index for device in self.mesh.devices.flat}) > 1
             )
@@ -91,10 +91,10 @@ class Model:
 
     @functools.cached_property
     def variants(self) -> tuple[tuple[Callable[..., PyTree], ...], tuple[int, ...]]:
-        """The distinct stage functions, and which of them each stage has."""
+        """The distinct stage functions, and which of them each stage runs."""
         if callable(self.stage_fn):
             return (self.stage_fn,), (0,) * self.program.schedule.num_stages
-        # Compared, not hashed: methods are made anew, and modules may have no hash.
+        # Compared, not hashed: bound methods are new objects, modules may lack a hash.
         found: list[Callable[..., PyTree]] = []
         for fn in self.stage_fn:
             if fn not in found:
@@ -128,13 +128,13 @@ class Model:
 
     @property
     def batch_spec(self) -> PartitionSpec:
-        """How inputs and targets lie."""
+        """The sharding of inputs and targets."""
         return P(None, self.data_axes) if self.data_axes else P()
 
     def mapped(self, body: Callable, out_specs: PyTree) -> Callable:
-        """`body(params, inputs, targets, key, *rest)` of one device, for the mesh.
+        """Maps one device's `body(params, inputs, targets, key, *rest)` over the mesh.
 
-        All in `rest` is replicated.
+        Everything in `rest` is replicated.
         """
         batch = self.batch_spec
 
@@ -145,8 +145,8 @@ class Model:
                 mesh=self.mesh,
                 in_specs=(specs, batch, batch, P(), *(P() for _ in rest)),
                 out_specs=out_specs,
-                # Every value here is one device's own. The gradients of what is
-                # replicated are summed once, at the end, and not by AD in each tick.
+                # Every value is local to its device. Gradients of replicated values
+                # are summed once, at the end, and not by AD in each tick.
                 check_vma=False,
             )
             params = self._place(params, specs)
@@ -156,7 +156,7 @@ class Model:
         return call
 
     def _place(self, tree: PyTree, specs: PyTree) -> PyTree:
-        """On a mesh with Explicit axes, reshards arrays to their specs."""
+        """Reshards arrays to their specs on a mesh with Explicit axes."""
         if AxisType.Explicit not in self.mesh.axis_types:
             return tree
         return jax.tree.map(
@@ -170,13 +170,13 @@ class Model:
         )
 
     def specs_of(self, params: PipelineParams) -> PipelineParams:
-        """How the parameters lie, one spec a leaf."""
+        """Returns the specs of the parameters, one per leaf."""
         return map_specs(
             lambda spec, _: P(*spec), self.param_specs, params, axis_name=self.axis_name
         )
 
     def prepare(self, make_work, params, inputs, targets, key) -> Prepared:
-        """On one device; leaves of `params.stages` are [V, ...] here."""
+        """Prepares one device; leaves of `params.stages` are [V, ...] here."""
         rank = lax.axis_index(self.axis_name)
         transfer = StageParamTransfer(self.program, self.axis_name)
         chunks = transfer.to_chunks(params.stages, rank)
@@ -196,7 +196,7 @@ class Model:
         packed = self.runner.pack(chunks)
         num_wgrad_residual_slots = self.runner.num_wgrad_residual_slots(self.program)
         state = State(
-            # One message slot more: ranks that receive nothing write there.
+            # One spare message slot: ranks that receive nothing write there.
             messages=_slots(buffers.activation, self.program.num_message_slots + 1),
             residuals=_slots(buffers.residuals, self.program.num_slots),
             wgrad_residuals=_slots(buffers.wgrad_residuals, num_wgrad_residual_slots),
@@ -239,7 +239,7 @@ class Model:
         return Outputs(losses, self._reduce_aux(aux), grads)
 
     def _mean_grad(self, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """The step's loss is the mean over devices: sum copies, divide by devices."""
+        """Averages gradients over devices: sums copies, divides by the device count."""
         if not jnp.issubdtype(grad.dtype, jnp.inexact):
             return grad
         sharded = set(jax.tree.leaves(tuple(spec)))

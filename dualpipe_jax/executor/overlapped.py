@@ -1,10 +1,10 @@
-"""A `Program` with bodies for overlapped pairs and steady states.
+"""Runs a `Program` with bodies for overlapped pairs and steady states.
 
-F and B of a pair are computed side by side, so that each can hide the communication of
+F and B of a pair are computed in one body, so that each can hide the communication of
 the other:
-- a task, or a pair, reads all that it needs, then computes, then writes, so that the
-  two halves of a pair do not depend on each other;
-- a steady state of stages that are alike is a loop of its own, without guards.
+- a task, or a pair, reads all its operands, then computes, then writes, so that the two
+  halves of a pair do not depend on each other;
+- a steady state of stages with equal functions is a separate loop, without guards.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Ops = dict[str, int]  # op -> its chunk, or its variant
 
 
 class OverlappedRunner(Runner):
-    """Runs steady states as loops of their own, all other ticks under guards."""
+    """Runs steady states as separate loops, and all other ticks under guards."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        # Where ranks differ, a steady state is guarded as other ticks are: a body of
-        # its own would compile the same steps once more.
+        # Where ranks differ, a steady state is guarded as other ticks are: a separate
+        # body would compile the same steps again.
         self.loops = [loop for loop in self.program.loops if self._is_alike(loop)]
         steady = np.zeros(self.program.num_ticks, bool)
         for loop in self.loops:
@@ -56,7 +56,7 @@ class OverlappedRunner(Runner):
         return chunks
 
     def run(self, state: State) -> State:
-        """The state after the last tick."""
+        """Returns the state after the last tick."""
         ticks = jnp.asarray(self.general, jnp.int32)
         trips = np.zeros((len(self.loops), len(self.general)), np.int32)
         for number, loop in enumerate(self.loops):
@@ -79,7 +79,7 @@ class OverlappedRunner(Runner):
         return lax.fori_loop(0, len(self.general), body, state)
 
     def run_costliest(self, state: State) -> State:
-        """A pair if there is one, else a whole backward, else its first half."""
+        """Runs a pair if there is one, else a whole backward, else its first half."""
         kinds = self.program.kinds
         number = kinds.index(max(kinds, key=_cost))
         tick = int(np.argmax((self.program.table.kind == number).sum(1)))
@@ -119,12 +119,12 @@ class OverlappedRunner(Runner):
                 for pairs in self.program.permutes[first]
             ]
             state = self.exchange(row, state, permutes)
-            # Weight gradients belong to their own tick: its permutes run under them.
+            # Weight gradients stay in their tick: its permutes run under them.
             messages, grads = lax.optimization_barrier(
                 (state.messages, state.stage_grads)
             )
             state = state._replace(messages=messages, stage_grads=grads)
-            # The loss needs much memory: not before these gradients are added up.
+            # The loss needs much memory: run it after these gradients are accumulated.
             if y is not None:
                 state = self.finish(row, state, y)
         return state
@@ -140,14 +140,14 @@ class OverlappedRunner(Runner):
         """Runs steps of one kind, each rank with the variants of its own stages.
 
         Args:
-          number: of the kind.
-          ticks: in which this is called; what no rank has in them is not compiled.
-          row: of this tick.
-          state: before it.
-          predicate: whether this rank has such a step; None: all have.
+          number: index of the kind.
+          ticks: ticks that call this; variants that no rank runs in them are left out.
+          row: this tick's row.
+          state: the state before the tick's steps.
+          predicate: whether this rank runs such a step; None: all ranks do.
 
         Returns:
-          The state after it.
+          The state after them.
         """
         cases = self._cases(number, ticks)
         for case, ranks in cases.items():
@@ -160,7 +160,7 @@ class OverlappedRunner(Runner):
         return state
 
     def _cases(self, number: int, ticks: np.ndarray) -> dict[tuple[int, ...], list]:
-        """The ranks that have steps of a kind in these ticks, by their variants."""
+        """Groups the ranks with steps of a kind in these ticks by their variants."""
         cases: dict[tuple[int, ...], list] = {}
         for rank in np.flatnonzero((self.program.table.kind[ticks] == number).any(0)):
             stages = self.program.chunks[rank]
@@ -191,7 +191,7 @@ class OverlappedRunner(Runner):
         return self._write(ops, variant, row, state, buffers, results)
 
     def _read(self, ops: Ops, variant: Ops, row: Row, buffers: tuple):
-        """All that the tasks read, and the buffers, to be written after that."""
+        """Returns all that the tasks read, and the buffers to write afterwards."""
         messages, residuals, for_weights = buffers
         reads = {}
         if "F" in ops:
@@ -205,8 +205,8 @@ class OverlappedRunner(Runner):
             kept = at(for_weights, self.work.stages[variant["W"]].wgrad_residuals)
             reads["wgrad_residuals"] = read(kept, row.wgrad_slot)
         else:
-            # Without this order between reads and writes of a buffer, XLA copies all
-            # of it.
+            # Without this order between a buffer's reads and writes, XLA copies it
+            # whole.
             reads, messages, residuals = lax.optimization_barrier(
                 (reads, messages, residuals)
             )
@@ -215,7 +215,7 @@ class OverlappedRunner(Runner):
     def _compute(
         self, ops: Ops, variant: Ops, row: Row, chunks: tuple, reads: dict[str, PyTree]
     ) -> dict[str, tuple]:
-        """What each task returns."""
+        """Returns the results of each task."""
         stages = self.work.stages
         args = {}
         if "F" in ops:
@@ -251,7 +251,7 @@ class OverlappedRunner(Runner):
         buffers: tuple,
         results: dict[str, tuple],
     ) -> State:
-        """The state with what the tasks returned, in the buffers' places."""
+        """Returns the state with the tasks' results written to the buffers."""
         messages, residuals, for_weights = buffers
         grads, aux = list(state.stage_grads), list(state.stage_aux)
         sent = []

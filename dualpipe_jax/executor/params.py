@@ -1,4 +1,4 @@
-"""What a pipelined model's parameters look like, and how to make them."""
+"""The parameters of a pipelined model, and how to make them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PyTree = Any
 )
 @dataclasses.dataclass(frozen=True)
 class PipelineParams:
-    """Parameters of a pipelined model; a pytree, so optax and orbax take it as it is.
+    """Parameters of a pipelined model; a pytree, so optax and orbax accept it.
 
     Attributes:
       stages: one copy of every stage; each leaf has a leading axis [num_stages, ...]
@@ -48,7 +48,7 @@ class PipelineAux(NamedTuple):
 
 
 def describe(tree: PyTree) -> str:
-    """Structure, shapes and dtypes of a pytree of arrays, as text."""
+    """Describes the structure, shapes and dtypes of a pytree of arrays."""
     return str(
         jax.tree.map(
             lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree
@@ -60,13 +60,13 @@ def stack_stages(stages: Sequence[PyTree]) -> PyTree:
     """Stacks the parameters of stages, in model order, along a new leading axis.
 
     Args:
-      stages: one pytree a stage, all of the same structure and shapes.
+      stages: one pytree per stage, all with the same structure and shapes.
 
     Returns:
       One pytree whose leaves are [num_stages, ...].
 
     Raises:
-      ValueError: there is no stage, or the stages differ in structure or shapes.
+      ValueError: if there is no stage, or stages differ in structure or shapes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,7 +74,7 @@ def stack_stages(stages: Sequence[PyTree]) -> PyTree:
       (2, 3)
     """
     if not stages:
-        raise ValueError(f"{stages=} is empty; give one pytree a stage.")
+        raise ValueError(f"{stages=} is empty; pass one pytree per stage.")
     first = describe(stages[0])
     for i, stage in enumerate(stages):
         if describe(stage) != first:
@@ -92,12 +92,12 @@ def map_specs(
     *,
     axis_name: str,
 ) -> PipelineParams:
-    """Calls a function with the whole spec of each parameter, and the parameter.
+    """Calls a function with the full spec of each parameter, and the parameter.
 
     Args:
       function: ((entries of the `PartitionSpec`), leaf) -> anything.
       specs: one `PartitionSpec` for each subtree, without the axis of the stages;
-        None for what lies whole on every device.
+        None where replicated.
       params: arrays, or shapes.
       axis_name: the mesh axis of the stages.
 
@@ -123,14 +123,14 @@ def map_specs(
 
 
 def microbatch_key(key: jax.Array, stage: Any, microbatch: Any) -> jax.Array:
-    """The key of one stage's work on one microbatch, whatever the schedule.
+    """Returns the key of one stage's work on one microbatch, for any schedule.
 
     Args:
       key: the key that the step was called with.
-      stage: logical stage; the embedding has `num_stages`.
-      microbatch: numbered over both directions.
+      stage: logical stage; `num_stages` for the embedding.
+      microbatch: number of the microbatch, counted over both directions.
 
     Returns:
-      A key that depends on nothing but the three.
+      A key that depends on these three only.
     """
     return jax.random.fold_in(jax.random.fold_in(key, stage), microbatch)

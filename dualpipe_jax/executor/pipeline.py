@@ -46,16 +46,16 @@ class PipelineStep:
     """The step that `pipeline_value_and_grad` returns.
 
     Called as `step(params, inputs, targets, key=None)`, it returns
-    `(losses, aux), grads`. It compiles on the first call, as a function of `jax.jit`
-    does; `lower` lowers it for arguments of given shapes.
+    `(losses, aux), grads`. It compiles on the first call, as a `jax.jit` function does;
+    `lower` lowers it for arguments of given shapes.
 
     - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
     - inputs, targets: pytrees, leaves [num_microbatches, microbatch, ...].
-    - key: with a key, `stage_fn` and `embed_fn` are called with `key=` of their own
-      (see `microbatch_key`; folded with the position along `data_axes`).
+    - key: if given, each call of `stage_fn` and `embed_fn` gets its own `key=` (see
+      `microbatch_key`; folded with the position along `data_axes`).
     - losses: [num_microbatches] float32.
     - aux: the auxiliary outputs of `stage_fn` (leaves [num_stages, ...]) or of
-      `loss_fn`, reduced; a `PipelineAux` if both have some, None if neither has.
+      `loss_fn`, reduced; a `PipelineAux` if both return some, None if neither does.
     - grads: like params, of the mean of losses.
     """
 
@@ -73,19 +73,19 @@ class PipelineStep:
         return self._step(params, inputs, targets, key)
 
     def lower(self, params, inputs, targets, key=None) -> Any:
-        """The step for arguments of these shapes, as a `jax.stages.Lowered`."""
+        """Lowers the step for arguments of these shapes, to a `jax.stages.Lowered`."""
         return self._step.lower(params, inputs, targets, key)
 
     def buffers(self, params, inputs, targets, key=None) -> PipelineBuffers:
-        """What the step keeps on one device from tick to tick, in bytes."""
+        """Returns the bytes that the step keeps on one device from tick to tick."""
         return buffers_of(self._model, params, inputs, targets, key)
 
     def lower_costliest_task(self, params, inputs, targets, key=None) -> Any:
-        """The task that needs the most memory alone, with the step's buffers.
+        """Lowers only the task that needs the most memory, with the step's buffers.
 
         That is an overlapped pair where the program has one, else a backward. It
-        changes the buffers in place, so that its temporaries, when compiled, are the
-        working set of one task.
+        updates the buffers in place, so that the temporaries of the compiled task are
+        its working set.
         """
         return lower_costliest_task(self._model, params, inputs, targets, key)
 
@@ -105,7 +105,7 @@ def pipeline_value_and_grad(
     accumulate_dtype: Any = jnp.float32,
     overlap: bool | None = None,
 ) -> PipelineStep:
-    """Losses and gradients of a pipelined model, as one function for `jax.jit`.
+    """Makes a function that computes a pipelined model's losses and gradients.
 
     The functions see one microbatch, and run inside `jax.shard_map` over all axes of
     the mesh: they may use collectives over every axis but `axis_name`. The step's loss
@@ -114,10 +114,10 @@ def pipeline_value_and_grad(
     Args:
       stage_fn: `stage_fn(stage_params, x) -> y` or `(y, aux)`; x and y are pytrees of
         floating arrays of the same shapes and dtypes. May be `jax.checkpoint`ed. Or one
-        function per stage, of parameters of one structure: equal ones (`==`) share
+        function per stage, all with one parameter structure: equal ones (`==`) share
         code, and collectives in them can be hidden, unlike in a `lax.cond`.
       loss_fn: `loss_fn(head_params, y, targets) -> scalar` or `(scalar, aux)`.
-      schedule: which rank does what when.
+      schedule: the schedule of tasks over ranks.
       mesh: mesh with the axis `axis_name`, of size `schedule.num_ranks`.
       axis_name: the pipeline axis.
       embed_fn: `embed_fn(embed_params, inputs) -> x`; by default x is the input.
@@ -141,9 +141,9 @@ def pipeline_value_and_grad(
       `PipelineStep`.
 
     Raises:
-      ValueError: the schedule does not fit the mesh, a parameter leaf lacks the stage
-        axis, a stage changes the shape of its input, activations are not floating,
-        the loss is not a scalar, and the like; before anything is compiled.
+      ValueError: before anything is compiled, if the schedule does not fit the mesh, a
+        parameter leaf lacks the stage axis, a stage changes the shape of its input,
+        activations are not floating, the loss is not a scalar, and the like.
 
     Examples:
       >>> from dualpipe_jax import one_f_one_b
@@ -193,24 +193,24 @@ def pipeline_forward(
     param_specs: PipelineParams | None = None,
     overlap: bool | None = None,
 ) -> Callable[..., PyTree]:
-    """The forward pass alone: no gradients, and nothing kept for them.
+    """Makes a function that runs only the forward pass, and keeps no residuals.
 
     Args:
       stage_fn: as in `pipeline_value_and_grad`; auxiliary outputs are dropped.
-      schedule: its F tasks, in its order.
+      schedule: only its F tasks run, in its order.
       mesh: mesh with the axis `axis_name`, of size `schedule.num_ranks`.
       axis_name: the pipeline axis.
       embed_fn: `embed_fn(embed_params, inputs) -> x`; by default x is the input.
       data_axes: mesh axes that split axis 1 of inputs and of outputs.
       param_specs: as in `pipeline_value_and_grad`.
-      overlap: as in `pipeline_value_and_grad`; here about steady states only.
+      overlap: as in `pipeline_value_and_grad`; here it affects steady states only.
 
     Returns:
       `forward(params, inputs, key=None) -> outputs`: the last stage's outputs, leaves
       [num_microbatches, microbatch, ...].
 
     Raises:
-      ValueError: as `pipeline_value_and_grad`.
+      ValueError: as for `pipeline_value_and_grad`.
 
     Examples:
       >>> from dualpipe_jax import gpipe
@@ -244,7 +244,7 @@ def pipeline_forward(
 def _make_model(
     stage_fn, schedule: Schedule, mesh: Mesh, axis_name: str, **options
 ) -> Model:
-    """Checks what both functions take, and lowers the schedule."""
+    """Checks the arguments common to both functions, and lowers the schedule."""
     data_axes, param_specs = options.pop("data_axes"), options.pop("param_specs")
     _checks.check_mesh(schedule, mesh, axis_name, data_axes)
     _checks.check_stage_fns(stage_fn, schedule)

@@ -1,13 +1,13 @@
-"""What every device runs: state, tables, and the parts that all programs share.
+"""What every device runs: state, tables, and the parts that both runners share.
 
-How the loops are built is decided by what XLA does with them (docs/design.md):
-- a permute never stands under a predicate that differs between ranks: it would
-  deadlock; which permute a tick uses is a switch on the tick, the same everywhere;
-- work of only some ranks is guarded by a while loop of zero or one trip, whose
-  carry aliases in place, where `lax.cond` would copy every buffer;
-- parameters and buffers are row-major in all loops, or XLA copies them between two.
+The form of the loops follows from what XLA does with them (docs/design.md):
+- a permute is never under a predicate that differs between ranks, which would deadlock;
+  a switch on the tick, equal on all ranks, chooses the tick's permutes;
+- work of only some ranks is guarded by a while loop of zero or one trip, whose carry is
+  updated in place, where `lax.cond` would copy every buffer;
+- parameters and buffers are row-major in all loops, or XLA copies them between loops.
 
-`overlapped` and `compact` hold the two programs that run a tick's tasks.
+`overlapped` and `compact` are the two runners of a tick's tasks.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """What the loops carry. Leaves of buffers have a leading slot axis."""
+    """The carry of the loops. Leaves of buffers have a leading slot axis."""
 
-    messages: PyTree  # activations and cotangents on their way between stages
+    messages: PyTree  # activations and cotangents in transit between stages
     residuals: tuple[jax.Array, ...]  # from F to W
     wgrad_residuals: tuple[jax.Array, ...]  # from I to W
-    stage_grads: tuple[PyTree, ...]  # one tree a chunk
+    stage_grads: tuple[PyTree, ...]  # one tree per chunk
     embed_grads: PyTree
     head_grads: PyTree
-    outputs: PyTree  # [num_microbatches, ...]: losses, or what the last stage gives
-    stage_aux: tuple[PyTree, ...]  # one tree a chunk
+    outputs: PyTree  # [num_microbatches, ...]: losses, or outputs of the last stage
+    stage_aux: tuple[PyTree, ...]  # one tree per chunk
     loss_aux: PyTree
 
 
@@ -67,9 +67,9 @@ class Runner:
     """Runs all ticks of a program on one device, inside `jax.shard_map`.
 
     Attributes:
-      program: what to run.
-      work: the functions of the model.
-      variants: which of `work.stages` each stage runs.
+      program: the program to run.
+      work: the model's functions.
+      variants: for each stage, its index in `work.stages`.
       chunks: this rank's stage parameters, as `pack` returns them.
       rank: position on the pipeline axis.
       axis_name: name of the pipeline axis.
@@ -99,12 +99,12 @@ class Runner:
 
     @staticmethod
     def num_wgrad_residual_slots(program: Program) -> int:
-        """Slots for what I keeps for W."""
+        """Returns the number of slots for what I keeps for W."""
         return program.num_wgrad_residual_slots
 
     @staticmethod
     def pack(chunks: tuple[PyTree, ...]) -> PyTree:
-        """How the tasks take the parameters, gradients or aux of a rank's chunks."""
+        """Packs the parameters, gradients or aux of a rank's chunks for the tasks."""
         raise NotImplementedError
 
     def unpack(self, chunks: PyTree) -> tuple[PyTree, ...]:
@@ -112,28 +112,28 @@ class Runner:
         raise NotImplementedError
 
     def run(self, state: State) -> State:
-        """The state after the last tick."""
+        """Returns the state after the last tick."""
         raise NotImplementedError
 
     def run_costliest(self, state: State) -> State:
-        """The state after the task that needs the most memory, without its tick."""
+        """Returns the state after only the task that needs the most memory."""
         raise NotImplementedError
 
     def row(self, tick: jax.Array) -> Row:
-        """This rank's entries of a tick."""
+        """Returns this rank's entries of a tick."""
         return Row(
             *(lax.dynamic_index_in_dim(f, tick, keepdims=False) for f in self.table)
         )
 
     def permutes_in(self, ticks: np.ndarray) -> tuple[np.ndarray, Callable]:
-        """The permutes of some ticks, for a body that all of these ticks run.
+        """Returns the permutes of some ticks, for a body that runs all of these ticks.
 
         Args:
-          ticks: their numbers.
+          ticks: numbers of the ticks.
 
         Returns:
-          [len(ticks), num_rounds] int32, which permutes each tick has; and a function
-          from a row of it, traced, to one permute for each round.
+          The permutes of each tick, [len(ticks), num_rounds] int32; and a function from
+          a traced row of these to one permute per round.
         """
         patterns = [
             sorted({self._pairs(int(t), k) for t in ticks} - {()})
@@ -178,7 +178,7 @@ class Runner:
         )
 
     def finish(self, row: Row, state: State, y: PyTree) -> State:
-        """After the last stage: the loss and its cotangent, or the model's output."""
+        """Follows the last stage: the loss and its cotangent, or the model's output."""
 
         def body(carry):
             messages, outputs, head_grads, embed_grads, aux = carry
@@ -229,7 +229,7 @@ class Runner:
         return state._replace(messages=messages, embed_grads=grads)
 
     def exchange(self, row: Row, state: State, permutes) -> State:
-        """Sends and receives: reads all of a tick's messages before it writes one."""
+        """Sends and receives a tick's messages; reads all before writing any."""
         values = [read(state.messages, row.send[k]) for k in range(len(permutes))]
         values, messages = lax.optimization_barrier((values, state.messages))
         for k, (permute, value) in enumerate(zip(permutes, values, strict=True)):

@@ -1,9 +1,9 @@
-"""Moving stage parameters to where a schedule runs them, and their gradients home.
+"""Moves stage parameters to the ranks that run them, and their gradients back.
 
 The user keeps one copy of each stage: with the stage axis sharded over `pp`, rank r
-owns stages `r*V .. r*V+V-1`. A schedule runs stage s where it likes, DualPipe even on
-two ranks. `StageParamTransfer` turns the owned layout into the chunks of a program and
-back, by permutes outside all rank-dependent control flow.
+owns stages `r*V .. r*V+V-1`. A schedule may run stage s on any rank, DualPipe on two.
+`StageParamTransfer` turns the owned layout into the chunks of a program and back, by
+permutes outside all rank-dependent control flow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dualpipe_jax.lowering import Program
 
 @dataclasses.dataclass(frozen=True)
 class _Move:
-    """One permute: what each rank sends and where each keeps what it gets."""
+    """One permute: what each rank sends and where each puts what it receives."""
 
     pairs: tuple[tuple[int, int], ...]
     owned: np.ndarray  # [num_ranks] index among the owned stages that a rank sends
@@ -47,7 +47,7 @@ class StageParamTransfer:
             for chunk, stage in enumerate(stages)
         ]
         moves = []
-        # What stays on its rank goes first, all of it at once and without a permute.
+        # Stages that stay on their rank go first, all at once and without a permute.
         local = [(r, c, o, v) for r, c, o, v in wanted if r == o]
         remote = [item for item in wanted if item not in local]
         while local or remote:
@@ -66,7 +66,7 @@ class StageParamTransfer:
         return moves
 
     def to_chunks(self, owned: Any, rank: jax.Array) -> tuple[Any, ...]:
-        """Owned stages, leaves [V, ...], as a tuple of chunks, leaves [...]."""
+        """Turns owned stages, leaves [V, ...], into a tuple of chunks, leaves [...]."""
         chunks: list[Any] = [None] * self.num_chunks
         for move in self.moves:
             pick = functools.partial(_pick, index=move.owned, rank=rank)
@@ -84,7 +84,7 @@ class StageParamTransfer:
         return tuple(chunks)
 
     def to_owners(self, chunks: tuple[Any, ...], rank: jax.Array) -> Any:
-        """Chunks, leaves [...], summed into the owned layout, leaves [V, ...]."""
+        """Sums chunks, leaves [...], into the owned layout, leaves [V, ...]."""
         owned: list[Any] = [None] * self.num_owned
         for move in self.moves:
             sent = chunks[0]

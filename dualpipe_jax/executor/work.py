@@ -1,4 +1,4 @@
-"""From the user's functions to the work of a tick, for one microbatch each."""
+"""Turns the user's functions into the work of a tick, for one microbatch each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _never(*args):
 
 
 class StageWork(NamedTuple):
-    """The functions that ticks call for the stages of one `stage_fn`, a variant.
+    """The functions that ticks call for one variant: the stages of one `stage_fn`.
 
     Each takes and returns values of one microbatch; `stage` is a traced scalar.
     Variants share the buffers: `residuals` and `wgrad_residuals` say which arrays of
@@ -41,9 +41,9 @@ class StageWork(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The functions that ticks call: all that the executor knows about the model."""
+    """The functions that ticks call; the executor knows nothing else of the model."""
 
-    stages: tuple[StageWork, ...]  # one a variant
+    stages: tuple[StageWork, ...]  # one per variant
     embed: Callable[[jax.Array], PyTree]  # microbatch -> x
     finish: Callable[..., tuple]  # y, microbatch -> output, aux, head & embed grads, dy
     # Not in a forward-only program:
@@ -79,7 +79,7 @@ class Functions:
         return _with_key(self.embed_fn, key, params, x)
 
     def loss(self, params: PipelineParams, y: PyTree, targets: PyTree):
-        """The loss of one microbatch, its aux, and the gradients of the mean loss."""
+        """Returns one microbatch's loss, its aux, and gradients of the mean loss."""
         loss_fn, tied = self.loss_fn, self.tied
         assert loss_fn is not None
 
@@ -98,7 +98,7 @@ class Functions:
 class BufferShapes(NamedTuple):
     """Shapes of one slot of each buffer, and of the auxiliary outputs.
 
-    Residuals and wgrad_residuals have room for the values of any variant.
+    Residuals and wgrad_residuals can hold the values of any variant.
     """
 
     activation: PyTree
@@ -112,7 +112,7 @@ class BufferShapes(NamedTuple):
 def forward_work(
     functions: Functions, params: PipelineParams, chunk: PyTree, inputs, targets
 ) -> tuple[Work, BufferShapes]:
-    """The work of a forward-only program, which returns the last stage's outputs."""
+    """Returns the work of a forward-only program; outputs are the last stage's."""
     del targets
     x, stages, _ = _trace_stages(functions, params, chunk, inputs)
 
@@ -134,7 +134,7 @@ def forward_work(
 def training_work(
     functions: Functions, params: PipelineParams, chunk: PyTree, inputs, targets
 ) -> tuple[Work, BufferShapes]:
-    """The work of a training program: backward in one piece or two, and the loss."""
+    """Returns the work of a training program: whole and split backwards, and loss."""
     x, stages, stage_aux = _trace_stages(functions, params, chunk, inputs)
     index = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(functions.key_of, index, index)
@@ -212,7 +212,7 @@ def training_work(
 def _share(
     wanted: list[tuple[jax.ShapeDtypeStruct, ...]],
 ) -> tuple[tuple[jax.ShapeDtypeStruct, ...], list[tuple[int, ...]]]:
-    """The fewest arrays that can hold those of any one list, and their positions."""
+    """Returns the fewest arrays that can hold any one list's, and their positions."""
     shared: list[jax.ShapeDtypeStruct] = []
     places = []
     for structs in wanted:
@@ -233,7 +233,7 @@ def _share(
 
 
 def _trace_stages(functions: Functions, params: PipelineParams, chunk: PyTree, inputs):
-    """Shapes of an activation, stages as (params, x, key) -> (y, aux), and aux."""
+    """Returns activation shapes, stages (params, x, key) -> (y, aux), aux shapes."""
     index = jax.ShapeDtypeStruct((), jnp.int32)
     x = jax.eval_shape(lambda p, m: functions.embed(p, inputs, m), params.embed, index)
     _checks.check_activations(x, functions.embed_fn)

@@ -1,4 +1,4 @@
-"""From a schedule to the program that SPMD ranks run: ticks, slots and permutes.
+"""Lowers a schedule to the program that SPMD ranks run: ticks, slots and permutes.
 
 Imports: schedules. Without jax.
 """

@@ -1,8 +1,8 @@
 """Lowering: from a schedule to the tick program that the executor runs.
 
-A `Program` says, as plain NumPy tables, what every rank does in every tick, which
-buffer slots its values live in, and which permutes stand between the ticks. It
-holds no array of the model and imports no jax.
+A `Program` lists, in plain NumPy tables, what every rank does in every tick, which
+buffer slots hold its values, and which permutes run between the ticks. It holds no
+array of the model and does not import jax.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Pairs = tuple[tuple[int, int], ...]
 class Table(NamedTuple):
     """What each rank does in each tick: int32 arrays [num_ticks, num_ranks].
 
-    Fields of tasks that a tick lacks hold 0. Slots named `*_in` and `*_out` are
+    Fields of tasks that a tick does not run hold 0. Slots named `*_in` and `*_out` are
     message slots.
     """
 
@@ -59,9 +59,9 @@ class Table(NamedTuple):
     b_out: np.ndarray
     b_slot: np.ndarray  # activation slot that B, I or W reads
     wgrad_slot: np.ndarray  # slot of wgrad residuals that I fills or W reads
-    loss_out: np.ndarray  # message slot for the cotangent that the loss makes
+    loss_out: np.ndarray  # message slot for the cotangent of the loss
     send: np.ndarray  # [num_ticks, num_ranks, rounds]: message slot sent
-    receive: np.ndarray  # [num_ticks, num_ranks, rounds]: filled, or the spare one
+    receive: np.ndarray  # [num_ticks, num_ranks, rounds]: slot filled, or the spare one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,19 +69,19 @@ class Program:
     """A schedule as one program that all ranks run, tick by tick.
 
     Attributes:
-      schedule: what was lowered.
-      chunks: `chunks[rank][chunk]` is the stage that the rank knows as `chunk`. Two
-        directions are named by the parity of the rank, so that in DualPipe's
+      schedule: the schedule that was lowered.
+      chunks: `chunks[rank][chunk]` is the stage that the rank knows as `chunk`. Which
+        direction is chunk 0 alternates with the rank's parity, so that in DualPipe's
         steady state all ranks run the same kind of step in the same tick.
       kinds: the kinds of steps, each one task or a pair of (op, chunk).
-      ticks: [num_ticks, num_ranks] position of the step that a rank starts, or -1.
+      ticks: [num_ticks, num_ranks] position of the step that each rank starts, or -1.
       permutes: for each tick the (source, target) pairs of the permutes that
         follow its steps.
       loops: the steady states.
-      table: what the executor reads.
-      num_slots: activation slots (residuals between F and W).
-      num_message_slots: slots for activations and cotangents on their way.
-      num_wgrad_residual_slots: slots for what an I keeps for its W.
+      table: the table that the executor reads.
+      num_slots: number of activation slots (residuals between F and W).
+      num_message_slots: number of slots for activations and cotangents in transit.
+      num_wgrad_residual_slots: number of slots for what I keeps for W.
     """
 
     schedule: Schedule
@@ -101,7 +101,7 @@ class Program:
 
     @property
     def num_rounds(self) -> int:
-        """The most permutes between two ticks."""
+        """The largest number of permutes between two ticks."""
         return self.table.send.shape[-1]
 
     def __repr__(self) -> str:
@@ -120,10 +120,10 @@ def lower(schedule: Schedule) -> Program:
       schedule: any valid schedule whose ranks all hold the same number of stages.
 
     Returns:
-      The program. `simulate(program, costs)` models the waits of its permutes.
+      The program. `simulate(program, costs)` includes the waiting for its permutes.
 
     Raises:
-      ValueError: ranks hold different numbers of stages.
+      ValueError: if ranks hold different numbers of stages.
 
     Examples:
       >>> from dualpipe_jax import dualpipe
@@ -190,9 +190,9 @@ def _name_chunks(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
 
 
 def _direction(schedule: Schedule, rank: int, stage: int) -> tuple[int, int]:
-    """Orders a rank's stages so that odd ranks name their two directions the other way.
+    """Returns a key that orders a rank's stages, with directions swapped on odd ranks.
 
-    A stage whose successor lies on a higher rank runs in direction 0.
+    A stage whose successor is on a higher rank runs in direction 0.
     """
     microbatch = next(
         m
@@ -207,7 +207,7 @@ def _direction(schedule: Schedule, rank: int, stage: int) -> tuple[int, int]:
 
 
 class _Tabulator:
-    """Fills the table: follows every value from its writer to its last reader."""
+    """Fills the table by following every value from its writer to its last reader."""
 
     def __init__(self, schedule: Schedule, ticks, rounds: list[list[list[Message]]]):
         self.schedule = schedule
@@ -222,13 +222,13 @@ class _Tabulator:
         self.fields = {name: np.zeros(shape, np.int32) for name in Table._fields}
         for name in ("send", "receive"):
             self.fields[name] = np.zeros((*shape, self.num_rounds), np.int32)
-        # Per kind of slot: the lives of the values, and which fields name the slot.
+        # Per kind of slot: the lifetimes of values, and which fields name the slot.
         self.lives: dict[str, list[Interval]] = {
             name: [] for name in ("activation", "message", "wgrad_residuals")
         }
         self.uses: dict[str, list[list[tuple]]] = {name: [] for name in self.lives}
 
-    # The order of events in a tick. A step reads all that it needs before it writes.
+    # The order of events in a tick. A step reads all its operands before it writes.
     EMBED, READ, WRITE, LOSS_READ, LOSS_WRITE, EMBED_BACKWARD, PERMUTE = range(7)
 
     def _time(self, tick: int, phase: int) -> int:
@@ -306,7 +306,7 @@ class _Tabulator:
                 self._keep("message", rank, (tick, self.WRITE), ends, use)
 
     def _messages(self) -> None:
-        """Values that stay on a rank go from out-slot to in-slot, others by permute."""
+        """Moves values within a rank from out-slot to in-slot, others by permute."""
         for tick, groups in enumerate(self.rounds):
             for k, group in enumerate(groups):
                 for task, sender, receiver, _ in group:
@@ -341,7 +341,7 @@ class _Tabulator:
 
 @simulate.register
 def _(program: Program, costs: Costs = Costs()) -> Timeline:  # noqa: B008
-    """Runs the program's order of steps and permutes on a clock for each rank."""
+    """Simulates the program's steps and permutes with one clock per rank."""
     schedule = program.schedule
     now = [0.0] * schedule.num_ranks
     spans: list[list[StepSpan]] = [[] for _ in range(schedule.num_ranks)]
@@ -355,8 +355,8 @@ def _(program: Program, costs: Costs = Costs()) -> Timeline:  # noqa: B008
             now[rank] = start + costs.of(step)
             spans[rank].append((step, start, now[rank]))
         for pairs in program.permutes[tick]:
-            # The two ends of a pair wait for each other; a rank goes on when both
-            # what it sends and what it receives are through.
+            # The two ends of a pair wait for each other; a rank continues once its send
+            # and its receive are both complete.
             done = {pair: max(now[pair[0]], now[pair[1]]) + costs.p2p for pair in pairs}
             for pair, time in done.items():
                 for rank in pair:

@@ -1,4 +1,4 @@
-"""Which buffer slot holds which value: interval colouring."""
+"""Assigns values to buffer slots by interval colouring."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """A value's life: written at `start`, read for the last time at `end`."""
+    """A value's lifetime: written at `start`, read for the last time at `end`."""
 
     start: int
     end: int
@@ -16,17 +16,16 @@ class Interval(NamedTuple):
 
 
 def assign_slots(intervals: Sequence[Interval]) -> tuple[list[int], int]:
-    """Gives every interval a slot so that no two of a rank share one at any time.
+    """Gives every interval a slot so that overlapping intervals of a rank never share.
 
-    Taking the lowest free slot in order of start needs no more slots than values
-    are ever alive at once, which is the least possible (interval graphs are
-    perfect).
+    Taking the lowest free slot in order of start needs as many slots as the most values
+    alive at once, which is the minimum (interval graphs are perfect).
 
     Args:
-      intervals: lives of values, both ends included.
+      intervals: lifetimes of values, both ends included.
 
     Returns:
-      The slot of each interval, and the number of slots (the most of any rank).
+      The slot of each interval, and the number of slots (the maximum over ranks).
 
     Examples:
       >>> assign_slots([Interval(0, 3, 0), Interval(2, 5, 0), Interval(4, 6, 0)])

@@ -1,10 +1,9 @@
-"""Ticks, permutes and steady states: the order that one SPMD program gives a schedule.
+"""Ticks, permutes and steady states: the order of a schedule in one SPMD program.
 
-All ranks of an SPMD program issue the same permutes in the same order, so a
-message needs a place in an order that all ranks share. That order is a row of
-ticks: the distinct starting times of the schedule's steps, simulated at
-structural costs. Between two ticks stand the permutes of the messages that are
-exchanged there.
+All ranks of an SPMD program issue the same permutes in the same order, so each message
+needs a position in an order that all ranks share. That order is a sequence of ticks:
+the distinct starting times of the schedule's steps, simulated at structural costs.
+Between two ticks are the permutes of the messages exchanged there.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from dualpipe_jax.schedules import (
     simulate,
 )
 
-# The shape of a schedule: every unit of work alike, no communication. Deriving
-# the ticks from real costs instead tears the steady state apart.
+# The shape of a schedule: all units of work equal, no communication. Ticks derived from
+# real costs would break up the steady state.
 STRUCTURAL = Costs(F=1.0, I=1.0, W=1.0)
 
-# What DeepSeek's published training trace shows for one chunk (milliseconds):
-# where structural costs leave the choice of a boundary open, these decide it.
+# Times of one chunk in DeepSeek's published training trace (milliseconds); they choose
+# a boundary where structural costs leave several.
 TYPICAL = Costs(F=97.0, I=104.0, W=35.0, B=139.0, FB=129.0)
 
 Kind = tuple[tuple[str, int], ...]
@@ -37,7 +36,7 @@ _LONG = 4
 
 
 class Place(NamedTuple):
-    """Where a step stands: on `rank`, at `position` of its order, in `tick`."""
+    """Where a step runs: on `rank`, at `position` in its order, in `tick`."""
 
     rank: int
     position: int
@@ -45,7 +44,7 @@ class Place(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What `task` made, from the step at `sender` to the step at `receiver`.
+    """The result of `task`, from the step at `sender` to the step at `receiver`.
 
     `boundary` is the tick before whose steps the message is exchanged.
     """
@@ -59,8 +58,8 @@ class Message(NamedTuple):
 class Loop(NamedTuple):
     """A steady state: from tick `start`, `period` ticks are repeated `trips` times.
 
-    In each of them every rank runs a step of the same kind and takes part in the
-    same permutes, so its body holds no branch.
+    In each tick every rank runs a step of the same kind and takes part in the same
+    permutes, so the loop's body needs no branch.
     """
 
     start: int
@@ -86,11 +85,11 @@ class Clock:
         self.ticks = [
             [index[start] for _, start, _ in spans] for spans in timeline.spans
         ]
-        # A step that `delay` has moved starts, and so ends, later than simulated.
+        # A step moved by `delay` starts, and so ends, later than simulated.
         self.spans = _spans(timeline)
 
     def position_at(self, rank: int, tick: int) -> int | None:
-        """The position of the step that `rank` starts in `tick`, if it starts one."""
+        """Returns the position of the step that `rank` starts in `tick`, or None."""
         position = bisect.bisect_left(self.ticks[rank], tick)
         ticks = self.ticks[rank]
         return position if position < len(ticks) and ticks[position] == tick else None
@@ -103,7 +102,7 @@ class Clock:
 
 
 def producers(schedule: Schedule) -> dict[Task, tuple[int, int]]:
-    """(rank, position) of the step that makes each task's result, a B under its I."""
+    """Maps each task's result (B's under its I) to its step: (rank, position)."""
     return {
         result_of(task): (rank, position)
         for rank, position, step in schedule
@@ -112,7 +111,7 @@ def producers(schedule: Schedule) -> dict[Task, tuple[int, int]]:
 
 
 def links(schedule: Schedule) -> list[tuple[Task, tuple[int, int], tuple[int, int]]]:
-    """Every value that one stage hands to the next: (task, producer, consumer)."""
+    """Returns all values passed between stages: (task, producer, consumer)."""
     made = producers(schedule)
     return [
         (need, made[need], (rank, position))
@@ -124,18 +123,17 @@ def links(schedule: Schedule) -> list[tuple[Task, tuple[int, int], tuple[int, in
 
 
 def align_loops(clock: Clock, kinds: list[list[Kind]]) -> None:
-    """Delays steps that a longer common steady state can take in, at no cost.
+    """Delays steps, at no cost, where this makes the common steady state longer.
 
-    The ranks at the ends enter the steady state early, and then wait. Starting
-    such a step in the tick in which all others start theirs changes the order of
-    nothing that it waits for.
+    The ranks at the ends enter the steady state early, and then wait. Starting such a
+    step in the tick in which all others start theirs does not reorder anything that it
+    waits for.
     """
     consumers: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for _, producer, consumer in links(clock.schedule):
         consumers.setdefault(producer, []).append(consumer)
     for tick in range(len(clock.times) - 2, -1, -1):
-        # The step two ticks later tells what an alternating state holds here; at
-        # the very end of one that has a single period, its partner does.
+        # The kind shared by the ranks that start a step in this tick already.
         wanted = _wanted(clock, kinds, tick)
         moves = []
         for rank in range(clock.schedule.num_ranks):
@@ -159,7 +157,7 @@ def align_loops(clock: Clock, kinds: list[list[Kind]]) -> None:
 
 
 def _wanted(clock: Clock, kinds: list[list[Kind]], tick: int) -> Kind | None:
-    """The kind of pair that all steps of `tick` have, if the next tick is steady."""
+    """Returns the kind of pair of all steps in `tick`, if the next tick is steady."""
     following = uniform_kind(clock, kinds, tick + 1)
     here = {
         kinds[rank][position]
@@ -173,7 +171,7 @@ def _wanted(clock: Clock, kinds: list[list[Kind]], tick: int) -> Kind | None:
 
 
 def uniform_kind(clock: Clock, kinds: list[list[Kind]], tick: int) -> Kind | None:
-    """The kind of step that every rank starts in `tick`, if it is the same for all."""
+    """Returns the kind of step in `tick` if every rank starts the same kind."""
     found = set()
     for rank in range(clock.schedule.num_ranks):
         position = clock.position_at(rank, tick)
@@ -184,11 +182,11 @@ def uniform_kind(clock: Clock, kinds: list[list[Kind]], tick: int) -> Kind | Non
 
 
 def place_messages(clock: Clock) -> list[Message]:
-    """Chooses for every message between ranks the boundary at which it is exchanged.
+    """Chooses the boundary at which each message between ranks is exchanged.
 
-    A permute makes its two ends wait for each other. Of the boundaries between
-    producer and consumer, take the one that costs the two the least waiting, and
-    of equals the last: at structural costs first, then at typical ones.
+    A permute makes its two ends wait for each other. Of the boundaries between producer
+    and consumer, takes the one with the least waiting, and among equals the last: at
+    structural costs first, then at typical ones.
     """
     messages = []
     for task, (source, p), (target, c) in links(clock.schedule):
@@ -213,7 +211,7 @@ def _spans(timeline: Timeline) -> list[list[tuple[float, float]]]:
 
 
 def _waiting(clock: Clock, spans, source: int, target: int, tick: int) -> float:
-    """How long both ranks are kept from their next steps by a permute at `tick`."""
+    """Returns how long a permute at `tick` delays the next steps of both ranks."""
     done, following = [], []
     for rank in (source, target):
         position = bisect.bisect_left(clock.ticks[rank], tick)
@@ -221,14 +219,14 @@ def _waiting(clock: Clock, spans, source: int, target: int, tick: int) -> float:
         ahead = spans[rank][position : position + 1]
         following.append(ahead[0][0] if ahead else float("inf"))
     ready = max(done)
-    # Rounding keeps float noise from deciding what the next key should.
+    # Rounded, so that float noise does not decide before the next key.
     return round(sum(max(0.0, ready - time) for time in following), 6)
 
 
 def split_rounds(messages: list[Message]) -> list[list[Message]]:
     """Groups the messages of one boundary into permutes.
 
-    In one permute a rank sends at most one message and receives at most one.
+    In a permute each rank sends at most one message and receives at most one.
     """
     rounds: list[list[Message]] = []
     for message in messages:
@@ -255,15 +253,15 @@ def find_loops(
     Args:
       clock: the ticks.
       kinds: the kind of each rank's steps.
-      permutes: for each tick the pairs (source, target) of the permutes after it.
+      permutes: for each tick, the (source, target) pairs of the permutes after it.
 
     Returns:
-      Loops that do not overlap. Overlapped pairs are worth a body of their own even
-      for one trip; single tasks only where they fill at least `_LONG` ticks.
+      Loops that do not overlap. Overlapped pairs get a separate body even for one
+      trip; single tasks only if they fill at least `_LONG` ticks.
     """
     uniform = [uniform_kind(clock, kinds, tick) for tick in range(len(clock.times))]
     loops: list[Loop] = []
-    tick = 1  # The tick before a loop is what starts it.
+    tick = 1  # A loop is started by the tick before it.
     while tick < len(uniform):
         loop = max(
             (_loop_at(uniform, permutes, tick, period) for period in (1, 2)),
@@ -296,7 +294,7 @@ def _loop_at(uniform, permutes, start: int, period: int) -> Loop:
 
 
 def _known(loop: Loop, loops: list[Loop], uniform, permutes) -> bool:
-    """Whether a second, short run of a body is not worth compiling it again."""
+    """Whether an earlier loop has this period and kind, so that one body is enough."""
     return any(
         other.period == loop.period and uniform[other.start] == uniform[loop.start]
         for other in loops
@@ -304,5 +302,5 @@ def _known(loop: Loop, loops: list[Loop], uniform, permutes) -> bool:
 
 
 def step_kind(step: Step, chunk_of: dict[int, int]) -> Kind:
-    """The kind of a step: its (op, chunk) pairs."""
+    """Returns the kind of a step: its (op, chunk) pairs."""
     return tuple((task.op, chunk_of[task.stage]) for task in step)

@@ -152,7 +152,7 @@ class FeedForward(nnx.Module):
 
 
 class Scanned(nnx.Module):
-    """Layers under nnx.scan, each under nnx.remat if so told."""
+    """Layers under nnx.scan, each optionally under nnx.remat."""
 
     def __init__(self, remat, rngs):
         @nnx.split_rngs(splits=LAYERS)

@@ -1,4 +1,4 @@
-"""Counted products against hand counts, and against XLA where XLA counts them."""
+"""Compares FLOP counts with hand counts, and with XLA's where XLA counts them."""
 
 import jax
 import jax.numpy as jnp

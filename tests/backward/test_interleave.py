@@ -1,4 +1,4 @@
-"""F and B in turns: as one after the other, each beside the exchange of the other."""
+"""Interleaved F and B: results as in sequence, exchanges under the other's compute."""
 
 import functools
 
@@ -35,9 +35,9 @@ def exchange(x):
 
 
 def stage(layers, x, *, remat=False, weighted=False):
-    """As a mixture of experts: something, there, something else, and back.
+    """Like a mixture of experts: compute, dispatch, compute, and combine.
 
-    Weights of some rows may travel with them.
+    Weights of some rows may be sent with them.
     """
 
     def attend(layer, x):
@@ -99,7 +99,7 @@ def test_in_turns_as_one_after_the_other(options):
 
 
 def turns_of(jaxpr):
-    """The equations between the barriers that hold many values."""
+    """Returns the equations between the barriers that hold many values."""
     turns = [[]]
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "optimization_barrier" and len(eqn.invars) > 1:
@@ -122,20 +122,20 @@ def test_every_exchange_has_products_of_the_other_pass_beside_it(remat):
 
     jax.eval_shape(on_devices(run, 2), *operands()[:2])
     programs = plans[0].programs
-    # All processes of a run must come to the same program.
+    # All processes of a run must build the same program.
     again = {str(interleave(programs.f, programs.b, 1)) for _ in range(4)}
     assert again == {str(programs.pair(programs))}
     turns = turns_of(programs.pair(programs))
     sending = [
         turn for turn in turns if any(e.primitive.name == "all_to_all" for e in turn)
     ]
-    # Two exchanges a layer and pass, one a turn.
+    # Two exchanges per layer and pass, one per turn.
     assert len(sending) == 4 * LAYERS
     for turn in sending:
         (send,) = (e for e in turn if e.primitive.name == "all_to_all")
         beside = [e for e in turn if e is not send]
         assert any(e.primitive.name == "dot_general" for e in beside)
-        # Nothing beside it waits for it, and it for nothing: they may overlap whole.
+        # Independent of all else in its turn: they may overlap entirely.
         assert not any(v in e.invars for e in beside for v in send.outvars)
         assert not any(v in e.outvars for e in beside for v in send.invars)
 
@@ -145,7 +145,7 @@ def test_every_exchange_has_products_of_the_other_pass_beside_it(remat):
     assert products(programs.pair(programs)) == products(programs.f) + products(
         programs.b
     )
-    # Weight gradients are left for the messages to the neighbours.
+    # Weight gradients remain to hide the messages to the neighbours.
     assert any(e.primitive.name == "dot_general" for e in turns[-1])
 
 
@@ -218,7 +218,7 @@ def test_without_an_exchange_there_is_no_order_to_decide():
 
 
 def test_two_forward_passes_as_one_after_the_other():
-    """The second reads, layer by layer, what the first has made."""
+    """The second pass reads, layer by layer, results of the first."""
 
     def first(layers, x):
         handed = []
@@ -254,7 +254,7 @@ def test_two_forward_passes_as_one_after_the_other():
         if any(e.primitive.name == "all_to_all" for e in turn)
     ]
     assert len(sending) == 4 * LAYERS
-    for turn in sending[:-1]:  # behind the last one there is nothing left
+    for turn in sending[:-1]:  # nothing is left after the last one
         (send,) = (e for e in turn if e.primitive.name == "all_to_all")
         beside = [e for e in turn if e is not send]
         assert any(e.primitive.name == "dot_general" for e in beside)
@@ -266,7 +266,7 @@ def test_what_is_handed_too_late_is_run_one_after_the_other():
     def step(layers, x, other):
         def first(layers, x):
             y = stage(layers, x)
-            return y, y  # of its end, for the second's begin
+            return y, y  # from its end, for the start of the second
 
         def second(layers, x, handed):
             return stage(layers, x + handed)
@@ -283,7 +283,7 @@ def test_what_is_handed_too_late_is_run_one_after_the_other():
 
 
 def inlined(jaxpr):
-    """The jaxpr that a call of another one holds, if it is all that there is."""
+    """Returns the inner jaxpr if a jaxpr is only a call of it, else the jaxpr."""
     while len(jaxpr.eqns) == 1 and "jaxpr" in jaxpr.eqns[0].params:
         jaxpr = jaxpr.eqns[0].params["jaxpr"]
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)

@@ -25,7 +25,7 @@ from tests.backward.split_cases import (
 )
 
 every_case = pytest.mark.parametrize("name", CASES)
-# What takes seconds to trace and compile is left to the whole suite.
+# Cases that take seconds to trace and compile run only in the full suite.
 every_case_in_time = pytest.mark.parametrize(
     "name",
     [
@@ -54,7 +54,7 @@ def cotangents(outputs):
 
 
 def products(jaxpr):
-    """Matrix products in a program, a loop's body counted once."""
+    """Counts the matrix products in a program, those in a loop's body once."""
     jaxpr, _ = compat.open_jaxpr(jaxpr)
     count = 0
     for eqn in jaxpr.eqns:
@@ -71,7 +71,7 @@ def num_bytes(structs):
 
 
 def assert_close(got, want, rtol=1e-5):
-    """Close in each leaf's largest element: sums in another order, fused otherwise."""
+    """Close relative to each leaf's maximum: order of sums and fusion differ."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert (g.shape, g.dtype) == (w.shape, w.dtype)
@@ -104,7 +104,7 @@ def test_equals_jax_vjp(name):
     with jax.default_matmul_precision("highest"):
         outputs, want = reference(params, *inputs)
         got_outputs, got, whole = split(params, *inputs)
-    # A bf16 product rounds to 8 bits wherever XLA chooses to fuse or not.
+    # bf16 products round to 8 bits, at places that depend on XLA's fusion.
     rtol = 2e-2 if "bf16" in name else 1e-5
     assert_close(got_outputs, outputs, rtol)
     assert_close(got, want, rtol)
@@ -116,7 +116,7 @@ def test_multiplies_no_more_than_the_whole_backward(name):
     fn, params, *inputs, _ = CASES[name]
 
     def forward(*args):
-        return jax.tree.leaves(jax.vjp(fn, *args))  # with what it saves
+        return jax.tree.leaves(jax.vjp(fn, *args))  # including what it saves
 
     def both(*args):
         outputs, pullback = jax.vjp(fn, *args)
@@ -159,7 +159,7 @@ F32, MASK = ("float32", BATCH, D), ("bool", BATCH, D)
     ("name", "residuals", "wgrad_residuals"),
     [
         # gelu's derivative is recomputed from the products, and the input of each
-        # layer from the product before; one cotangent a layer crosses.
+        # layer from the previous product; one cotangent per layer crosses.
         ("mlp", [F32] * 5, [F32] * 4),
         ("remat whole", [F32], [F32] * 7),
         # q, k and v share their input; softmax keeps its products and its row sums.
@@ -184,7 +184,7 @@ F32, MASK = ("float32", BATCH, D), ("bool", BATCH, D)
         ("dropout", [F32, MASK, F32, MASK, F32], [F32] * 2),
         ("dropout, remat", [F32, ("uint32", 2)], [F32] * 3),
         ("embedding", [("int32", 4, 1), ("float32", 4, D)], [("float32", 4, D)]),
-        # Two branches keep one product each and share its slot.
+        # Two branches keep one product each and share a slot.
         ("switch", [F32, ("int32",), F32], [F32] * 2),
     ],
 )
@@ -238,7 +238,7 @@ def test_sums_for_norm_scales_may_run_early():
     assert shapes(early.wgrad_residuals) == [("float32", D)]
     assert shapes(late.wgrad_residuals) == [F32]
     _, backward_input, backward_weights = split_vjp(norm, scale, X)
-    ct = jnp.sin(3 * X)  # not y, which the norm's pullback maps to nothing
+    ct = jnp.sin(3 * X)  # not y, which the norm's pullback maps to zero
     (dx,), saved = backward_input(ct)
     want = jax.vjp(norm, scale, X)[1](ct)
     assert_close((backward_weights(saved), dx), want)
@@ -264,7 +264,7 @@ def test_equal_bits_without_fusion():
 
 
 def test_xla_counts_no_more_than_for_the_whole_backward():
-    # What W repeats elementwise must be small beside the products: hence the width.
+    # Wide, so that W's repeated elementwise work is small beside the products.
     width, batch = 1024, 64
     ws = [normal(seed, width, width) for seed in range(4)]
     x = normal(5, batch, width)
@@ -283,7 +283,7 @@ def test_xla_counts_no_more_than_for_the_whole_backward():
 
 
 def test_remat_saves_memory_within_one_program():
-    # XLA would merge the recomputed products with those of F if nothing stopped it.
+    # Without barriers XLA would merge the recomputed products with those of F.
     width, batch = 64, 32
     ws = [normal(seed, width, width) for seed in range(4)]
     x = normal(5, batch, width)
@@ -300,4 +300,4 @@ def test_remat_saves_memory_within_one_program():
 
     product = 2 * batch * width * width
     assert step(mlp) < 12.9 * product  # 4 for F, 4 for I, 4 for W
-    assert step(jax.checkpoint(mlp)) > 15.9 * product  # and 4 again
+    assert step(jax.checkpoint(mlp)) > 15.9 * product  # and 4 recomputed

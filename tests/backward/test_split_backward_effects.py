@@ -1,4 +1,4 @@
-"""What a split function reports while it runs, and what its operations are called."""
+"""Prints and callbacks of split functions, and the names of their operations."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_named_scopes_survive():
 
 
 class Recorder:
-    """Notes what a traced function reports, when it runs."""
+    """Records what a traced function reports at run time."""
 
     def __init__(self):
         self.names = []

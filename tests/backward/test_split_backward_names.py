@@ -1,4 +1,4 @@
-"""What is done for the weights says so in the compiled program's names."""
+"""Names in the compiled program mark the work for weight gradients."""
 
 import re
 
@@ -30,7 +30,7 @@ def scanned(w, x):
 
 
 def phases(fn, *args):
-    """The phases of a compiled program's dots, or of what XLA made of them."""
+    """Returns the phases of a compiled program's dots, or of their replacements."""
     text = jax.jit(fn).lower(*args).compile().as_text()
     names = re.findall(r'op_name="([^"]*(?:dot_general|transpose))"', text)
     return {phase(name) for name in names}

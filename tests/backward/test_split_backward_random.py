@@ -1,6 +1,6 @@
-"""Random programs of nested loops, branches and remats, split and compared.
+"""Splits random programs of nested loops, branches and remats, and compares.
 
-Every fault that random programs found became a named case below.
+Every fault found by random programs is a named case below.
 """
 
 import functools
@@ -164,7 +164,7 @@ def barrier_over_unread_weight(ws, x):
 
 
 def recomputed_only_for_weights(ws, x):
-    # Linear layers before a loop: their recomputation is for the loop's W alone.
+    # Linear layers before a loop: only the loop's W needs their recomputation.
     def layers(x):
         h = x @ ws[2] @ ws[2]
         half = jnp.stack([h, h * 0.5]).astype(jnp.float16).astype(jnp.float32)

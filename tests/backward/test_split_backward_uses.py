@@ -1,4 +1,4 @@
-"""Where a split may stand: under jit, vmap, scan, shard_map; its edges and errors."""
+"""Splits under jit, vmap, scan and shard_map; edge cases and errors."""
 
 import functools
 
@@ -26,13 +26,13 @@ def two_layers(ws, x):
 
 
 def vjp(fn, params, *inputs, ct):
-    """(outputs, (param and input cotangents)), as ``jax.vjp`` gives them."""
+    """Returns (outputs, (param and input cotangents)), by ``jax.vjp``."""
     outputs, pullback = jax.vjp(fn, params, *inputs)
     return outputs, pullback(ct)
 
 
 def halves(fn, params, *inputs, ct):
-    """The same, by I and W."""
+    """Returns the same, by I and W."""
     plan = SplitBackward.trace(fn, params, *inputs)
     outputs, residuals = plan.forward(params, *inputs)
     input_cts, wgrad_residuals = plan.backward_input(params, residuals, ct)
@@ -99,7 +99,7 @@ def test_split_vjp_inside_a_traced_function_that_it_closes_over():
 
 
 def test_plan_from_structs_runs_a_scan_over_stored_microbatches():
-    # As the executor does: residuals wait in slots, a random key among them.
+    # As in the executor: residuals are kept in slots, a random key among them.
     def stage(w, x, key):
         def body(x, key):
             keep = jax.random.bernoulli(key, 0.5, x.shape)
@@ -165,7 +165,7 @@ def test_operations_that_jax_expands_only_when_it_lowers():
 @pytest.mark.parametrize("platform", [None, "cpu", "cuda"])
 def test_a_branch_for_another_platform_costs_nothing_where_that_is_known(platform):
     def elsewhere(x):
-        return jnp.sin(x * jnp.cumsum(x, axis=0))  # a product would do for `cpu`
+        return jnp.sin(x * jnp.cumsum(x, axis=0))  # `cpu` would need only a product
 
     def fn(w, x):
         x = lax.platform_dependent(x, cuda=elsewhere, default=jnp.tanh)
@@ -173,7 +173,7 @@ def test_a_branch_for_another_platform_costs_nothing_where_that_is_known(platfor
 
     plan = SplitBackward.trace(fn, W, X, platform=platform)
     rows = sum(r.size for r in plan.residuals) // X.size
-    # How much is kept for both branches differs between versions of JAX.
+    # The amount kept for both branches differs between versions of JAX.
     assert rows > 3 if platform is None else rows == {"cpu": 2, "cuda": 3}[platform]
     if platform != "cuda":
         y, residuals = plan.forward(W, X)
@@ -187,7 +187,7 @@ def test_a_platform_without_a_branch_is_said():
 
     with pytest.raises(ValueError, match="branches for tpu, cuda but not for 'cpu'"):
         SplitBackward.trace(fn, W, X, platform="cpu")
-    with pytest.raises(ValueError, match="say 'cuda' or 'rocm'"):
+    with pytest.raises(ValueError, match="pass 'cuda' or 'rocm'"):
         SplitBackward.trace(layer, W, X, platform="gpu")
 
 
@@ -216,7 +216,7 @@ def test_under_vmap_with_a_branch_per_example():
 
 
 def moe(p, x):
-    """A layer that communicates as a mixture of experts does, over the axis ep."""
+    """A layer that communicates like a mixture of experts, over the axis ep."""
     h = lax.all_to_all(layer(p["up"], x).reshape(2, 2, 8), "ep", 0, 0).reshape(4, 8)
     h = jax.nn.gelu(h @ p["down"]) @ p["down"].T
     h = lax.all_to_all(h.reshape(2, 2, 8), "ep", 0, 0).reshape(4, 8)

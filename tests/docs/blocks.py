@@ -11,13 +11,13 @@ DOCUMENTS = [
     "CHANGELOG.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
-# What is run (python, console), what is checked (bash, json, yaml), and text.
+# Languages that are run (python, console), checked (bash, json, yaml), and text.
 LANGUAGES = {"python", "console", "bash", "json", "yaml", "text"}
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,})([^\n]*)\n(.*?)^ *\2 *$", re.M | re.S)
 
 
 class Block(NamedTuple):
-    """One fenced block; `line` is that of its fence, from 1."""
+    """One fenced block; `line` is the line of its fence, from 1."""
 
     document: str
     line: int
@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
 
 class Command(NamedTuple):
-    """What stands behind a prompt, and what the document says that it prints."""
+    """A command after a prompt, and its output according to the document."""
 
     where: str
     text: str
@@ -51,12 +51,12 @@ def blocks_of(document):
 
 
 def prose_of(document):
-    """What stands outside of the blocks."""
+    """Returns the text outside the blocks."""
     return _FENCE.sub("", read(document))
 
 
 def commands_of(block):
-    """The commands of a console block; one that ends in & is part of the next."""
+    """Returns a console block's commands; one that ends in & is part of the next."""
     found = []
     for part in re.split(r"^\$ ", block.text, flags=re.M)[1:]:
         lines = part.splitlines()

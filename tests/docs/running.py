@@ -1,4 +1,4 @@
-"""Runs a document from its top to its end, in a folder of its own, as readers do."""
+"""Runs a document from top to bottom, in a separate folder, as readers do."""
 
 import contextlib
 import doctest
@@ -15,8 +15,8 @@ import dualpipe_jax.commands.main
 import eplb_jax.commands.main
 from tests.docs.blocks import ROOT, blocks_of, commands_of
 
-# Commands that need machines, or more minutes than a test has; their arguments are
-# parsed, and their config is loaded.
+# Commands that need machines, or more time than a test has; only their arguments are
+# parsed, and their configs loaded.
 NOT_RUN = {
     "python -m dualpipe_jax overlap profiles:training --gpu h800 --trace steady.json": (
         "compiles for seven minutes of a core"
@@ -25,7 +25,7 @@ NOT_RUN = {
     "python -m dualpipe_jax memory deepseek_v3 --gpu h800": "compiles for six minutes",
     "python -m dualpipe_jax train configs/small.py --data texts.txt": "needs a GPU",
 }
-# Cheap ones, which start no threads and change no setting of jax.
+# Cheap commands, which start no threads and change no settings of jax.
 _IN_PROCESS = {
     "dualpipe_jax": (
         dualpipe_jax.commands.main,
@@ -33,7 +33,7 @@ _IN_PROCESS = {
     ),
     "eplb_jax": (eplb_jax.commands.main, {"rebalance", "replay"}),
 }
-# Of commands that measure: what differs from run to run.
+# Commands that measure, and the parts of their output that vary between runs.
 _MEASURES = re.compile(r" (train|serve) |^make ")
 _TIMES = re.compile(
     r"[\d,.]+(?= (?:ms|s|min|tokens/s)\b)|(?<=^tokens/s {7})[\d,]+", re.M
@@ -41,14 +41,14 @@ _TIMES = re.compile(
 
 
 class Runner:
-    """A folder with what a checkout has, and what a document makes in it.
+    """A folder with the files of a checkout, and those that a document creates.
 
     Args:
-      folder: an empty one.
-      special: by the first words of a command, functions of (command, runner) that run
-        it in place of a shell.
-      env: beside the process's own.
-      configs: whether the checkout's configs are there.
+      folder: an empty folder.
+      special: maps the first words of a command to a function of (command, runner) that
+        runs it in place of a shell.
+      env: environment variables besides the process's.
+      configs: whether the folder has the checkout's configs.
     """
 
     def __init__(self, folder, *, special=None, env=None, configs=True):
@@ -61,7 +61,7 @@ class Runner:
         python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         python.chmod(0o755)
         self.env = {**os.environ, **(env or {})}
-        # Commands ask for as many devices as they need.
+        # Commands request as many devices as they need.
         self.env["XLA_FLAGS"] = (env or {}).get("XLA_FLAGS", "")
         self.env["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         self.env["PYTHONPATH"] = str(ROOT)
@@ -70,7 +70,7 @@ class Runner:
         """Runs all blocks of a document that can be run."""
         names = {}
         with contextlib.chdir(self.folder), jax.numpy_dtype_promotion("standard"):
-            # As readers have it: optax mixes floats with integer counts.
+            # As for readers: optax mixes floats with integer counts.
             for block in blocks_of(document):
                 if block.language == "python":
                     self._python(block, names)
@@ -79,14 +79,14 @@ class Runner:
                         self.check(command)
 
     def _python(self, block, names):
-        """A file, if its first line is a comment with a name; else a doctest."""
+        """Writes a file if the first line is a comment with its name, else runs it."""
         if file := re.match(r"# ([\w/]+\.py)\n", block.text):
             (self.folder / file[1]).write_text(block.text)
             return
         test = doctest.DocTestParser().get_doctest(
             block.text, names, block.where, block.document, block.line
         )
-        assert test.examples, f"{block.where} has no prompts, and names no file."
+        assert test.examples, f"{block.where} has neither prompts nor a file name."
         report: list[str] = []
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
         runner.run(test, out=report.append, clear_globs=False)
@@ -94,7 +94,7 @@ class Runner:
         assert not runner.failures, "".join(report)
 
     def check(self, command):
-        """Runs a command, and compares what it prints if the document says it."""
+        """Runs a command, and compares its output with the document's, if shown."""
         for words, function in self.special.items():
             if words in command.text:
                 function(command, self)
@@ -102,7 +102,7 @@ class Runner:
         self.run_and_compare(command)
 
     def run_and_compare(self, command):
-        """The same for commands that are nothing special."""
+        """Does the same for commands that are not special."""
         if command.text in NOT_RUN:
             return
         if command.text.startswith("make "):
@@ -113,7 +113,7 @@ class Runner:
             assert_alike(command.output, got, command)
 
     def shell(self, text):
-        """Runs a command line; returns what it prints."""
+        """Runs a command line; returns its output."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text],
             cwd=self.folder,
@@ -127,7 +127,7 @@ class Runner:
 
 
 def _in_process(command):
-    """What a command prints that needs no process of its own; None for others."""
+    """Returns the output of a command that can run in this process, else None."""
     words = shlex.split(command.text.replace("\\\n", ""))
     if words[:2] != ["python", "-m"] or set("|&;<>") & set(command.text):
         return None
@@ -141,17 +141,17 @@ def _in_process(command):
 
 
 def without_times(text):
-    """Numbers of seconds and of tokens a second are no promise."""
+    """Removes times and tokens per second, which vary."""
     return without_trailing_space(_TIMES.sub("TIME", text))
 
 
 def without_trailing_space(text):
-    """Which editors may take away."""
+    """Removes trailing space, as editors may do."""
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 
 def assert_alike(expected, got, command):
-    """Compares outputs: `...` stands for anything, and what is measured for itself."""
+    """Compares outputs: `...` matches anything, and measured values any others."""
     clean = without_times if _MEASURES.search(command.text) else without_trailing_space
     alike = doctest.OutputChecker().check_output(
         clean(expected), clean(got), doctest.ELLIPSIS

@@ -1,6 +1,6 @@
-"""What the documents show is what happens: every block is run, or checked.
+"""Runs or checks every block of the documents against what they show.
 
-`running.NOT_RUN` lists the commands that are not.
+`running.NOT_RUN` lists the commands that are not run.
 """
 
 import json
@@ -23,7 +23,7 @@ from tests.docs.blocks import (
 )
 from tests.docs.running import NOT_RUN, Runner
 
-# These need a run of the real model, which takes minutes: one test makes one.
+# These need a run of the real model, which takes minutes: one test runs it.
 OF_A_RUN = ["README.md", "docs/serving.md"]
 QUICK = {"CONTRIBUTING.md", "CHANGELOG.md"}
 
@@ -48,9 +48,9 @@ def test_blocks_are_of_a_language_that_is_run_or_checked(document):
             check = subprocess.run(["bash", "-n"], input=block.text, text=True)
             assert check.returncode == 0, block.where
         elif block.language == "console":
-            assert block.text.startswith("$ "), f"{block.where} begins without a prompt"
+            assert block.text.startswith("$ "), f"{block.where} lacks a first prompt"
         elif block.language == "text":
-            # What can be run belongs into a block that is.
+            # Code that can be run belongs in a block that is run.
             assert not re.search(r"^\$ |^>>> |^python ", block.text, re.M), block.where
 
 
@@ -62,7 +62,7 @@ def test_every_fence_is_closed(document):
 
 @pytest.fixture
 def env(pytestconfig):
-    """Compiling is most of it; the next time, what has not changed is there."""
+    """Caches compiled programs, which take most of the time, between runs."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("xla-of-documents")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
@@ -75,7 +75,7 @@ def test_documents_run(document, tmp_path, env):
     if not any(" train configs/tiny.py" in x.text for x in all_commands(document)):
         Runner(tmp_path, env=env).run(document)
         return
-    # What these commands train matters to no line that is shown.
+    # No line shown depends on what these commands train.
     special = {
         " train configs/tiny.py": training.interrupt,
         " runs/tiny": training.of_a_run,
@@ -90,13 +90,13 @@ def test_documents_run(document, tmp_path, env):
 def test_documents_of_a_training_run(tmp_path, env):
     special = {"make train": training.make_train, " serve ": training.serve}
     runner = Runner(tmp_path, env=env, special=special)
-    for document in OF_A_RUN:  # the README's first, which trains
+    for document in OF_A_RUN:  # the README first: it trains
         runner.run(document)
     assert (tmp_path / "runs/tiny/metrics.jsonl").exists()
 
 
 def of_the_command_line():
-    """Commands that are not run, and those inside scripts and manifests."""
+    """Returns commands that are not run, and those inside scripts and manifests."""
     for text in NOT_RUN:
         yield pytest.param(text, id=text)
     for document in DOCUMENTS:
@@ -115,7 +115,7 @@ def test_arguments_of_commands_that_are_not_run_are_parsed(text):
     parser = cli._Parser()
     cli.add_arguments(parser, words[0])
     args = parser.parse_args(words[1:])
-    if args.config != "config.py":  # the reader's own
+    if args.config != "config.py":  # the reader's
         assert load_as(StepConfig, args.config).mesh_shape
 
 

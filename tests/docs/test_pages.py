@@ -1,4 +1,4 @@
-"""Links, names and figures of the documents are those of the repository."""
+"""Links, names and figures in the documents match the repository."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ LINKS = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def anchors_of(path):
-    """The anchors of a page's headings, as GitHub and the site make them."""
+    """Returns the anchors of a page's headings, as on GitHub and the site."""
     return {
         re.sub(r"[^\w\- ]", "", re.sub(r"`|\[|\]\(.*?\)", "", title).strip().lower())
         .replace(" ", "-")
@@ -62,7 +62,7 @@ def test_commands_and_files_in_prose_exist(document):
 
 
 def test_the_picture_is_the_schedule_of_today():
-    # To draw it anew: python -m dualpipe_jax schedule dualpipe --ranks 8
+    # To redraw it: python -m dualpipe_jax schedule dualpipe --ranks 8
     # --microbatches 20 --out docs/dualpipe.svg
     assert read("docs/dualpipe.svg") == show.svg(dualpipe(8, 20))
 

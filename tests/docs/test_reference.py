@@ -1,4 +1,4 @@
-"""The reference has every public name, and nothing that does not exist."""
+"""The reference has every public name, and no name that does not exist."""
 
 import importlib
 import pkgutil
@@ -10,12 +10,12 @@ import dualpipe_jax
 import eplb_jax
 from tests.docs.blocks import ROOT
 
-# They list what the modules beside them use too.
+# These also list names that neighbouring modules use.
 SHARED = {"dualpipe_jax.gpu.memory", "dualpipe_jax.schedules.schedule"}
 
 
 def public_modules():
-    """Those that list what they export, but for modules that begin with _."""
+    """Returns the modules with `__all__`, except those that begin with _."""
     for package in (dualpipe_jax, eplb_jax):
         yield package
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -35,7 +35,7 @@ ENTRIES = [
 
 
 def find(entry):
-    """The object of a dotted name: of the longest module, and what is in it."""
+    """Returns the object of a dotted name, from the longest module in it."""
     module, _, name = entry.rpartition(".")
     return getattr(importlib.import_module(module), name)
 

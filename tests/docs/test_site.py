@@ -1,4 +1,4 @@
-"""The documentation's site builds without warnings, fetches nothing, has a search."""
+"""The documentation site builds without warnings, fetches nothing, and has search."""
 
 import json
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    # `--strict` ends with an error where there is a warning.
+    # `--strict` turns warnings into errors.
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
         cwd=ROOT,
@@ -38,7 +38,7 @@ def site(tmp_path_factory):
 
 
 def pages(site):
-    """The pages without the contents of code and scripts."""
+    """Returns the pages without the contents of code and scripts."""
     code = re.compile(r"<(pre|code|style)\b.*?</\1>|(?<=>)[^<]*(?=</script>)", re.S)
     return {
         path: code.sub("", path.read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def test_every_page_has_a_search_box(site):
         config = json.loads(config[1])
         if path.name != "404.html":  # its links begin at the site's root
             assert (path.parent / config["search"]).is_file(), path.name
-        # For pages opened as files, before the script that starts the search.
+        # For pages opened as files; must precede the script that starts the search.
         assert 0 < text.index("search_in_files.js") < text.index("/bundle.")
 
 

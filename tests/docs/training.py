@@ -1,4 +1,4 @@
-"""Commands of the documents that train, and those that need what was trained."""
+"""Commands in the documents that train, and those that need a trained model."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import threading
 from tests.docs.blocks import ROOT
 from tests.docs.running import assert_alike, without_times
 
-# In place of configs/tiny.py, where only what a command does to a run matters.
+# Replaces configs/tiny.py where only a command's effect on a run matters.
 SMALL = '''"""The commands' own config, with a model that compiles quickly."""
 
 import dataclasses
@@ -23,13 +23,13 @@ def config():
         tiny.config(), mesh={"pp": 4, "ep": 2}, num_microbatches=8, num_steps=200,
         checkpoint_every=50, eval_every=100, platform="cpu")
 '''
-# XLA's own words, such as that compiling takes long on a busy machine.
+# XLA's messages, such as slow compilation on a busy machine.
 _LOG = re.compile(r"[EWIF]\d{4} |\*{10}|\[Compiling module|WARNING: All log messages")
 _NUMBER = re.compile(r"\d[\d.,]*")
 
 
 def start(words, runner):
-    """A process whose output is read while it runs."""
+    """Starts a process whose output is read while it runs."""
     return subprocess.Popen(
         words,
         cwd=runner.folder,
@@ -47,7 +47,7 @@ def without_logs(lines):
 
 
 def stop_after_a_step(process, timeout=900):
-    """Interrupts a run once it has shown a step; returns its lines."""
+    """Interrupts a run after it has printed a step; returns its lines."""
     late = threading.Timer(timeout, process.kill)
     late.start()
     try:
@@ -66,7 +66,7 @@ def stop_after_a_step(process, timeout=900):
 
 
 def interrupt(command, runner):
-    """A run that its document says to be stopped: `killed`, or `Ctrl-C`."""
+    """Runs a command that its document stops, with `killed` or `Ctrl-C`."""
     if not re.search("killed|Ctrl-C", command.comment):
         runner.shell(command.text)
         return
@@ -75,16 +75,16 @@ def interrupt(command, runner):
 
 
 def of_a_run(command, runner):
-    """What needs the run, which is made first where the document has made none."""
+    """Runs a command that needs a trained run; trains first if there is none."""
     if not (runner.folder / "runs/tiny").exists():
         runner.shell("python -m dualpipe_jax train configs/tiny.py")
     runner.run_and_compare(command)
 
 
 def make_train(command, runner):
-    """Trains the real model until its first line of a step, and compares that.
+    """Trains the real model until it prints its first step, and compares the output.
 
-    The run's folder stays, for the commands behind it.
+    The run's folder stays, for later commands.
     """
     recipe = subprocess.run(
         ["make", "-n", "-C", str(ROOT), "--no-print-directory", "train"],
@@ -100,7 +100,7 @@ def make_train(command, runner):
     shown = command.output.splitlines()
     head, steps, summary = _parts(shown)
     got_head, got_steps, got_summary = _parts(lines)
-    # The standard library of another Python is another text.
+    # The standard library, the text, differs between Python versions.
     same_text = _text_of(head[-1]) == _text_of(got_head[-1])
     assert_alike("\n".join(head[:-1]), "\n".join(got_head[:-1]), command)
     assert _masked(head[-1]) == _masked(got_head[-1])
@@ -109,20 +109,20 @@ def make_train(command, runner):
     first, got_first = said[_label(got_steps[0])], got_steps[0]
     assert _masked(first) == _masked(got_first)
     for name, tolerance in {"loss": 0.3, "balancedness": 0.1}.items():
-        # Half of the last digit that is shown, and what another CPU rounds otherwise.
+        # Half of the last digit shown, and differences in rounding between CPUs.
         error = abs(_value(name, first) - _value(name, got_first))
         assert error <= (0.011 if same_text else tolerance), (first, got_first)
     begun, got_begun = said["loss"], got_summary[1]
     error = abs(_value("first step", begun) - _value("first step", got_begun))
     assert error <= (0.0011 if same_text else 0.3), (begun, got_begun)
-    # What a run that was stopped says in the end, the whole one says too.
+    # A stopped run ends with the same lines as a whole one.
     for line in got_summary[1:]:
         if _label(line) != "files":
             assert _masked(said[_label(line)]) == _masked(line)
 
 
 def serve(command, runner):
-    """Completions are of the weights, which here have seen a few steps only."""
+    """Masks completions: they depend on the weights, here after a few steps only."""
     prompts = (
         re.search(r"printf '(.*?)'", command.text)[1].encode().decode("unicode_escape")
     )
@@ -130,13 +130,13 @@ def serve(command, runner):
     pattern = re.sub(r"(?<=balancedness ).*", "...", last)
     pattern = "".join(f"{prompt}...\n" for prompt in prompts.splitlines()) + pattern
     assert_alike(pattern, command.output, command)
-    # The last line is for the reader, and no part of the output.
+    # The last line is for the reader, and not part of the output.
     printed = runner.shell(f"{command.text} 2>&1").splitlines()
     assert_alike(pattern, "\n".join(without_logs(printed)), command)
 
 
 def _parts(lines):
-    """Lines before the first step, lines of steps, and lines behind them."""
+    """Returns the lines before the first step, of steps, and after them."""
     is_step = [line.startswith("step ") and "loss" in line for line in lines]
     first, last = is_step.index(True), len(lines) - is_step[::-1].index(True)
     return lines[:first], [x for x in lines[first:last] if x != "..."], lines[last:]

@@ -26,7 +26,7 @@ def deep_stage(params, x):
 
 
 def lowered(schedule, overlap, mesh=None, stage_fn=stage_fn):
-    """The step's StableHLO, without compiling it."""
+    """Returns the step's StableHLO, without compiling it."""
     mesh = mesh or make_mesh(pp=schedule.num_ranks)
     step = pipeline_value_and_grad(
         stage_fn,
@@ -63,7 +63,7 @@ def test_size_does_not_depend_on_microbatches():
         instructions(lowered(dualpipe(4, num_microbatches), False))
         for num_microbatches in (8, 64)
     )
-    # Other permutes stand in the ramps of a longer program.
+    # The ramps of a longer program have other permutes.
     assert abs(long - short) <= 0.05 * short
 
 

@@ -1,8 +1,8 @@
-"""The overlap in the steady state, compiled for GPUs: a test fails where it is lost.
+"""Guards the overlap in the steady state, compiled for GPUs.
 
-Layers with two exchanges over `ep` each, as a mixture of experts has, at widths at
-which compute takes longer than communication. One layer per stage leaves the least to
-hide its messages under.
+Layers with two exchanges over `ep` each, as in a mixture of experts, at widths at which
+compute takes longer than communication. With one layer per stage there is the least
+compute to hide its messages.
 """
 
 import jax
@@ -73,17 +73,17 @@ def test_communication_runs_under_compute(num_ranks, num_devices, num_layers):
     report = overlap_report(compiled, gpu="h100", gpus_per_node=4)
     steady = report.steady_state
     kinds = [each.kind for each in steady.collectives]
-    # F_A&B_B and F_B&B_A, with two exchanges a layer and direction, and two messages.
+    # F_A&B_B and F_B&B_A: two exchanges per layer and direction, and two messages.
     assert kinds.count("all-to-all") == 2 * 2 * 2 * num_layers
-    # With two ranks, every other tick turns round on its own rank.
+    # With two ranks, every other tick's messages stay on their rank.
     assert kinds.count("collective-permute") == min(4, num_ranks)
     assert steady.hidden_fraction >= 0.97
     assert not steady.without_gemms
-    assert steady.compute.seconds > steady.communication_s  # or nothing could be hidden
+    assert steady.compute.seconds > steady.communication_s  # else not all is hidden
 
 
 def test_stages_with_functions_of_their_own_hide_it_too():
-    """Pairs of inner and of outer ranks stand in guards, and nothing in branches."""
+    """Pairs of inner and outer ranks are inside guards, and nothing in branches."""
 
     def other_fn(layers, x):
         return stage_fn(layers, x)

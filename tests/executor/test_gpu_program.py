@@ -1,4 +1,4 @@
-"""What XLA makes of a step for a mesh of H100s, compiled without one.
+"""XLA's program for a step on a mesh of H100s, compiled without having one.
 
 Skipping is not an option: `make test` installs the plugin.
 """
@@ -82,9 +82,9 @@ def test_no_buffer_is_copied_in_the_loops(compiled):
     found = computations(compiled.as_text())
     names = in_loops(found)
     copies = copies_of(found, names)
-    assert copies  # small ones there are, or the pattern does not match any more
+    assert copies  # there are small ones, else the pattern no longer matches
     assert not {at: size for at, size in copies.items() if size > message}
-    # The weight gradients are there, in loops, or this test reads the wrong module.
+    # Weight gradients are in loops, else this test reads the wrong module.
     assert any("gemm" in line for name in names for line in found[name])
 
 
@@ -119,11 +119,11 @@ def test_steady_state_permutes_run_under_weight_gradients(compiled):
 
 @pytest.mark.slow
 def test_memory_is_what_the_program_says(compiled):
-    """Temporary memory: buffers, and the working set of one pair compiled alone."""
+    """Temporary memory is the buffers and one pair's working set, compiled alone."""
     step, args = make_step(16)
     task = step.lower_costliest_task(*args).compile(
         compiler_options=gpu_compiler_options()
     )
     report = memory_report(compiled, buffers=step.buffers(*args), task=task)
-    # The loss runs when no pair does, and its logits are most of what it needs.
+    # The loss runs when no pair does, and its memory is mostly logits.
     assert 0.9 < report.ratio <= 1.1

@@ -51,7 +51,7 @@ def unpipelined(name):
     return run(reference_value_and_grad, name)
 
 
-# One of the ten stays in the quick tier.
+# One of the ten is in the quick tier.
 @pytest.mark.parametrize("overlap", [None, True], ids=["", "overlap"])
 @pytest.mark.parametrize(
     "name",
@@ -93,8 +93,8 @@ def test_upstream_example():
     """DeepSeek's own example, deepseek-ai/DualPipe@3da1bbe examples/.
 
     A stage is linear, gelu, linear; 8 ranks, 20 microbatches of [3, 256, 512] (here
-    [3, 64, 512], which takes a quarter of the time), mean squared error. Upstream asks
-    for equal losses and a gradient difference of 1e-13.
+    [3, 64, 512], which takes a quarter of the time), mean squared error. Upstream
+    requires equal losses and a gradient difference of 1e-13.
     """
     num_ranks, num_microbatches, width = 8, 20, 512
     schedule = dualpipe(num_ranks, num_microbatches)
@@ -108,7 +108,7 @@ def test_upstream_example():
     rng = np.random.default_rng(0)
 
     def linear(n, m):
-        # As torch initialises it: uniform within 1 / sqrt(inputs).
+        # torch's initialization: uniform within 1 / sqrt(inputs).
         shape = (num_ranks, n, m)
         return jnp.asarray(rng.uniform(-1, 1, shape) / np.sqrt(n), jnp.float32)
 
@@ -155,10 +155,10 @@ def test_upstream_example():
 
 @pytest.mark.slow
 def test_data_and_expert_axes():
-    """Beside pp: a batch split over two axes, and weights sharded over one of them.
+    """Besides pp: a batch split over two axes, and weights sharded over one of them.
 
-    The stage gathers its sharded weight with a collective, which stands in a branch
-    that only some pipeline ranks take.
+    The stage gathers its sharded weight with a collective inside a branch that only
+    some pipeline ranks take.
     """
     schedule = dualpipe(2, 6)
     mesh = make_mesh(pp=2, dp=2, ep=2)
@@ -197,7 +197,7 @@ def test_unused_axis_changes_nothing():
 
 @pytest.mark.slow
 def test_explicit_mesh_and_sharded_params():
-    """`jax.make_mesh`'s default axis types, parameters laid out as they stay."""
+    """`jax.make_mesh`'s default axis types, parameters sharded as in training."""
     schedule = SCHEDULES["one_f_one_b"]
     mesh = jax.make_mesh((4,), ("pp",), devices=jax.devices()[:4])
     params, *batch = arguments(schedule)

@@ -1,4 +1,4 @@
-"""Bad input is refused before anything is compiled, with a remedy."""
+"""Invalid arguments raise before anything is compiled, with a remedy."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,4 @@
-"""What the executor takes beside plain arrays: trees, aux, bf16, keys, tied weights."""
+"""Pipelines with more than arrays: trees, aux, bf16, keys, tied weights."""
 
 import functools
 
@@ -135,8 +135,8 @@ def dropout_embed(params, tokens, *, key):
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
 def test_dropout_depends_on_stage_and_microbatch_only(remat):
-    """Schedules of four stages and eight microbatches give the same numbers, whole
-    backwards and split ones.
+    """Schedules of four stages and eight microbatches give the same numbers, with
+    whole and split backwards.
     """
     stage = jax.checkpoint(dropout_stage) if remat else dropout_stage
     params, batch = make_params(4), make_batch(8)

@@ -1,4 +1,4 @@
-"""Stages with functions of their own: first, middle and last ones that differ."""
+"""Stages with different functions: first, middle and last."""
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,13 @@ from tests.reference import reference_forward
 
 
 def first(params, x):
-    """Keeps more than the others, of other shapes."""
+    """Keeps more than the others, in other shapes."""
     hidden = jnp.sin(x @ params["up"]) * jnp.cos(x @ params["up"])
     return stage_fn(params, x) + jnp.exp(-hidden.sum(-1, keepdims=True))
 
 
 def last(params, x):
-    """Reads one of its parameters only."""
+    """Reads only one of its parameters."""
     return x * jnp.cos(x @ params["up"][:, :WIDTH])
 
 
@@ -37,7 +37,7 @@ def fns_of(schedule, wrap=lambda fn: fn):
 
 
 def with_aux(fn):
-    """The stage, with its number of parameters that count and a sum beside."""
+    """Wraps a stage to return as aux a sum, and whether it is the last."""
 
     def stage(params, x):
         y = fn(params, x)

@@ -1,4 +1,4 @@
-"""The lowered program moves the right values, and waits no more than it must."""
+"""The lowered program moves the right values, and waits no more than needed."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from dualpipe_jax.schedules.generators.zb1p import zb1p
 from dualpipe_jax.schedules.schedule import Schedule
 from dualpipe_jax.schedules.simulator import Costs, simulate
 
-# What DeepSeek's published training trace shows for one chunk, in milliseconds.
+# Times of one chunk in DeepSeek's published training trace, in milliseconds.
 REAL = Costs(F=97, I=104, W=35, B=139, FB=129, p2p=1.2)
 UNIT = Costs()
 
@@ -34,7 +34,7 @@ IDS = [f"{kind.__name__}-{p}-{m}" for kind, p, m in SIZES]
 class Machine:
     """Runs a program's tables on names of values instead of arrays.
 
-    Written from the meaning of the tables alone: a slot holds whatever was last
+    It is based only on the meaning of the tables: a slot holds whatever was last
     written there, so a slot that is reused too early yields a wrong name.
     """
 
@@ -143,7 +143,7 @@ def test_dualpipe_buffers(ranks, factor):
     program = lower(dualpipe(ranks, factor * ranks))
     assert program.num_slots == ranks + 1
     assert program.num_wgrad_residual_slots == ranks // 2
-    # An activation and a cotangent: what arrives is used in the tick that follows.
+    # An activation and a cotangent: messages are used in the tick after they arrive.
     assert program.num_message_slots == 2
 
 
@@ -156,7 +156,7 @@ def test_permutes_cost_little(kind, ranks, factor):
     for costs in (UNIT, REAL):
         ideal = simulate(schedule, costs).makespan
         assert simulate(program, costs).makespan <= 1.05 * ideal
-    # At the costs that the ticks come from, no permute makes a rank wait at all.
+    # At the costs that define the ticks, no permute makes a rank wait.
     assert simulate(program, UNIT).makespan == simulate(schedule, UNIT).makespan
 
 
@@ -181,7 +181,7 @@ def test_p2p_delays_both_ends():
 @pytest.mark.parametrize("kind", [dualpipe, dualpipev])
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
 def test_steady_state_is_one_loop_that_grows_with_microbatches(kind, ranks):
-    # Two ranks need two microbatches more before a pair follows a pair.
+    # Two ranks need two more microbatches before a pair follows a pair.
     least = max(2 * ranks, 6)
     (shortest,) = lower(kind(ranks, least)).loops
     ramps = lower(kind(ranks, least)).num_ticks - 2 * shortest.trips
@@ -197,7 +197,7 @@ def test_steady_state_is_one_loop_that_grows_with_microbatches(kind, ranks):
         # exchange something only after every other tick.
         rounds = {len(program.permutes[t]) for t in range(loop.start, loop.stop)}
         assert rounds == ({0, 2} if ranks == 2 else {2})
-        # What is left for the ramps does not depend on the number of microbatches.
+        # The length of the ramps does not depend on the number of microbatches.
         assert program.num_ticks - 2 * loop.trips == ramps
 
 
