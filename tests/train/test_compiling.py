@@ -75,9 +75,7 @@ def test_what_is_pending_is_shown_with_its_size():
             may_end["large"].set()
 
     def job(name, size):
-        return Job(
-            name, lambda: lowered(size), lambda _: may_end[name].wait(TIMEOUT_S)
-        )
+        return Job(name, lambda: lowered(size), lambda _: may_end[name].wait(TIMEOUT_S))
 
     assert compile_together([job("large", 9), job("small", 3)], Recording(console()))
     large, small = (
