@@ -1,6 +1,7 @@
 """The main job from the command line, as processes of their own."""
 
 import argparse
+import functools
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -20,6 +22,17 @@ from tests.train import tiny
 ROOT = Path(__file__).parent.parent.parent
 TINY = "tests/train/tiny.py"
 CHEAP = "tests/train/cheap.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory):
+    """The processes keep what they compile, but not among the developer's caches."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            folder = tmp_path_factory.mktemp("compiled")
+            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+            patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 def start(*args, module="dualpipe_jax", **env):
@@ -50,12 +63,18 @@ def losses(folder):
     return [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
 
 
-def wait_for_a_step(process, folder, more_than=0):
+def wait_for(process, is_reached):
+    """Until a run has come so far."""
     deadline = time.monotonic() + 300
-    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) <= more_than:
+    while not is_reached():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def wait_for_a_step(process, folder, more_than=0):
+    metrics = folder / "metrics.jsonl"
+    wait_for(process, lambda: metrics.exists() and len(losses(folder)) > more_than)
 
 
 @pytest.mark.slow
@@ -108,6 +127,39 @@ def test_a_run_killed_at_any_moment_and_resumed_is_one_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_run_compiles_nothing_and_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    cache = tmp_path / "dualpipe_jax"
+    env = {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "MPLCONFIGDIR": matplotlib.get_cachedir(),  # its fonts are among the caches
+    }
+    steps = ["--steps", 60]
+    runs = [tmp_path / name for name in ("first", "second")]
+    kept = []
+    for run in runs:
+        _, errors = finish(start(TINY, "--out", run, *steps, **env))
+        kept.append({path.name for path in cache.glob("*-cache")})
+        # The step with donated buffers and collectives among them.
+        assert any(name.startswith("jit_train_step-") for name in kept[-1])
+        assert re.search(r"compiling train step \([\d,]+ operations\), ev", errors)
+        assert "cannot be" not in errors
+    assert kept[0] == kept[1]
+    assert losses(runs[0]) == losses(runs[1])
+
+    # Nor does one that goes on after a signal that no process can catch.
+    killed = tmp_path / "killed"
+    process = start(TINY, "--out", killed, *steps, **env)
+    folders = functools.partial(killed.glob, "checkpoints/*")
+    wait_for(process, lambda: any(path.name.isdecimal() for path in folders()))
+    process.kill()
+    process.communicate()
+    finish(start(TINY, "--out", killed, *steps, "--resume", **env))
+    assert losses(killed) == losses(runs[0])
+    assert {path.name for path in cache.glob("*-cache")} == kept[0]
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_said_without_noise(tmp_path):
     finish(start_cheap("--out", tmp_path / "run"))
     last = tmp_path / "run" / "checkpoints" / "8"
@@ -130,7 +182,7 @@ def test_the_summary_tells_what_was_not_saved_and_shows_the_sample(tmp_path):
         sample=("def f(", "x):\n"),
     )
     lines = train_cli.summary(tiny.config(), result, tmp_path, "token").splitlines()
-    assert "loss           2.500 nats a token (first step 2.500)" in lines
+    assert "loss           2.500 nats per token (first step 2.500)" in lines
     assert lines[-4] == (
         "NOT SAVED      the last checkpoint could not be written: "
         "OSError: No space left on device"
@@ -161,8 +213,8 @@ def test_the_flags_in_the_documents_exist():
     ("args", "message"),
     [
         (["no-such"], "config 'no-such' not found"),
-        ([TINY, "--data", "no-such"], "data path no-such is no file or folder"),
-        ([TINY, "--data", os.devnull], "null is no file or folder"),
+        ([TINY, "--data", "no-such"], "data path no-such is not a file or folder"),
+        ([TINY, "--data", os.devnull], "null is not a file or folder"),
         ([TINY, "--steps", "0"], "num_steps=0 must be at least 1"),
         ([TINY, "--resume"], "no checkpoint in"),
     ],
