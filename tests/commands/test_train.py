@@ -1,6 +1,7 @@
 """The main job from the command line, as processes of their own."""
 
 import argparse
+import functools
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -20,6 +22,17 @@ from tests.train import tiny
 ROOT = Path(__file__).parent.parent.parent
 TINY = "tests/train/tiny.py"
 CHEAP = "tests/train/cheap.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory):
+    """The processes keep what they compile, but not among the developer's caches."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            folder = tmp_path_factory.mktemp("compiled")
+            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+            patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 def start(*args, module="dualpipe_jax", **env):
@@ -50,12 +63,18 @@ def losses(folder):
     return [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
 
 
-def wait_for_a_step(process, folder, more_than=0):
+def wait_for(process, is_reached):
+    """Until a run has come so far."""
     deadline = time.monotonic() + 300
-    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) <= more_than:
+    while not is_reached():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def wait_for_a_step(process, folder, more_than=0):
+    metrics = folder / "metrics.jsonl"
+    wait_for(process, lambda: metrics.exists() and len(losses(folder)) > more_than)
 
 
 @pytest.mark.slow
@@ -105,6 +124,39 @@ def test_a_run_killed_at_any_moment_and_resumed_is_one_run(tmp_path):
         del record["tokens_per_s"]  # the one field that a clock has a part in
     assert len(records[0]) == 80 and records[0] == records[1]
     assert sorted(p.name for p in (parts / "checkpoints").iterdir()) == ["78", "80"]
+
+
+@pytest.mark.slow
+def test_a_second_run_compiles_nothing_and_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    cache = tmp_path / "dualpipe_jax"
+    env = {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "MPLCONFIGDIR": matplotlib.get_cachedir(),  # its fonts are among the caches
+    }
+    steps = ["--steps", 60]
+    runs = [tmp_path / name for name in ("first", "second")]
+    kept = []
+    for run in runs:
+        _, errors = finish(start(TINY, "--out", run, *steps, **env))
+        kept.append({path.name for path in cache.glob("*-cache")})
+        # The step with donated buffers and collectives among them.
+        assert any(name.startswith("jit_train_step-") for name in kept[-1])
+        assert re.search(r"compiling train step \([\d,]+ operations\), ev", errors)
+        assert "cannot be" not in errors
+    assert kept[0] == kept[1]
+    assert losses(runs[0]) == losses(runs[1])
+
+    # Nor does one that goes on after a signal that no process can catch.
+    killed = tmp_path / "killed"
+    process = start(TINY, "--out", killed, *steps, **env)
+    folders = functools.partial(killed.glob, "checkpoints/*")
+    wait_for(process, lambda: any(path.name.isdecimal() for path in folders()))
+    process.kill()
+    process.communicate()
+    finish(start(TINY, "--out", killed, *steps, "--resume", **env))
+    assert losses(killed) == losses(runs[0])
+    assert {path.name for path in cache.glob("*-cache")} == kept[0]
 
 
 @pytest.mark.slow

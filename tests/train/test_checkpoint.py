@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, half-written, of another config, or not written."""
 
 import contextlib
+import gc
 import re
 import resource
 import shutil
@@ -14,11 +15,20 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dualpipe_jax.train import integrity as _integrity
 from dualpipe_jax.train.checkpoint import Checkpoints
 
-# Of orbax's threads and tasks, only one gets to raise; the others' errors are left.
-pytestmark = pytest.mark.filterwarnings(
+# Of orbax's threads and tasks, only one gets to raise; the others' errors are left, and
+# coroutines that were never awaited.
+leaves_errors = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning",
     "ignore::pytest.PytestUnhandledThreadExceptionWarning",
 )
+
+
+@pytest.fixture(autouse=True)
+def _collect_garbage():
+    """What a test leaves is found in that test, and not in whichever comes later."""
+    yield
+    gc.collect()
+
 
 
 def sharding(*axes):
@@ -143,6 +153,7 @@ DAMAGE = {
 }
 
 
+@leaves_errors
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_one_is_said_and_the_one_before_is_used(kind, folder, said):
     damage, name, reason = DAMAGE[kind]
@@ -170,6 +181,7 @@ def test_a_damaged_one_is_said_and_the_one_before_is_used(kind, folder, said):
     assert len(said) == 1 and checkpoints.failure is None
 
 
+@leaves_errors
 def test_a_bit_that_flips_anywhere_is_noticed_or_does_no_harm(written, tmp_path, said):
     rng = np.random.default_rng(0)
     names = [p.relative_to(written) for p in (written / "8").rglob("*") if p.is_file()]
@@ -245,6 +257,7 @@ def full_disk(limit):
 
 # In the arrays' files, in the first index, and in the first file of all.
 @pytest.mark.parametrize("limit", [100_000, 400, 0])
+@leaves_errors
 def test_a_disk_that_is_full_costs_no_checkpoint_but_that_one(limit, folder, said):
     with Checkpoints(folder, said.append) as checkpoints:
         with full_disk(limit):
@@ -269,6 +282,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint_but_that_one(limit, folder, sai
     assert_is(state, 14)
 
 
+@leaves_errors
 def test_a_failure_is_noticed_while_training_goes_on(folder, said):
     with Checkpoints(folder, said.append) as checkpoints, full_disk(1000):
         checkpoints.save(10, make_state(10), {})
