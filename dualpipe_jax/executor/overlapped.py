@@ -253,7 +253,7 @@ class OverlappedRunner(Runner):
     ) -> State:
         """Returns the state with the tasks' results written to the buffers."""
         messages, residuals, for_weights = buffers
-        grads, aux = list(state.stage_grads), list(state.stage_aux)
+        grads, aux = list(state.stage_grads or ()), list(state.stage_aux)
         sent = []
         if "F" in ops:
             y, new_aux, saved = results["F"]
@@ -282,7 +282,7 @@ class OverlappedRunner(Runner):
             messages=messages,
             residuals=residuals,
             wgrad_residuals=for_weights,
-            stage_grads=tuple(grads),
+            stage_grads=tuple(grads) if grads else state.stage_grads,
             stage_aux=tuple(aux),
         )
 

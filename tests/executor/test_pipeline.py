@@ -70,8 +70,10 @@ def test_matches_unpipelined(name, overlap):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_forward_matches_unpipelined(name):
+@pytest.mark.parametrize(
+    ("name", "overlap"), [*((name, None) for name in SCHEDULES), ("dualpipe", True)]
+)
+def test_forward_matches_unpipelined(name, overlap):
     schedule = SCHEDULES[name]
     params = make_params(schedule.num_stages)
     tokens, _ = make_batch(schedule.num_microbatches)
@@ -82,6 +84,7 @@ def test_forward_matches_unpipelined(name):
         mesh=mesh,
         embed_fn=embed_fn,
         data_axes=("dp",),
+        overlap=overlap,
     )(params, tokens)
     expected = reference_forward(stage_fn, schedule=schedule, embed_fn=embed_fn)
     # f32 matrix products of half as many rows.
