@@ -60,7 +60,7 @@ class Runner:
         python.parent.mkdir()
         python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         python.chmod(0o755)
-        self.env = {**os.environ, **(env or {})}
+        self.env = without_make(os.environ) | (env or {})
         # Commands request as many devices as they need.
         self.env["XLA_FLAGS"] = (env or {}).get("XLA_FLAGS", "")
         self.env["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
@@ -124,6 +124,17 @@ class Runner:
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         return done.stdout
+
+
+def without_make(env):
+    """The environment of a command that is not part of the `make` that runs the tests.
+
+    That one hands its flags and variables to every make below it: `make test ARGS=...`
+    would be `make train ARGS=...`.
+    """
+    names = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.M)
+    flags = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS")
+    return {name: x for name, x in env.items() if name not in {*names, *flags}}
 
 
 def _in_process(command):

@@ -16,6 +16,7 @@ from tests.docs import training
 from tests.docs.blocks import (
     DOCUMENTS,
     LANGUAGES,
+    ROOT,
     all_commands,
     blocks_of,
     commands_of,
@@ -117,6 +118,18 @@ def test_arguments_of_commands_that_are_not_run_are_parsed(text):
     args = parser.parse_args(words[1:])
     if args.config != "config.py":  # the reader's
         assert load_as(StepConfig, args.config).mesh_shape
+
+
+def test_commands_of_make_inherit_nothing_of_the_make_that_runs_the_tests(
+    tmp_path, monkeypatch
+):
+    # As `make test ARGS="-k some" VENV=other` sets them.
+    monkeypatch.setenv("MAKEFLAGS", "k -- ARGS=-k\\ some VENV=other")
+    monkeypatch.setenv("ARGS", "-k some")
+    monkeypatch.setenv("VENV", "other")
+    recipe = Runner(tmp_path).shell(f"make -n -C {ROOT} train")
+    assert "dualpipe_jax train configs/tiny.py" in recipe
+    assert "some" not in recipe and "other/bin" not in recipe
 
 
 def test_the_list_of_commands_that_are_not_run_is_short_and_used():

@@ -30,7 +30,6 @@ def _collect_garbage():
     gc.collect()
 
 
-
 def sharding(*axes):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec(*axes))
