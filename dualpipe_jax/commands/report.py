@@ -1,4 +1,4 @@
-"""`python -m dualpipe_jax report RUN`: a run's page, written anew."""
+"""`python -m dualpipe_jax report RUN`: writes a run's page."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=distributed.TIMEOUT_S,
         metavar="SECONDS",
-        help="until all processes must be there (%(default)g)",
+        help="within which all processes must connect (%(default)g)",
     )
 
 
@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the job that `add_arguments` describes.
 
     Returns:
-      The exit status: 0, also after a signal that was asked to stop; 1 if the loss
-      is not finite any more, or the last checkpoint could not be written.
+      The exit status: 0, also if a signal stopped the run; 1 if the loss is no longer
+      finite, or the last checkpoint could not be written.
 
     Raises:
       ValueError: bad input, before anything is compiled.
@@ -163,7 +163,7 @@ def _connect(args: argparse.Namespace) -> None:
     if args.distributed and any(value is not None for value in given):
         raise ValueError(
             "--distributed takes all from the cluster's environment; leave it out, or "
-            "--coordinator, --num-processes and --process-id."
+            "leave out --coordinator, --num-processes and --process-id."
         )
     if args.distributed or any(value is not None for value in given):
         distributed.connect(*given, timeout=args.connect_timeout)
@@ -172,7 +172,7 @@ def _connect(args: argparse.Namespace) -> None:
 def summary(
     config: TrainConfig, result: Result, folder: Path, unit: str = "byte"
 ) -> str:
-    """What a run came to, in a few lines."""
+    """A run's results in a few lines."""
     done = f"{result.step} of {config.num_steps} steps"
     if result.stopped_by:
         done = f"stopped by {result.stopped_by} after {done}; --resume continues"
@@ -183,11 +183,11 @@ def summary(
         first, last = result.metrics[0], result.metrics[-1]
         rates = sorted(record["tokens_per_s"] for record in result.metrics)
         lines.append(
-            f"loss           {last['loss']:.3f} nats a {unit} "
+            f"loss           {last['loss']:.3f} nats per {unit} "
             f"(first step {first['loss']:.3f})"
         )
         if result.held_out_loss is not None:
-            lines.append(f"held-out loss  {result.held_out_loss:.3f} nats a {unit}")
+            lines.append(f"held-out loss  {result.held_out_loss:.3f} nats per {unit}")
         if "balancedness_unplaced" in last:
             recent = result.metrics[-10:]
             now, without = (
@@ -211,16 +211,16 @@ def summary(
         )
     if result.sample is not None:
         prompt, new = result.sample
-        lines += ["sample         held-out text | what the model makes of it", ""]
+        lines += ["sample         held-out text | the model's continuation", ""]
         lines += [f"{prompt}|{new}"]
     return "\n".join(lines)
 
 
 def _quieten_orbax() -> None:
-    """Leaves the console to what the loop says.
+    """Leaves the console to the loop.
 
-    Orbax logs every file, and every failure with its stack; and after one failure
-    of many that ran at once, Python, asyncio and tensorstore print the others.
+    Orbax logs every file, and every failure with its stack. After one of several
+    concurrent failures, Python, asyncio and tensorstore print the others.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -232,7 +232,7 @@ def _quieten_orbax() -> None:
         return any("orbax" in name or "asyncio" in name for name in frames)
 
     def on_except(kind, error, trace):
-        # Tensorstore prints it so from threads of its own; all else is ours.
+        # Tensorstore's threads print this one; all other errors are ours.
         if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
             excepthook(kind, error, trace)
 

@@ -25,8 +25,8 @@ class Barrier:
     """Orbax's own barrier, for `AsyncOptions.barrier_sync_fn`, with a way out.
 
     Attributes:
-      error: with what the save of this process failed, as far as is known: orbax
-        synchronizes once more while the error is on its way up.
+      error: why this process's save failed, if that is known yet: orbax synchronizes
+        once more while the error propagates.
     """
 
     def __init__(self) -> None:
@@ -41,16 +41,16 @@ class Barrier:
         with self._lock:
             self._abandoned.set()
             mine = set(self._waiting_at)
-        # A thread that waits cannot be called back, and must not be left: Python
-        # would abort when it ends. So each barrier is completed.
-        for keys in distributed.all_say(" ".join(sorted(mine))):
+        # A waiting thread cannot be interrupted, and must not be left behind: Python
+        # would abort at exit. So each barrier is completed.
+        for keys in distributed.all_texts(" ".join(sorted(mine))):
             for key in keys.split(" ") if keys else []:
                 if key not in mine:
                     mine.add(key)
                     self._wait(key=key, timeout_ms=_COMPLETE_MS)
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Waits for the other processes; in a thread of orbax's."""
+        """Waits for the other processes. Orbax's threads call this."""
         self.error = self.error or sys.exc_info()[1]
         with self._lock:
             if not self._abandoned.is_set():

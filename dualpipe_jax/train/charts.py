@@ -29,9 +29,9 @@ class Line(NamedTuple):
     Attributes:
       name: in the legend.
       x: ascending.
-      y: at each x; what is not finite is left out.
+      y: the value at each x; values that are not finite are left out.
       colour: of the page's `--line-1` to `--line-3`.
-      dots: whether each point is marked, and says its value under the pointer.
+      dots: whether each point is marked, and shows its value under the pointer.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Line(NamedTuple):
 
 
 class Binned(NamedTuple):
-    """Neighbours as one: their mean x and y, and the range of y."""
+    """Groups of neighbouring points: mean x, mean y, and the range of y."""
 
     x: np.ndarray
     y: np.ndarray
@@ -52,7 +52,7 @@ class Binned(NamedTuple):
 
 
 def binned(x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS) -> Binned:
-    """At most `limit` points.
+    """Averages neighbours, so that at most `limit` points are left.
 
     Examples:
       >>> few = binned([1, 2, 3, 4, 5], [1, 3, 5, 9, 2], limit=3)
@@ -92,7 +92,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 class Frame:
-    """Where numbers lie on a chart.
+    """Maps numbers to places on a chart.
 
     Args:
       x: least and largest.
@@ -107,21 +107,21 @@ class Frame:
         self.bottom = height - _BOTTOM
 
     def at(self, x: float, y: float) -> str:
-        """The place of a point, as SVG has it."""
+        """A point's coordinates, as SVG writes them."""
         return f"{self.across(x):.2f},{self.up(y):.2f}"
 
     def across(self, x: float) -> float:
-        """The horizontal place."""
+        """The horizontal coordinate."""
         low, high = self.x
         return _LEFT + (x - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
 
     def up(self, y: float) -> float:
-        """The vertical place."""
+        """The vertical coordinate."""
         low, high = self.y
         return self.bottom - (y - low) / (high - low) * (self.bottom - _TOP)
 
     def x_axis(self, label: str) -> str:
-        """The line below, with numbers."""
+        """The horizontal axis, with numbers."""
         parts = [
             f'<path class="axis" d="M{_LEFT},{self.bottom}H{_WIDTH - _RIGHT}"/>',
             _text(_WIDTH - _RIGHT, self.height - 6, label, "end", "faint"),
@@ -133,7 +133,7 @@ class Frame:
         return "".join(parts)
 
     def y_axis(self) -> str:
-        """Lines across, with numbers."""
+        """Grid lines, with numbers."""
         return "".join(
             f'<path class="grid" d="M{_LEFT},{self.up(t):.2f}H{_WIDTH - _RIGHT}"/>'
             + _text(_LEFT - 6, self.up(t) + 4, f"{t:,.6g}", "end", "y")
@@ -167,10 +167,10 @@ def _svg(title: str, height: int, parts: Sequence[str]) -> str:
 
 
 def line_chart(title: str, lines: Sequence[Line], *, top: float | None = None) -> str:
-    """Lines over the steps, from zero; many points are means, with their range behind.
+    """Lines over the steps, from zero. Means stand for many points, with their range.
 
     Args:
-      title: what a screen reader says.
+      title: for screen readers.
       lines: at least one with a point.
       top: of the y axis; None: the largest value of all.
     """
@@ -214,10 +214,10 @@ def line_chart(title: str, lines: Sequence[Line], *, top: float | None = None) -
 def heatmap(
     title: str, x: Sequence[float], cells: np.ndarray, names: Sequence[str]
 ) -> str:
-    """Rows of cells over the steps, in the colours of `style.SCALE`: dark is bad.
+    """A heatmap over the steps, in the colours of `style.SCALE`: dark is bad.
 
     Args:
-      title: what a screen reader says.
+      title: for screen readers.
       x: [steps], ascending.
       cells: [steps, rows], at most 1; several steps are averaged into one column.
       names: of the rows.
@@ -229,7 +229,7 @@ def heatmap(
     rows = len(names)
     row = min(16, max(4, 480 / rows))
     height = round(_TOP + rows * row + _BOTTOM)
-    # A step's cell stands over its number, half of it to either side.
+    # Each step's cell is centred on its number.
     apart = (x[-1] - x[0]) / (len(x) - 1) if len(x) > 1 else 1.0
     left = x[0] - apart / 2
     frame = Frame((left, left + apart * size * means.shape[1]), (0, 1), height)

@@ -24,18 +24,17 @@ Plan = Callable[[dict[str, Any]], tuple[Any, Callable[[Any], Any]]]
 class Checkpoints:
     """The checkpoints of one run's folder; a context manager that waits for writes.
 
-    A checkpoint is a state, and an info: a JSON object that says where the run was
+    A checkpoint is a state, and an info: a JSON object that records where the run was
     and how the state is laid out. Both are checksummed. All processes of a run make
-    the same calls, and the folder is one that all of them see.
+    the same calls, and all of them must see the folder.
 
     Args:
-      folder: where they lie; made when the first one is written.
-      say: told, in a line, what a user should know: a save that failed, a
-        checkpoint that is damaged.
+      folder: where they are; created with the first one.
+      say: called with a line of text when a save failed or a checkpoint is damaged.
       max_to_keep: older ones are deleted.
 
     Attributes:
-      failure: what became of the last save that has ended: None, or why it failed.
+      failure: why the last save that has ended failed, or None.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], Any], max_to_keep: int = 2):
@@ -52,7 +51,7 @@ class Checkpoints:
         self._delete_half_written()
         distributed.barrier("half-written checkpoints are deleted")
         barrier = Barrier()
-        # Some process may be at a barrier still that was given up; keys are unique.
+        # Some process may still be at an abandoned barrier, so keys are never reused.
         self._generation += 1
         prefix = f"{self.folder.name}-{self._generation}"
         options = ocp.CheckpointManagerOptions(
@@ -66,7 +65,7 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder, options=options), barrier
 
     def _delete_half_written(self) -> None:
-        """Deletes what a run that was killed has left, or a save that failed."""
+        """Deletes what a killed run or a failed save has left."""
         if distributed.is_main():
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -85,13 +84,13 @@ class Checkpoints:
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Starts to write a checkpoint, unless that step is written already.
 
-        A save that fails, now or later, is said; the checkpoints before it stay.
-        The state's buffers are free when this returns.
+        A failure, now or later, is reported through `say`, and earlier checkpoints
+        stay. The state's buffers may be reused when this returns.
         """
         self.wait()
         if step == self.latest_step:
             return
-        # Again: a thread of a save that failed may have gone on for a moment.
+        # Again: a failed save's threads may have continued for a moment.
         self._delete_half_written()
         arrays = describe(state)
         for name, checksum in checksums(state).items():
@@ -109,7 +108,7 @@ class Checkpoints:
             self._error = error
 
     def poll(self) -> None:
-        """Says so if the save that was started has failed by now, in any process."""
+        """Reports the started save if it has failed by now, in any process."""
         if self._writing is None:
             return
         error = self._error or self._barrier.error
@@ -117,16 +116,16 @@ class Checkpoints:
             status = f"failed: {_one_line(error)}"
         else:
             status = "writing" if self._manager.is_saving_in_progress() else "written"
-        statuses = distributed.all_say(status)
+        statuses = distributed.all_texts(status)
         failed = [each for each in statuses if each.startswith("failed: ")]
         if failed:
             self._end(failed[0].removeprefix("failed: "))
         elif "writing" not in statuses:
             try:
                 self._manager.wait_until_finished()
-            except Exception as raised:  # orbax raises it in whoever waits
+            except Exception as raised:  # orbax raises it where it is awaited
                 error = raised
-            self._end(distributed.first_said(error and _one_line(error)))
+            self._end(distributed.first_text(error and _one_line(error)))
 
     def wait(self) -> None:
         """Waits until the save that was started is written, or has failed."""
@@ -144,8 +143,8 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written ({self.failure}); "
             "training goes on, and earlier checkpoints stay"
         )
-        # A new manager: of a save that failed, the old one has forgotten some of the
-        # checkpoints that it meant to delete, and keeps threads and their errors.
+        # A new manager: after a failed save, the old one forgets checkpoints that it
+        # meant to delete, and keeps threads and their errors.
         self._barrier.abandon()
         for _ in range(2):
             with contextlib.suppress(Exception):
@@ -155,22 +154,22 @@ class Checkpoints:
     def restore(
         self, plan: Plan, *, partial: bool = False
     ) -> tuple[int, Any, dict[str, Any]]:
-        """Reads the latest checkpoint that is whole.
+        """Reads the latest checkpoint that is not damaged.
 
-        Damaged ones that are newer are said, and moved out of the way.
+        Newer, damaged ones are reported, and moved out of the way.
 
         Args:
           plan: from a checkpoint's info, the shapes and shardings to read into,
-            and the function that makes the run's state of what was read.
-          partial: whether they are of a part of what was written, as dicts; the rest
-            is not read, and damage to it not seen.
+            and the function that turns what was read into the run's state.
+          partial: whether the plan covers only a part of what was written, as dicts.
+            The rest is not read, so damage to it goes unnoticed.
 
         Returns:
           (step, state, info).
 
         Raises:
-          ValueError: there is no checkpoint, none that can be read, or the latest
-            that can be read is of another config.
+          ValueError: there is no checkpoint, none can be read, or the latest one that
+            can be read is of another config.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
@@ -189,7 +188,7 @@ class Checkpoints:
         reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
         raise ValueError(
             f"no checkpoint in {self.folder} can be read ({reasons}); start a new run, "
-            "or bring back a copy."
+            "or restore a copy."
         )
 
     def _read(self, step: int, plan: Plan, partial: bool) -> tuple[Any, dict[str, Any]]:
@@ -249,7 +248,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _damage_is_shared() -> Iterator[None]:
-    """Turns what reading raises into a `DamagedError`, on all processes alike."""
+    """Turns errors of reading into a `DamagedError`, in all processes alike."""
     problem = None
     try:
         yield
@@ -257,13 +256,13 @@ def _damage_is_shared() -> Iterator[None]:
         raise  # the files may well be whole
     except Exception as error:  # orbax and tensorstore raise many kinds
         problem = _one_line(error)
-    problem = distributed.first_said(problem)
+    problem = distributed.first_text(problem)
     if problem:
         raise DamagedError(problem)
 
 
 def _one_line(error: BaseException) -> str:
-    """An error in at most a line; tensorstore's go on for pages."""
+    """An error in one line; tensorstore's take pages."""
     if isinstance(error, DamagedError):
         return str(error)
     line = re.split(r"\n| \[| See full", str(error).strip(), maxsplit=1)[0]

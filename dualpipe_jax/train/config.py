@@ -53,8 +53,8 @@ class OptimizerConfig:
       b2: decay of the mean of their squares.
       weight_decay: applied to matrices only, not to the scales of norms.
       clip_norm: the largest global gradient norm that an update may have.
-      mean_dtype: in which the mean of the gradients is kept, `"float32"` or
-        `"bfloat16"`; their squares, parameters and gradients are float32.
+      mean_dtype: dtype of the mean of the gradients, `"float32"` or `"bfloat16"`;
+        their squares, parameters and gradients are float32.
     """
 
     learning_rate: float
@@ -73,15 +73,15 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run, except for what the command line says (data, folder).
+    """A training run, except for its data and folder, which the command line names.
 
     Attributes:
-      name: the run's folder is `runs/NAME` unless the command line says otherwise.
+      name: the run's folder is `runs/NAME` unless the command line names another.
       model: see `ModelConfig`.
       mesh: axis name -> size. `pp` is the pipeline; `dp` and `ep` split each microbatch
         and are 1 where they are not given; `ep` splits the experts too.
       schedule: a name in `SCHEDULES`, or (num_ranks, num_microbatches) -> Schedule.
-      num_microbatches: microbatches of one step.
+      num_microbatches: microbatches per step.
       microbatch_size: sequences in one microbatch, over all of `dp` and `ep`.
       sequence_length: bytes that one sequence predicts.
       num_steps: optimizer steps of the whole run.
@@ -94,8 +94,8 @@ class TrainConfig:
         where a matrix can be; a step gathers what the pipeline needs whole (ZeRO-1).
       sample_tokens: tokens of generated text at the end of the run.
       overlap: see `pipeline_value_and_grad`.
-      platform: `"cpu"` trains on virtual CPU devices whatever else the machine has,
-        unless JAX_PLATFORMS is set; None takes jax's own choice.
+      platform: `"cpu"` trains on virtual CPU devices even where there are others,
+        unless JAX_PLATFORMS is set; None leaves the choice to jax.
     """
 
     name: str
@@ -154,7 +154,7 @@ class TrainConfig:
         """The schedule for this mesh and this number of microbatches.
 
         Raises:
-          ValueError: it does not exist for them.
+          ValueError: there is none for these numbers.
         """
         make = self.schedule
         if isinstance(make, str):
@@ -174,7 +174,7 @@ class TrainConfig:
         return lookup.find("dualpipe_jax.train.step:lower_step")(self, mesh)
 
     def to_json(self) -> str:
-        """The configuration as readable text; functions are given by their name."""
+        """The configuration as readable text, with functions by name."""
         return json.dumps(
             dataclasses.asdict(self),
             indent=2,
@@ -187,7 +187,7 @@ def load_config(name: str) -> TrainConfig:
 
     Args:
       name: a path to a Python file, or the name of a module of `configs`, or of any
-        module; `:function` behind it names the function, `config` by default.
+        module; `:function` after it names the function, `config` by default.
 
     Raises:
       ValueError: there is no such file or function, or it returns something else.
@@ -210,8 +210,8 @@ def load_as(kind: type[Config], name: str) -> Config:
     if not callable(make):
         raise ValueError(
             f"{module.__file__} defines no {function}(); it must return a "
-            f"{kind.__name__}. A function of another name is named behind a colon, as "
-            "in profiles:training."
+            f"{kind.__name__}. To use another function, name it after a colon, as in "
+            "profiles:training."
         )
     config = make()
     if not isinstance(config, kind):
@@ -236,7 +236,7 @@ def _load(name: str) -> ModuleType:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            # What the module itself cannot find is another matter.
+            # If the module itself fails to import another one, that is an error.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
     known = sorted(

@@ -47,9 +47,9 @@ def stdlib_files() -> list[Path]:
 
 
 def find_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that are meant by `paths`: files, and the files below folders.
+    """Finds the files that `paths` name: files, and all files below folders.
 
-    Hidden files and folders are left out, unless they are named themselves.
+    Hidden files and folders are left out, unless a path names them.
 
     Raises:
       ValueError: a path does not exist, or there is no file at all.
@@ -62,7 +62,7 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
             files.append(path)
         else:
             raise ValueError(
-                f"data path {path} is no file or folder; give one that is."
+                f"data path {path} is not a file or folder; give one that exists."
             )
     if not files:
         raise ValueError(
@@ -84,8 +84,8 @@ def load_text(
     held out: for many files that is a sample of whole files, for one its tail.
 
     A `.npy` file holds tokens: one axis, any integer dtype and vocabulary. A single
-    one is mapped and not read, so that it may be larger than the memory; several
-    are joined in memory.
+    one is memory-mapped, so it may be larger than the memory; several are joined in
+    memory.
 
     Args:
       paths: files or folders; None means the Python standard library's source.
@@ -94,8 +94,8 @@ def load_text(
       held_out_fraction: the part that is held out.
 
     Raises:
-      ValueError: a path does not exist, a token file is none, text and tokens are
-        mixed, or there is too little of them.
+      ValueError: a path does not exist, a token file cannot be read, text and tokens
+        are mixed, or there is too little of them.
     """
     files = stdlib_files() if paths is None else find_files(paths)
     order = np.random.default_rng(0).permutation(len(files))
@@ -137,10 +137,10 @@ def train_batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The sequences `position`, `position + 1`, ... of an endless shuffled order.
 
-    The order is one of epochs. An epoch cuts the data into windows that do not
-    overlap, from an offset of its own, and visits each once, in an order of its
-    own. Where sequence n lies is computed from (seed, n) alone: a run is resumed,
-    at any batch size, by the number of sequences that it has seen.
+    The order consists of epochs. Each cuts the data into windows that do not overlap,
+    from another offset, and visits each window once, in another order. Where sequence
+    n starts is computed from (seed, n) alone, so a run can be resumed, at any batch
+    size, from the number of sequences that it has seen.
 
     Args:
       data: [num_tokens] integers.
@@ -197,7 +197,7 @@ def held_out_batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sequences spread evenly over `data`: always the same ones.
 
-    Takes and returns what `train_batch` does, but for the seed and the position.
+    Arguments and results are those of `train_batch`, without seed and position.
     """
     last = data.size - sequence_length - 1
     starts = np.linspace(0, last, num=shape[0] * shape[1]).astype(np.int64)
@@ -228,7 +228,7 @@ def _read_tokens(files: Sequence[Path]) -> np.ndarray:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(
-                f"token file {file} is no readable .npy file ({error}); write it "
+                f"token file {file} is not a readable .npy file ({error}); write it "
                 "with numpy.save."
             ) from error
         if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -246,7 +246,7 @@ def _read_tokens(files: Sequence[Path]) -> np.ndarray:
 
 
 def _files_below(folder: Path, excluded: frozenset[str] = frozenset()) -> list[Path]:
-    """All files but those in excluded or hidden folders, by their relative path."""
+    """All files except in excluded or hidden folders, sorted by relative path."""
     files = []
     for parent, folders, names in os.walk(folder):
         # In place: os.walk then does not enter them.

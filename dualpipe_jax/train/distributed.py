@@ -1,7 +1,7 @@
-"""Several processes as one run: how they meet, and how they agree.
+"""Several processes as one run: how they connect, and how they agree.
 
-All that a process learns of the others goes through here; with one process every
-function below is as if the others had nothing to say.
+Processes learn about each other only through the functions below. With one process
+each of them returns at once.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def connect(
     *,
     timeout: float = TIMEOUT_S,
 ) -> None:
-    """Makes this process one of several; to be called before jax has devices.
+    """Makes this process one of several. Call it before jax initializes its devices.
 
-    Without arguments, the cluster's environment says the rest: jax knows Slurm, Open
-    MPI, Kubernetes and Cloud TPU.
+    Without arguments, they are read from the cluster's environment: jax knows Slurm,
+    Open MPI, Kubernetes and Cloud TPU.
 
     Args:
       coordinator: HOST:PORT of process 0, at a port that is free there.
       num_processes: of the run.
       process_id: of this one, below `num_processes`.
-      timeout: seconds until all processes must be there.
+      timeout: seconds within which all processes must connect.
 
     Raises:
-      ValueError: bad arguments, no such environment, or processes that do not come.
+      ValueError: bad arguments, no such environment, or a process does not connect.
     """
     given = {
         "coordinator": coordinator,
@@ -55,7 +55,7 @@ def connect(
     elif missing:
         raise ValueError(
             f"{' and '.join(missing)} must be given too: several processes need "
-            f"{', '.join(given)}, or none of them where a cluster tells."
+            f"{', '.join(given)}, or none of them in a cluster's environment."
         )
     assert coordinator is not None
     assert num_processes is not None
@@ -70,7 +70,7 @@ def connect(
     if not timeout > 0:
         raise ValueError(f"{timeout=} must be positive.")
     _rendezvous.meet(coordinator, num_processes, process_id, timeout)
-    # Its notice of SIGTERM would take the place of the loop's own.
+    # Its handler of SIGTERM would replace the loop's.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -84,9 +84,9 @@ def connect(
 
 
 def _of_cluster(timeout: float) -> tuple:
-    """Address, number of processes, own number, own devices; as jax finds them.
+    """Address, number of processes, own number and own devices, as jax finds them.
 
-    jax.distributed.initialize would find the same, but aborts if it then fails.
+    jax.distributed.initialize would find the same, but aborts the process if it fails.
     """
     from jax._src.clusters import ClusterEnv  # jax has no public name for it
 
@@ -108,17 +108,17 @@ def _of_cluster(timeout: float) -> tuple:
 
 
 def num_processes() -> int:
-    """As `jax.process_count`, which would start the backend with what it has now."""
+    """As `jax.process_count`, but without initializing jax's devices."""
     return distributed.global_state.num_processes or 1
 
 
 def is_main() -> bool:
-    """Whether this process writes what is written once: process 0 does."""
+    """Whether this is process 0, which writes what is written once."""
     return jax.process_index() == 0
 
 
 def on_host(tree: PyTree) -> PyTree:
-    """Whole arrays in this process, wherever their parts are; all take part."""
+    """Gathers whole arrays into this process's memory; all processes call it."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     gather = functools.partial(multihost_utils.process_allgather, tiled=True)
@@ -126,19 +126,19 @@ def on_host(tree: PyTree) -> PyTree:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here."""
+    """Waits until every process has called this."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def all_say(text: str) -> list[str]:
-    """What each process says; all learn the same.
+def all_texts(text: str) -> list[str]:
+    """Gathers a text from each process; all of them get the same list.
 
     Args:
       text: a line, cut off after 256 bytes where there are several processes.
 
     Examples:
-      >>> all_say("done")
+      >>> all_texts("done")
       ['done']
     """
     if jax.process_count() == 1:
@@ -150,11 +150,11 @@ def all_say(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in lines]
 
 
-def first_said(text: str | None) -> str | None:
-    """What the first process has to say that has anything to say.
+def first_text(text: str | None) -> str | None:
+    """The text of the first process that has one; all of them get the same.
 
     Examples:
-      >>> first_said(None), first_said("SIGTERM")
+      >>> first_text(None), first_text("SIGTERM")
       (None, 'SIGTERM')
     """
-    return next(filter(None, all_say(text or "")), None)
+    return next(filter(None, all_texts(text or "")), None)

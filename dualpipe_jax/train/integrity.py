@@ -1,8 +1,8 @@
-"""Whether arrays that are read back are those that were written.
+"""Checks that the arrays read from a checkpoint are those that were written.
 
-Orbax's files carry checksums of their index but none of the arrays' bytes: one
-that flipped on a disk is restored without a word. So a checkpoint's info names the
-checksum of each array, taken on the devices that hold it.
+Orbax's files carry checksums of their index but none of the arrays' bytes: a bit that
+flipped on a disk is restored silently. So a checkpoint's info has the checksum of each
+array, computed on the devices that hold it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def checksums(tree: Any) -> dict[str, int]:
     """A checksum of every array, the same however the array is laid out.
 
     It is a sum of the elements' bits modulo 2^32, each times an odd hash of its
-    place: no order of summation changes it, and any change of one element does.
+    position: the order of summation does not matter, and any change of one element
+    changes it.
 
     Args:
       tree: arrays of integers, floats or booleans, of any sharding.
@@ -60,7 +61,7 @@ def checksums(tree: Any) -> dict[str, int]:
         return {}
     arrays = [jnp.asarray(leaf) for leaf in leaves.values()]
     if all(d.platform == "cpu" for array in arrays for d in array.devices()):
-        sums = _on_host(arrays)  # there, to compile would take longer than to sum
+        sums = _on_host(arrays)  # compiling would take longer than summing
     else:
         sums = _on_devices(arrays)
     return dict(zip(leaves, sums, strict=True))
@@ -94,7 +95,7 @@ def _on_host(arrays: list[jax.Array]) -> list[int]:
 def _block_checksum(
     block: np.ndarray, starts: list[int], shape: tuple[int, ...]
 ) -> np.uint32:
-    """What `_checksum` sums up over one block of an array."""
+    """The sum of `_checksum` over one block of an array."""
     bits = np.ascontiguousarray(block).reshape(-1)
     bits = bits.view(f"u{min(4, block.dtype.itemsize)}").reshape(*block.shape, -1)
     place, stride = np.zeros((), np.uint32), 1
@@ -122,13 +123,13 @@ def seal(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseal(sealed: Any) -> dict[str, Any]:
-    """What `seal` was given.
+    """The object that `seal` was given.
 
     Raises:
-      DamagedError: it was not `seal` that wrote this.
+      DamagedError: this is not what `seal` returned.
     """
     if not isinstance(sealed, dict):
-        raise DamagedError("its info is no JSON object")
+        raise DamagedError("its info is not a JSON object")
     body = {key: value for key, value in sealed.items() if key != "crc32"}
     if sealed.get("crc32") != _crc32(body):
         raise DamagedError("its info does not have the checksum written beside it")

@@ -124,7 +124,7 @@ def train(
                     record(metrics)
                     if step % config.checkpoint_every == 0:
                         outputs.save(state, position)
-                    stopped_by = distributed.first_said(next(iter(received), None))
+                    stopped_by = distributed.first_text(next(iter(received), None))
                     if stopped_by:
                         break
             outputs.save(state, position, wait=True)

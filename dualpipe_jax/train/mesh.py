@@ -17,14 +17,14 @@ BATCH = PartitionSpec(None, DATA_AXES)
 
 
 def ask_for_devices(count: int, platform: str | None) -> None:
-    """Tells jax, before it starts, what to run on; on a CPU, as so many devices.
+    """Sets jax's platform and number of CPU devices, before it initializes them.
 
     Args:
-      count: of this process.
-      platform: None: what jax finds. JAX_PLATFORMS has the last word.
+      count: devices of this process.
+      platform: None leaves it to jax. JAX_PLATFORMS takes precedence.
     """
-    # Does what XLA's --xla_force_host_platform_device_count does. Once jax has its
-    # devices (in a notebook, say) it refuses, and those must do.
+    # As XLA's --xla_force_host_platform_device_count. Once jax has initialized its
+    # devices (in a notebook, say) it refuses, and those are used.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
     if platform and not os.environ.get("JAX_PLATFORMS"):

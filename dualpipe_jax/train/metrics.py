@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, one object a step, and the loss curve."""
+"""The record of a run: metrics.jsonl, one object per step, and the loss curve."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from eplb_jax import style
 
 
 class MetricsLog:
-    """Appends one JSON object a step to a file, at once.
+    """Appends one JSON object per step to a file, without buffering.
 
-    A kill at any moment costs at most the line being written, which `read_metrics`
-    leaves out. What cannot be written, as on a disk that is full, is kept and tried
-    again with the next.
+    A kill at any moment loses at most the line being written, which `read_metrics`
+    leaves out. Records that cannot be written, as on a full disk, are kept and tried
+    again with the next one.
 
     Args:
       path: the file.
       keep_until: records of later steps are dropped; a run that resumes from step
-        n writes them anew.
+        n writes them again.
 
     Examples:
       >>> import tempfile
@@ -83,7 +83,7 @@ def draw_loss(records: list[dict[str, Any]], path: Path, *, unit: str = "byte") 
         markersize=4,
     )
     axes.set_xlabel("step")
-    axes.set_ylabel(f"loss, nats a {unit}")
+    axes.set_ylabel(f"loss, nats per {unit}")
     axes.set_ylim(bottom=0)
     style.legend(axes)
     figure.savefig(path, dpi=150)

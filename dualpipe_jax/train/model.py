@@ -1,7 +1,7 @@
-"""What the training job asks of a model: a few pure functions, and hooks around a step.
+"""The training job's interface to a model: pure functions, and hooks around a step.
 
-The job knows no architecture. `dualpipe_jax.deepseek` is the model that comes with it;
-one's own is a subclass with four methods.
+The job knows no architecture. `dualpipe_jax.deepseek` comes with it; your own model is
+a subclass of `PipelineModel` with four methods.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class PipelineModel(abc.ABC):
     one microbatch and run inside `jax.shard_map`: see `pipeline_value_and_grad`.
 
     Attributes:
-      description: how the model was laid out, for the reader of a log; may be empty.
-      vocab_size: tokens are below it; None: nobody knows.
+      description: how the model is laid out, for the reader of a log; may be empty.
+      vocab_size: tokens are below it; None if it is not known.
       tied: whether `loss` gets (embed, head) instead of the head's parameters.
       param_specs: how parameters lie on the mesh beside the pipeline's axis, a prefix
         of their tree; the stage axis is left out.
@@ -94,7 +94,7 @@ class PipelineModel(abc.ABC):
         return loss[0] if isinstance(loss, tuple) else loss
 
     def init_buffers(self) -> PyTree:
-        """What steps change beside parameters, and a checkpoint holds; arrays only."""
+        """State that steps change beside the parameters, in checkpoints too; arrays."""
         return ()
 
     def prepare_params(self, params: PipelineParams, buffers: PyTree) -> PipelineParams:
@@ -110,7 +110,7 @@ class PipelineModel(abc.ABC):
     def observe(
         self, buffers: PyTree, aux: PyTree, step: jax.Array
     ) -> tuple[PyTree, dict[str, jax.Array]]:
-        """The buffers of the next step, and what to log of this one.
+        """The buffers of the next step, and what to log about this one.
 
         Args:
           buffers: of this step.
@@ -125,11 +125,11 @@ class PipelineModel(abc.ABC):
 
     @property
     def checkpoint_info(self) -> dict[str, Any]:
-        """What a checkpoint says of the model and its layout; JSON."""
+        """What a checkpoint records about the model and its layout; JSON."""
         return {}
 
     def from_checkpoint_info(self, info: dict[str, Any]) -> PipelineModel:
-        """This model as a checkpoint has it, which may be laid out differently.
+        """This model in the layout of a checkpoint.
 
         Raises:
           ValueError: the checkpoint is of another model.
@@ -138,17 +138,17 @@ class PipelineModel(abc.ABC):
         return self
 
     def convert_params(self, params: PipelineParams, old: Any) -> PipelineParams:
-        """The parameters of `old`, or what is shaped like them, laid out as here."""
+        """Parameters of `old`, or trees like them, in this model's layout."""
         del old
         return params
 
     def convert_buffers(self, buffers: PyTree, old: Any) -> PyTree:
-        """The buffers of `old`, as they are needed here."""
+        """Buffers of `old`, in this model's layout."""
         del old
         return buffers
 
     def sample(
         self, params: PipelineParams, buffers: PyTree, prompt: Any, num_tokens: int
     ) -> Any:
-        """New tokens [num_tokens] after a prompt [n]; None: the model writes none."""
+        """New tokens [num_tokens] after a prompt [n]; None if it generates none."""
         del params, buffers, prompt, num_tokens

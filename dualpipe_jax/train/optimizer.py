@@ -24,11 +24,11 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, num_steps: int
 ) -> optax.GradientTransformation:
-    """AdamW after clipping, as `config` says."""
+    """AdamW after clipping, with the settings of `config`."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            # The update of step 0 would be empty at the warm-up's first value.
+            # The warm-up's first value is 0, and would make the first update empty.
             lambda count: learning_rate(config, num_steps)(count + 1),
             b1=config.b1,
             b2=config.b2,

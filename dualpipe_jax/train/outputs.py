@@ -214,13 +214,13 @@ def _prepare(folder: Path, resume: bool, console: Console) -> None:
         if not resume:
             _move_earlier_run(folder, console)
         checkpoints.mkdir(parents=True, exist_ok=True)
-    problem = distributed.first_said(problem)
+    problem = distributed.first_text(problem)
     if problem is None and not checkpoints.is_dir():
         problem = (
             f"{folder} is not seen by every process; use an --out on a file system "
             "that all of them share."
         )
-    if problem := distributed.first_said(problem):
+    if problem := distributed.first_text(problem):
         raise ValueError(problem)
 
 

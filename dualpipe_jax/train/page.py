@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from eplb_jax import style
 
 RELOAD_S = 10
-# What `show.svg` is made of; a picture with anything else in it is not taken in.
+# The tags of `show.svg`; a picture with any other is left out of the page.
 _TAGS = {"svg", "title", "rect", "text"}
 _NAMESPACE = "{http://www.w3.org/2000/svg}"
 
@@ -76,12 +76,12 @@ def page(title: str, parts: Iterable[str], *, reload: bool) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Text that is no HTML."""
+    """A paragraph of plain text."""
     return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
 
 
 def facts(rows: Mapping[str, str]) -> str:
-    """Names and what they are."""
+    """A table of names and values."""
     cells = "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>\n"
         for name, value in rows.items()
@@ -99,7 +99,7 @@ def figures(rows: Mapping[str, str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells of text."""
+    """A table of plain text."""
     lines = ["<tr>" + "".join(f"<th>{escape(c)}</th>" for c in head) + "</tr>"]
     lines += [
         "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in r) + "</tr>" for r in rows
@@ -108,7 +108,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def folded(title: str, inside: str) -> str:
-    """What shows itself when it is asked to; `inside` is HTML already."""
+    """A part that opens when it is clicked; `inside` is HTML already."""
     return f"<details><summary>{escape(title)}</summary>\n{inside}\n</details>"
 
 
@@ -120,11 +120,11 @@ def image(png: bytes, title: str) -> str:
 
 
 def picture(svg: str) -> str | None:
-    """A schedule's SVG for the page, or None if it holds what we never draw.
+    """A schedule's SVG for the page, or None if it holds what `show.svg` never draws.
 
-    A file is not trusted to be what was written: it could hold a script.
+    The file is not trusted to be what was written: it could hold a script.
     """
-    # No declaration, comment or entity, which HTML reads in ways of its own.
+    # No declaration, comment or entity, which HTML parses differently.
     if not svg.startswith("<svg") or "<!" in svg or "<?" in svg:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Profiles a few steps of a training run, which goes on whatever becomes of that."""
+"""Profiles a few steps of a training run, which continues if that fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WARM_UP = 2  # steps that are left out: the first ones fill caches and pools
 
 
 class StepProfiler:
-    """Starts and stops the profiler around the steps that are asked for.
+    """Starts and stops the profiler around some of a run's steps.
 
     Args:
       folder: gets the profile.
@@ -23,7 +23,7 @@ class StepProfiler:
       first: the run's next step.
       last: the run's last step.
       compiled: the programs that a step runs.
-      say: is told why there is no profile.
+      say: called with a line of text if there is no profile.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StepProfiler:
 
     @contextlib.contextmanager
     def around(self, step: int) -> Iterator[None]:
-        """Runs a step, under the profiler if it is one of those."""
+        """Around a step: profiles it if it is one of those."""
         if step in self._steps and step == self._steps[0]:
             self._start()
         with jax.profiler.StepTraceAnnotation("train", step_num=step):

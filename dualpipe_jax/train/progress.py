@@ -19,10 +19,10 @@ class TrainProgress:
     """Loss, tokens/s, balancedness of the experts and bubble of the last step.
 
     Args:
-      console: where to; a bar if it is a terminal, else a line now and then.
+      console: shows a bar if it is a terminal, else a line now and then.
       num_steps: of the whole run.
       step: steps done already.
-      lines: how many lines the whole run prints where there is no terminal.
+      lines: how many lines the whole run prints without a terminal.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""Processes meet before jax is told of each other, so that who is missing is said.
+"""Lets processes meet before jax connects them, so that missing ones can be named.
 
 When a process cannot reach jax's coordinator, or process 0 waits in vain for the
 others, jax ends the whole process from C++ (SIGABRT and a stack trace, jax 0.10.2),
-where no Python code can say what is wrong. Here process 0 listens at the
-coordinator's address until every other process has said who it is, and only then do
-all of them go on, to jax, at the same address.
+and Python cannot report what is wrong. Here process 0 first listens at the
+coordinator's address until every other process has introduced itself; then all of
+them continue to jax, at the same address.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def parse_address(address: str) -> tuple[str, int]:
     """Splits HOST:PORT; the host may be an IPv6 address in brackets.
 
     Raises:
-      ValueError: it is no such address.
+      ValueError: it is not such an address.
 
     Examples:
       >>> parse_address("node-0.job:1234"), parse_address("[::1]:80")
@@ -39,17 +39,17 @@ def parse_address(address: str) -> tuple[str, int]:
         or any(c.isspace() or c == "/" for c in host)
     ):
         raise ValueError(
-            f"coordinator {address!r} is no address; give HOST:PORT, such as "
+            f"coordinator {address!r} is not an address; give HOST:PORT, such as "
             "node-0:1234 or 127.0.0.1:1234."
         )
     return host, int(port)
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:
-    """Returns when all processes are there, at most `timeout` seconds apart.
+    """Returns when all processes have called this, at most `timeout` seconds apart.
 
     Raises:
-      ValueError: they are not in time, or do not agree about their number.
+      ValueError: some did not, or they do not agree about their number.
     """
     host, port = parse_address(address)
     deadline = time.monotonic() + timeout
@@ -72,7 +72,7 @@ def _gather(port: int, num_processes: int, timeout: float, deadline: float) -> N
                 "is free on its host."
             ) from error
         while True:
-            # Some may have been killed while they waited, to be started anew.
+            # Some may have been killed while they waited, to be started again.
             here = {i: c for i, c in here.items() if not _has_left(c)}
             if len(here) == num_processes - 1:
                 break
@@ -83,14 +83,14 @@ def _gather(port: int, num_processes: int, timeout: float, deadline: float) -> N
                 missing = sorted(set(range(1, num_processes)) - here.keys())
                 _tell(here, "error process 0 did not see all others in time")
                 raise ValueError(
-                    f"{len(missing)} of {num_processes} processes did not come within "
-                    f"{timeout:g} s, the first of them process {missing[0]}; start "
-                    "them all, with this coordinator."
+                    f"{len(missing)} of {num_processes} processes did not connect "
+                    f"within {timeout:g} s, the first of them process {missing[0]}; "
+                    "start them all, with this coordinator."
                 ) from None
             stack.enter_context(connection)
             process_id, their_number = _introduced(connection)
             if process_id is None:
-                continue  # somebody who looks for an open port, say
+                continue  # a port scanner, say
             if their_number != num_processes:
                 problem = (
                     f"process {process_id} was started as one of {their_number} "

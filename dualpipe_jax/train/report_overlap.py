@@ -1,4 +1,4 @@
-"""What of a run's communication is hidden, for its page: measured, or estimated."""
+"""The page's section on hidden communication, measured or estimated."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from eplb_jax import style
 PROFILE, ESTIMATE = "profile", "overlap.json"
 _HEAD = ("loop", "one run", "compute", "communication", "hidden", "exposed", "hidden %")
 _PHASES = ("phase", "compute", "communication", "hidden")
-_MOST = 12  # loops; a step has many that hardly count
+_MOST = 12  # loops; a step has many that hardly matter
 
 
 def section(folder: Path, *, live: bool = False) -> list[str]:
     """The section's HTML. `live`: without the profile, which takes long to read."""
     parts = []
     if (folder / PROFILE).is_dir():
-        later = "The profile is shown here when the run has ended and it is read."
+        later = "The profile is shown here when the run has ended."
         parts += [_page.paragraph(later)] if live else profile(folder / PROFILE)
     if (folder / ESTIMATE).is_file():
         parts += estimate(folder / ESTIMATE)
     if not parts:
         parts.append(
             _page.paragraph(
-                "Nothing is known of this run's overlap. train --profile measures it; "
+                "This run's overlap is not known. train --profile measures it; "
                 "python -m dualpipe_jax overlap CONFIG --json > "
                 f"{folder / ESTIMATE} estimates it for GPUs.",
                 "faint",
@@ -77,10 +77,10 @@ def estimate(path: Path) -> list[str]:
             "python -m dualpipe_jax overlap; the steady state first."
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        # It may be being written just now.
+        # It may be half-written.
         said = (
             f"{path.name} is not what overlap --json prints ({type(error).__name__}: "
-            f"{error}); write it anew, or remove it."
+            f"{error}); write it again, or remove it."
         )
         return [_page.paragraph(said, "faint")]
     return [_page.paragraph(said, "faint"), _page.table(_HEAD, rows)]

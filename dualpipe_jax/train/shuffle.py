@@ -5,7 +5,7 @@ whatever its round function; numbers that fall outside the range are sent throug
 again until they are inside (Black and Rogaway, "Ciphers with Arbitrary Finite
 Domains", CT-RSA 2002, the generalized-Feistel and cycle-walking constructions). It
 takes no memory, where a permutation of the windows of a large data set would take
-gigabytes, and any element can be had without those before it.
+gigabytes, and any element can be computed without those before it.
 """
 
 from __future__ import annotations

@@ -13,15 +13,15 @@ from dualpipe_jax.executor import PipelineParams, map_specs
 from dualpipe_jax.train.mesh import DATA_AXES
 
 P = PartitionSpec
-# Elements; what is smaller is not worth a collective of its own.
+# Elements; gathering a smaller array is not worth a collective.
 _SMALL = 2**14
 
 
 class TrainState(NamedTuple):
     """What a step reads and writes, and what a checkpoint holds.
 
-    The fields are typed Any: the same tree also holds shapes or shardings, and
-    optax's types know no pytrees of others.
+    The fields are typed Any: the same tree also holds shapes or shardings, which
+    optax's types do not allow for.
 
     Attributes:
       step: [] int32, optimizer steps done.
@@ -48,9 +48,9 @@ def rest_specs(
       shard_at_rest: see `TrainConfig`.
 
     Returns:
-      One `PartitionSpec` a parameter, the stage axis included. An axis that does not
-      divide what it should split is left out: checkpoints of other meshes have stages
-      and experts that this one cannot share evenly.
+      One `PartitionSpec` per parameter, the stage axis included. A mesh axis that does
+      not divide the dimension that it should split is left out: checkpoints of other
+      meshes have stages and experts that this one cannot share evenly.
     """
     return map_specs(
         lambda spec, leaf: _fit(spec, leaf.shape, mesh, shard_at_rest),
@@ -88,7 +88,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> TrainState:
-    """Shapes and shardings: the optimizer's as the parameters', the rest everywhere."""
+    """Shapes and shardings: the optimizer's are the parameters', the rest is whole."""
     whole = NamedSharding(mesh, P())
     params = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),

@@ -182,7 +182,7 @@ def test_the_summary_tells_what_was_not_saved_and_shows_the_sample(tmp_path):
         sample=("def f(", "x):\n"),
     )
     lines = train_cli.summary(tiny.config(), result, tmp_path, "token").splitlines()
-    assert "loss           2.500 nats a token (first step 2.500)" in lines
+    assert "loss           2.500 nats per token (first step 2.500)" in lines
     assert lines[-4] == (
         "NOT SAVED      the last checkpoint could not be written: "
         "OSError: No space left on device"
@@ -213,8 +213,8 @@ def test_the_flags_in_the_documents_exist():
     ("args", "message"),
     [
         (["no-such"], "config 'no-such' not found"),
-        ([TINY, "--data", "no-such"], "data path no-such is no file or folder"),
-        ([TINY, "--data", os.devnull], "null is no file or folder"),
+        ([TINY, "--data", "no-such"], "data path no-such is not a file or folder"),
+        ([TINY, "--data", os.devnull], "null is not a file or folder"),
         ([TINY, "--steps", "0"], "num_steps=0 must be at least 1"),
         ([TINY, "--resume"], "no checkpoint in"),
     ],

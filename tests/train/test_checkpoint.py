@@ -142,7 +142,11 @@ DAMAGE = {
         "info/metadata",
         "its info does not have the checksum",
     ),
-    "info is another": (lambda path: path.write_text("[]"), "info/metadata", "no JSON"),
+    "info is another": (
+        lambda path: path.write_text("[]"),
+        "info/metadata",
+        "not a JSON",
+    ),
     "state missing": (shutil.rmtree, "state", ""),
     "all missing": (
         lambda path: [shutil.rmtree(p) for p in path.iterdir() if p.is_dir()],

@@ -186,11 +186,11 @@ def test_bad_token_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"holds (uint16|int32), but .*; save all wi"):
         load("good.npy", "short.npy")
     (tmp_path / "noise.npy").write_bytes(b"no numpy file")
-    with pytest.raises(ValueError, match=r"noise.npy is no readable .npy file"):
+    with pytest.raises(ValueError, match=r"noise.npy is not a readable .npy file"):
         load("noise.npy")
     cut = (tmp_path / "good.npy").read_bytes()[:-40]
     (tmp_path / "cut.npy").write_bytes(cut)
-    with pytest.raises(ValueError, match=r"cut.npy is no readable .npy file"):
+    with pytest.raises(ValueError, match=r"cut.npy is not a readable .npy file"):
         load("cut.npy")
     for bad in (-5, 2**31):
         save("outside.npy", [bad] * 200, "i8")
@@ -200,7 +200,7 @@ def test_bad_token_files_are_named(tmp_path):
 
 
 def test_bad_data_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing-here is no file or folder; give"):
+    with pytest.raises(ValueError, match=r"nothing-here is not a file or folder; give"):
         data.load_text([tmp_path / "nothing-here"], sequence_length=8)
     with pytest.raises(ValueError, match=r"hold no file; give"):
         data.load_text([tmp_path], sequence_length=8)

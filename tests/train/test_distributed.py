@@ -182,7 +182,7 @@ def test_processes_meet_whoever_is_first(order, address):
 
 def test_a_process_that_does_not_come_is_named(address):
     first, second = meet(address, 4, [0, 2], 0.5)
-    assert "2 of 4 processes did not come within 0.5 s, the first of them" in first
+    assert "2 of 4 processes did not connect within 0.5 s, the first of them" in first
     assert "process 1; start them all" in first
     assert second == "process 0 did not see all others in time"
 
@@ -263,12 +263,24 @@ def test_a_coordinator_that_is_another_program_is_told(address):
         ),
         (
             "--coordinator nohost --num-processes 2 --process-id 1",
-            "'nohost' is no addr",
+            "'nohost' is not an addr",
         ),
-        ("--coordinator a:b --num-processes 2 --process-id 1", "'a:b' is no address"),
-        ("--coordinator h:0 --num-processes 2 --process-id 0", "'h:0' is no address"),
-        ("--coordinator ::1:9 --num-processes 2 --process-id 0", "is no address; give"),
-        ("--coordinator http://h:9 --num-processes 2 --process-id 0", "is no address"),
+        (
+            "--coordinator a:b --num-processes 2 --process-id 1",
+            "'a:b' is not an address",
+        ),
+        (
+            "--coordinator h:0 --num-processes 2 --process-id 0",
+            "'h:0' is not an address",
+        ),
+        (
+            "--coordinator ::1:9 --num-processes 2 --process-id 0",
+            "is not an address; give",
+        ),
+        (
+            "--coordinator http://h:9 --num-processes 2 --process-id 0",
+            "is not an address",
+        ),
         (
             "--coordinator {} --num-processes 2 --process-id 1 --connect-timeout 0.5",
             "did not answer within 0.5 s (",
@@ -280,7 +292,7 @@ def test_a_coordinator_that_is_another_program_is_told(address):
         ),
         (
             "--coordinator {} --num-processes 2 --process-id 0 --connect-timeout 0.5",
-            "1 of 2 processes did not come within 0.5 s, the first of them process 1",
+            "1 of 2 processes did not connect within 0.5 s, the first of them proc",
         ),
         (
             "--coordinator {} --num-processes 2 --process-id 0 --connect-timeout 0",

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import resource
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,18 +14,19 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+import configs.tiny
 from dualpipe_jax import dualpipe
 from dualpipe_jax.commands import main as cli
 from dualpipe_jax.pictures import show
-from dualpipe_jax.train import report
-from dualpipe_jax.train.report import LiveReport, report_html, write_report
+from dualpipe_jax.train.report import LiveReport, Pace, report_html, write_report
+from dualpipe_jax.train.report_sections import layer_names
 from eplb_jax import style
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "deepseek_v3_train_trace.json.gz"
 RELOAD = '<meta http-equiv="refresh"'
 CONFIG = {
     "name": "tiny",
-    "model": {"architecture": {"num_layers": 5, "first_k_dense_replace": 2}},
+    "model": {"architecture": {"num_hidden_layers": 5, "first_k_dense_replace": 2}},
     "mesh": {"pp": 4, "ep": 2},
     "schedule": "dualpipe",
     "num_steps": 40,
@@ -122,7 +124,7 @@ def test_curves_are_the_records(tmp_path):
     records = make_records()
     drawn = charts(report_html(make_run(tmp_path / "a", records)))
     loss = lines_of(drawn["Loss over the steps"])
-    rate = lines_of(drawn["Tokens a second over the steps"])
+    rate = lines_of(drawn["Tokens per second over the steps"])
     even = lines_of(drawn["Balancedness over the steps"])
     for line, wanted in (
         (loss["train"], [r["loss"] for r in records]),
@@ -194,7 +196,7 @@ def test_numbers_in_text(tmp_path):
         f"{last['balancedness']:.3f}",
         "7.7%",
         "pp=4 x ep=2",
-        "8 microbatches x 4 sequences x 128 tokens = 4,096 tokens a step",
+        "8 microbatches x 4 sequences x 128 tokens = 4,096 tokens per step",
         "163,840 so far",
         "61.2 s",
         "8 x cpu",
@@ -227,7 +229,8 @@ def test_the_page_needs_nothing_else(tmp_path):
                 assert value.startswith("data:")
             elif name != "xmlns":
                 assert "://" not in (value or "")
-    assert "url(" not in report._page._CSS and "@import" not in report._page._CSS
+    (css,) = re.findall(r"<style>(.*?)</style>", report_html(folder), re.S)
+    assert "url(" not in css and "@import" not in css
     assert "x <= y && z" in page.said
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in (
         page.all("meta")
@@ -296,7 +299,7 @@ def test_a_schedule_that_we_did_not_draw_is_left_out(tmp_path, svg):
 
 def test_runs_without_values_by_layer_and_without_experts(tmp_path):
     html = report_html(make_run(tmp_path / "a", make_records(layers=False), state=None))
-    assert "recorded no values by layer" in html
+    assert "recorded no values for each layer" in html
     assert set(lines_of(charts(html)["Balancedness over the steps"])) == {
         *("mean of layers", "without placement")
     }
@@ -339,7 +342,7 @@ def test_overlap_is_estimated_or_it_is_said_how(tmp_path):
         *("4.000 ms", "3.000 ms", "2.000 ms", "1.500 ms", "0.500 ms", "75.0%")
     ]
     assert first < said.index("entry (while)")
-    assert not any("Nothing is known" in text for text in said)
+    assert not any("overlap is not known" in text for text in said)
     # Such as one that is being written: the rest of the page is there.
     for text in ("", '{"loops": 1}'):
         (folder / "overlap.json").write_text(text)
@@ -374,13 +377,16 @@ def test_overlap_that_was_measured(tmp_path):
         ({}, "is not the folder of a run: it has no metrics.jsonl"),
         ({"metrics.jsonl": ""}, "metrics.jsonl has no record yet"),
         ({"metrics.jsonl": '{"step": 1'}, "metrics.jsonl has no record yet"),
-        ({"metrics.jsonl": "a\n"}, "metrics.jsonl has a line that is no JSON"),
+        ({"metrics.jsonl": "a\n"}, "metrics.jsonl has a line that is not JSON"),
         ({"metrics.jsonl": "[]\n"}, "has a record without a step"),
         (
             {"metrics.jsonl": '{"step": 1}\n', "config.json": "{"},
-            "config.json is no JSON",
+            "config.json is not JSON",
         ),
-        ({"metrics.jsonl": '{"step": 1}\n', "run.json": "[]"}, "holds no JSON object"),
+        (
+            {"metrics.jsonl": '{"step": 1}\n', "run.json": "[]"},
+            "does not hold a JSON object",
+        ),
     ],
 )
 def test_what_is_no_run_is_said_in_one_line(tmp_path, files, message, capsys):
@@ -405,54 +411,58 @@ def test_the_command_writes_the_page(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_live_page_costs_less_than_a_hundredth(tmp_path, monkeypatch):
-    now, costs, written = [100.0], [0.0], []
+@pytest.mark.parametrize(("cost", "wait"), [(0.05, 10), (2.0, 200)])
+def test_a_live_page_costs_less_than_a_hundredth(cost, wait):
+    now, written = 100.0, []
+    pace = Pace(clock=lambda: now)
+    while now < 100 + 10 * wait:
+        if pace.is_due:
+            with pace.measured():
+                written.append(now)
+                now += cost
+        now += 0.5  # a step
+    gaps = np.diff(written)
+    assert len(gaps) >= 8 and (gaps >= wait).all() and (gaps < wait + 4).all()
 
-    def write(folder, live):
-        written.append((now[0], live))
-        now[0] += costs[0]
 
-    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(report, "write_report", write)
-    live = LiveReport(tmp_path, {})
-    for cost, wait in ((0.05, 10), (2.0, 200)):
-        costs[0] = cost
-        written.clear()
-        now[0] += 1000
-        end = now[0] + 10 * wait
-        while now[0] < end:
-            live.update()
-            now[0] += 0.5
-        gaps = np.diff([time for time, _ in written])
-        assert len(gaps) >= 8 and (gaps >= wait).all() and (gaps < wait + 4).all()
-    assert all(early for _, early in written)
-    written.clear()
+def test_what_takes_long_to_read_is_read_at_the_end(tmp_path):
+    folder = make_run(tmp_path / "a")
+    (folder / "profile").mkdir()
+    shutil.copy(PUBLISHED, folder / "profile" / "host.trace.json.gz")
+    live = LiveReport(folder, {})
+    live.update()
+    page = (folder / "report.html").read_text()
+    assert "when the run has ended" in page and "Measured: " not in page
     live.finish("done")
-    assert [early for _, early in written] == [True]
-    (tmp_path / "profile").mkdir()
-    live.finish("done")
-    assert [early for _, early in written] == [True, True, False]
+    assert "Measured: 96.3% of" in (folder / "report.html").read_text()
+    assert live.failure is None
 
 
-def test_what_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+def test_what_cannot_be_written_ends_no_run(tmp_path):
     folder = make_run(tmp_path / "a")
     live = LiveReport(folder, {})
     live.update()
     assert live.failure is None and RELOAD in (folder / "report.html").read_text()
     before = (folder / "report.html").read_text()
-
-    def full(self, *args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(folder), "write_text", full)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as on a full disk
+    try:
         live.finish("done")
-    assert "No space left" in live.failure
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert live.failure.startswith("OSError: ")
     assert (folder / "report.html").read_text() == before
     assert not list(folder.glob("*.new"))
     (folder / "metrics.jsonl").write_text("{}\n")
     live.finish("done")
     assert "without a step" in live.failure
+
+
+def test_layers_have_the_names_that_the_config_gives_them():
+    config = json.loads(configs.tiny.config().to_json())
+    assert layer_names(config, 5) == [f"layer {i}" for i in range(1, 6)]
+    assert layer_names(config, 6)[-1] == "MTP"
+    assert layer_names({}, 2) == ["0", "1"]
 
 
 def test_an_error_in_the_steps_is_what_the_page_says(tmp_path):
