@@ -61,7 +61,7 @@ class Runner:
         python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         python.chmod(0o755)
         self.env = without_make(os.environ) | (env or {})
-        # Commands ask for as many devices as they need.
+        # Commands request as many devices as they need.
         self.env["XLA_FLAGS"] = (env or {}).get("XLA_FLAGS", "")
         self.env["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         self.env["PYTHONPATH"] = str(ROOT)

@@ -84,8 +84,8 @@ def of_a_run(command, runner):
 def make_train(command, runner):
     """Trains the real model until it prints its first step, and compares the output.
 
-    The run's folder stays, for the commands behind it. A terminal, which the document
-    shows, has no line left of what compiled.
+    The run's folder stays, for later commands. The document shows a terminal, on which
+    nothing is left of the line that says what compiles.
     """
     recipe = subprocess.run(
         ["make", "-n", "-C", str(ROOT), "--no-print-directory", "train"],
@@ -133,7 +133,7 @@ def serve(command, runner):
     texts = [f"{prompt}..." for prompt in prompts.splitlines()]
     pattern = "\n".join([first, *texts, re.sub(r"(?<=balancedness ).*", "...", last)])
     assert_alike(pattern, command.output, command)
-    # The last line is for the reader, and no part of the output.
+    # The last line is for the reader, and not part of the output.
     printed = without_logs(runner.shell(f"{command.text} 2>&1").splitlines())
     # As on a terminal, see above.
     printed = [line for line in printed if not line.startswith("compiling ")]
