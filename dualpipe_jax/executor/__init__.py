@@ -7,7 +7,7 @@ ticks).
 Imports: schedules, lowering, backward.
 """
 
-from dualpipe_jax.executor.footprint import PipelineBuffers, num_bytes as num_bytes
+from dualpipe_jax.executor.footprint import BufferBytes, num_bytes as num_bytes
 from dualpipe_jax.executor.params import (
     PipelineAux,
     PipelineParams,
@@ -22,8 +22,8 @@ from dualpipe_jax.executor.pipeline import (
 )
 
 __all__ = [
+    "BufferBytes",
     "PipelineAux",
-    "PipelineBuffers",
     "PipelineParams",
     "PipelineStep",
     "microbatch_key",

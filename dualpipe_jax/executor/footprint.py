@@ -17,7 +17,7 @@ P = PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelineBuffers:
+class BufferBytes:
     """Bytes on one device that a step keeps from its first tick to its last.
 
     Attributes:
@@ -31,7 +31,7 @@ class PipelineBuffers:
       outputs: losses and auxiliary outputs.
 
     Examples:
-      >>> PipelineBuffers(40, 5, 9, 3, 2, 8, 4, 1).total
+      >>> BufferBytes(40, 5, 9, 3, 2, 8, 4, 1).total
       64
     """
 
@@ -50,10 +50,10 @@ class PipelineBuffers:
         return sum(vars(self).values()) - self.num_slots - self.num_wgrad_residual_slots
 
 
-def buffers_of(model: Model, params, inputs, targets, key) -> PipelineBuffers:
+def buffers_of(model: Model, params, inputs, targets, key) -> BufferBytes:
     """Returns the bytes of a training model's buffers; arguments as `Model.call`'s."""
     state, chunks = _shapes(model, params, inputs, targets, key)
-    return PipelineBuffers(
+    return BufferBytes(
         residuals=num_bytes(state.residuals),
         num_slots=model.program.num_slots,
         wgrad_residuals=num_bytes(state.wgrad_residuals),

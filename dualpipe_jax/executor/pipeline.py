@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dualpipe_jax.executor import checks as _checks
 from dualpipe_jax.executor.footprint import (
-    PipelineBuffers,
+    BufferBytes,
     buffers_of,
     lower_costliest_task,
 )
@@ -29,8 +29,8 @@ from dualpipe_jax.lowering import lower
 from dualpipe_jax.schedules import Schedule
 
 __all__ = [
+    "BufferBytes",
     "PipelineAux",
-    "PipelineBuffers",
     "PipelineParams",
     "PipelineStep",
     "microbatch_key",
@@ -76,7 +76,7 @@ class PipelineStep:
         """Lowers the step for arguments of these shapes, to a `jax.stages.Lowered`."""
         return self._step.lower(params, inputs, targets, key)
 
-    def buffers(self, params, inputs, targets, key=None) -> PipelineBuffers:
+    def buffers(self, params, inputs, targets, key=None) -> BufferBytes:
         """Returns the bytes that the step keeps on one device from tick to tick."""
         return buffers_of(self._model, params, inputs, targets, key)
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 
-from dualpipe_jax.executor import PipelineBuffers, num_bytes
+from dualpipe_jax.executor import BufferBytes, num_bytes
 from dualpipe_jax.gpu.gpus import Gpu, find_gpu
 from dualpipe_jax.pictures import format_bytes
 
-__all__ = ["MemoryReport", "PipelineBuffers", "bytes_of_shards", "memory_report"]
+__all__ = ["BufferBytes", "MemoryReport", "bytes_of_shards", "memory_report"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -36,7 +36,7 @@ class MemoryReport:
       capacity: of the device, or None.
 
     Examples:
-      >>> buffers = PipelineBuffers(40, 5, 9, 3, 2, 8, 4, 1)
+      >>> buffers = BufferBytes(40, 5, 9, 3, 2, 8, 4, 1)
       >>> report = MemoryReport({"parameters": 8}, 0, 84, 0, buffers, 16, 100)
       >>> report.expected, report.ratio, report.spare
       (80, 1.05, 8)
@@ -46,7 +46,7 @@ class MemoryReport:
     outputs: int
     temporaries: int
     code: int
-    buffers: PipelineBuffers | None = None
+    buffers: BufferBytes | None = None
     working_set: int | None = None
     capacity: int | None = None
 
@@ -139,7 +139,7 @@ class MemoryReport:
 def memory_report(
     compiled: Any,
     *,
-    buffers: PipelineBuffers | None = None,
+    buffers: BufferBytes | None = None,
     task: Any = None,
     arguments: Mapping[str, Any] | None = None,
     gpu: str | Gpu | None = None,

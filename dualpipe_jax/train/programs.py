@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dualpipe_jax.executor import PipelineBuffers
+from dualpipe_jax.executor import BufferBytes
 from dualpipe_jax.gpu.overlap import compile_for, options_here
 from dualpipe_jax.schedules import Schedule
 from dualpipe_jax.train.compiling import CompileProgress, Job, compile_together
@@ -49,7 +49,7 @@ class Programs:
     init: Any
     train_step: Any
     held_out_loss: Any
-    buffers: Callable[[], PipelineBuffers]
+    buffers: Callable[[], BufferBytes]
     lower_costliest_task: Callable[[], Any]
     checkpoint_info: dict[str, Any]
     restore_plan: Callable[[dict[str, Any]], tuple[TrainState, Callable]]

@@ -15,7 +15,7 @@ from dualpipe_jax import (
     memory_report,
     pipeline_value_and_grad,
 )
-from dualpipe_jax.executor import PipelineBuffers
+from dualpipe_jax.executor import BufferBytes
 from dualpipe_jax.gpu import MemoryReport
 
 RANKS, MICROBATCHES, ROWS, WIDTH = 2, 4, 8, 64
@@ -77,7 +77,7 @@ def compiled_like(temporaries, given=64, results=24, in_place=16):
     return types.SimpleNamespace(memory_analysis=lambda: analysis)
 
 
-BUFFERS = PipelineBuffers(400, 5, 90, 3, 20, 80, 40, 10)
+BUFFERS = BufferBytes(400, 5, 90, 3, 20, 80, 40, 10)
 
 
 def test_temporaries_against_buffers_and_a_task():
