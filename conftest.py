@@ -19,6 +19,9 @@ _flag = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
 if _flag not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Commands that tests run keep nothing in the developer's own cache: jax takes an empty
+# name for no cache, also in processes that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

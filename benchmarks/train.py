@@ -1,11 +1,11 @@
-"""The main job against the same model on one device: losses, and what a step costs.
+"""Compares the main job with the same model on one device: losses and CPU time.
 
     python benchmarks/train.py                        all, twenty minutes on two cores
     python benchmarks/train.py --only dualpipe        one schedule, or "resume"
 
 The reference is `jax.value_and_grad` over a loop of microbatches on one device. Times
-are CPU times of the process, medians of steps that take turns with the reference's,
-so that a busy machine slows both.
+are CPU times of the process: medians of steps that alternate with the reference's, so
+that a busy machine slows both.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def unpipelined(config, text):
 
 
 def pipelined(config, text):
-    """The same of the pipelined program."""
+    """The same for the pipelined program."""
     programs = make_programs(config).compile()
     state = programs.init()
     for batch in batches(config, text):
@@ -120,7 +120,7 @@ def compare(config, text):
 
 
 def resumed(config, text, console):
-    """The relative difference after going on with pp=2 x ep=2 and DualPipeV."""
+    """The largest relative difference after resuming on pp=2 x ep=2 with DualPipeV."""
     config = dataclasses.replace(config, checkpoint_every=NUM_STEPS // 2)
     smaller = dataclasses.replace(config, mesh={"pp": 2, "ep": 2}, schedule="dualpipev")
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +147,7 @@ def main():
     text = load_text(sequence_length=tiny.config().sequence_length)
     print(f"{NUM_STEPS} steps of configs/tiny.py; jax {jax.__version__}", flush=True)
     print(f"{'':10} {'mesh':20} {'largest':>9} {'CPU s':>7} {'one':>7}")
-    print(f"{'':10} {'':20} {'difference':>10} {'a step':>6} {'device':>7} ratio")
+    print(f"{'':10} {'':20} {'difference':>10} {'step':>6} {'device':>7} ratio")
     for name in args.only:
         if name == "resume":
             difference = resumed(config_for("dualpipe"), text, Console(quiet=True))

@@ -26,9 +26,9 @@ CHEAP = "tests/train/cheap.py"
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory):
-    """The processes keep what they compile, but not among the developer's caches."""
+    """The processes find what one of them has compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             folder = tmp_path_factory.mktemp("compiled")
             patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
             patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -26,7 +26,7 @@ from dualpipe_jax.deepseek.serve.arrays import (
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.rows import Rows
 from dualpipe_jax.deepseek.serve.sampling import choose_tokens
-from eplb_jax import ExpertTables
+from eplb_jax import ExpertTables, ExpertWeights, MoEStats
 from eplb_jax.layer import ONE_DEVICE, cross_compiling
 from eplb_jax.placement import take_or_zero
 
@@ -167,25 +167,27 @@ class Forward:
         attend,
     ) -> tuple[jax.Array, Loads]:
         """Runs all layers; `attend` takes a layer's number, module and input."""
-        counts, overflow, moe = [], jnp.zeros((), jnp.int32), 0
-        with cross_compiling() if self.is_on_gpu else contextlib.nullcontext():
-            for layer, graph in enumerate(self._graphs):
-                module = nnx.merge(graph, params.layers[layer])
-                with jax.named_scope("attn"):
-                    x = x + attend(layer, module, x)
-                normed = module.feed_forward_norm(x)
-                if module.dense is not None:
-                    x = x + module.dense(normed)
-                    continue
-                y, stats = module.moe(
-                    normed,
-                    tables.layer(moe),
-                    physical=params.experts[moe],
-                    is_padding=is_padding,
-                )
-                x, moe = x + y, moe + 1
-                counts.append(stats.tokens_per_expert)
-                overflow += stats.overflow
+        counts, overflow = [], jnp.zeros((), jnp.int32)
+        for layer, graph in enumerate(self._graphs):
+            arrays = params.layers[layer]
+            module = nnx.merge(graph, arrays)
+            with jax.named_scope("attn"), _kernels(self.is_on_gpu):
+                x = x + attend(layer, module, x)
+            if module.dense is not None:
+                x = x + module.dense(module.feed_forward_norm(x))
+                continue
+            moe = len(counts)
+            x, stats = _mix(
+                graph,
+                self.is_on_gpu,
+                arrays,
+                x,
+                tables.layer(moe),
+                params.experts[moe],
+                is_padding,
+            )
+            counts.append(stats.tokens_per_expert)
+            overflow += stats.overflow
         return x, Loads(jnp.stack(counts), overflow)
 
     def _next(
@@ -202,6 +204,34 @@ class Forward:
         kernel = params.embed.T if tied else params.head["kernel"]
         logits_BU = logits_of(hidden_BD[None], kernel)[0]
         return choose_tokens(logits_BU, position_B + 1, sampling)
+
+
+# Layers of one structure are traced once, and stand in the program without a call.
+@functools.partial(jax.jit, static_argnames=("graph", "is_on_gpu"), inline=True)
+def _mix(
+    graph: Any,
+    is_on_gpu: bool,
+    arrays: Any,
+    x: jax.Array,
+    tables: ExpertTables,
+    physical: ExpertWeights,
+    is_padding: jax.Array,
+) -> tuple[jax.Array, MoEStats]:
+    """Runs the experts of a layer; returns the layer's output and their statistics."""
+    module = nnx.merge(graph, arrays)
+    with _kernels(is_on_gpu):
+        y, stats = module.moe(
+            module.feed_forward_norm(x),
+            tables,
+            physical=physical,
+            is_padding=is_padding,
+        )
+    return x + y, stats
+
+
+def _kernels(is_on_gpu: bool) -> contextlib.AbstractContextManager[None]:
+    """Enables kernels for GPUs, which may only be compiled for."""
+    return cross_compiling() if is_on_gpu else contextlib.nullcontext()
 
 
 def _any_key() -> jax.Array:
