@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dualpipe_jax.commands.gpu_config import add_gpu, load_for_gpus
-from dualpipe_jax.gpu import gpu_compiler_options, memory_report
+from dualpipe_jax.gpu import gpu_compiler_options, memory_report, shared_kernels
 from dualpipe_jax.train import TrainConfig, make_programs
 
 
@@ -29,11 +29,15 @@ def run(args: argparse.Namespace) -> int:
     """
     programs = make_programs(*load_for_gpus(TrainConfig, args.config, args.gpu))
     state, tokens = programs.abstract_state, programs.abstract_tokens
-    options = gpu_compiler_options()
+    step = programs.train_step.lower(state, tokens, tokens)
+    task = programs.lower_costliest_task()
+    with shared_kernels() as kernels:
+        options = {**gpu_compiler_options(), **kernels}
+        step, task = step.compile(options), task.compile(options)
     report = memory_report(
-        programs.train_step.lower(state, tokens, tokens).compile(options),
+        step,
         buffers=programs.buffers(),
-        task=programs.lower_costliest_task().compile(options),
+        task=task,
         arguments={
             "parameters": state.params,
             "optimizer": state.opt_state,

@@ -10,7 +10,11 @@ from dualpipe_jax.gpu.gpus import (
     gpu_of_device_kind as gpu_of_device_kind,
 )
 from dualpipe_jax.gpu.memory import MemoryReport, memory_report
-from dualpipe_jax.gpu.topology import gpu_compiler_options, gpu_mesh
+from dualpipe_jax.gpu.topology import (
+    gpu_compiler_options,
+    gpu_mesh,
+    shared_kernels as shared_kernels,
+)
 
 __all__ = [
     "GPUS",

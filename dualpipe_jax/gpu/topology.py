@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -90,6 +92,27 @@ def _installed_plugins() -> str:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found.append(f"{name} {metadata.version(name)}")
     return " and ".join(found) or "none"
+
+
+@contextlib.contextmanager
+def shared_kernels() -> Iterator[dict[str, str | bool]]:
+    """Yields options with which compilations share the machine code of their kernels.
+
+    If programs have kernels in common, or one program is compiled twice, the code of
+    each kernel is generated once; the programs are the same as without the options. XLA
+    keeps the code in a file that is removed at the end. Compile one program at a time:
+    the file is not locked. There are no options if jax's compilation cache is in use,
+    whose keys would change with the name of the file.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield {
+            "xla_gpu_kernel_cache_file": str(Path(folder, "kernels")),
+            # XLA's default, without which it ignores the file.
+            "xla_gpu_enable_llvm_module_compilation_parallelism": True,
+        }
 
 
 def gpu_compiler_options(*, compile_only: bool = True) -> dict[str, bool | int]:

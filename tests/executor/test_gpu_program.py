@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from dualpipe_jax import dualpipe, memory_report
 from dualpipe_jax.executor.pipeline import PipelineParams, pipeline_value_and_grad
-from dualpipe_jax.gpu.topology import gpu_compiler_options, gpu_mesh
+from dualpipe_jax.gpu import gpu_compiler_options, gpu_mesh, shared_kernels
 from tests.modules import computations, copies_of, in_loops
 
 pytestmark = pytest.mark.as_users
@@ -61,14 +61,21 @@ def make_step(num_microbatches):
     return step, (params, tokens, tokens)
 
 
-def compile_step(num_microbatches):
+@pytest.fixture(scope="module")
+def options():
+    """Of all compilations here, whose kernels are mostly the same."""
+    with shared_kernels() as kernels:
+        yield {**gpu_compiler_options(), **kernels}
+
+
+def compile_step(num_microbatches, options):
     step, args = make_step(num_microbatches)
-    return step.lower(*args).compile(compiler_options=gpu_compiler_options())
+    return step.lower(*args).compile(options)
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return compile_step(16)
+def compiled(options):
+    return compile_step(16, options)
 
 
 def instructions(text):
@@ -89,8 +96,9 @@ def test_no_buffer_is_copied_in_the_loops(compiled):
 
 
 @pytest.mark.slow
-def test_size_does_not_depend_on_microbatches(compiled):
-    short, long = (instructions(c.as_text()) for c in (compiled, compile_step(64)))
+def test_size_does_not_depend_on_microbatches(compiled, options):
+    longer = compile_step(64, options)
+    short, long = (instructions(each.as_text()) for each in (compiled, longer))
     assert abs(long - short) <= 0.05 * short
 
 
@@ -118,12 +126,10 @@ def test_steady_state_permutes_run_under_weight_gradients(compiled):
 
 
 @pytest.mark.slow
-def test_memory_is_what_the_program_says(compiled):
+def test_memory_is_what_the_program_says(compiled, options):
     """Temporary memory is the buffers and one pair's working set, compiled alone."""
     step, args = make_step(16)
-    task = step.lower_costliest_task(*args).compile(
-        compiler_options=gpu_compiler_options()
-    )
+    task = step.lower_costliest_task(*args).compile(options)
     report = memory_report(compiled, buffers=step.buffers(*args), task=task)
     # The loss runs when no pair does, and its memory is mostly logits.
     assert 0.9 < report.ratio <= 1.1

@@ -2,18 +2,52 @@
 
 import dataclasses
 from importlib import metadata
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
 from dualpipe_jax import gpu_mesh
-from dualpipe_jax.gpu import GPUS
+from dualpipe_jax.gpu import GPUS, gpu_compiler_options, shared_kernels
 
 
 def test_a_mesh_of_a_gpu_that_is_described():
     gpu = dataclasses.replace(GPUS["h100"], name="another GPU")
     mesh = gpu_mesh(gpu, {"pp": 2})
     assert {device.device_kind for device in mesh.devices} == {"another GPU"}
+
+
+@pytest.fixture
+def cache_folder():
+    """Sets jax's folder of compiled programs, and restores it."""
+    name = "jax_compilation_cache_dir"
+    before = jax.config.values[name]
+    yield lambda folder: jax.config.update(name, folder)
+    jax.config.update(name, before)
+
+
+def test_compilations_that_share_kernels_make_the_same_programs(cache_folder):
+    cache_folder(None)
+    mesh = gpu_mesh("h100", {"ep": 2})
+    halves = jax.NamedSharding(mesh, jax.P("ep"))
+    x = jax.ShapeDtypeStruct((4, 8), "float32", sharding=halves)
+    lowered = [jax.jit(lambda x: jnp.tanh(x.sum(axis=0))).lower(x) for _ in range(3)]
+    texts = [lowered[0].compile(gpu_compiler_options()).as_text()]
+    with shared_kernels() as kernels:
+        options = {**gpu_compiler_options(), **kernels}
+        texts += [each.compile(options).as_text() for each in lowered[1:]]
+        file = Path(kernels["xla_gpu_kernel_cache_file"])
+        assert file.stat().st_size
+    assert len(set(texts)) == 1
+    assert not file.exists()
+
+
+def test_no_options_change_the_keys_of_a_compilation_cache(cache_folder, tmp_path):
+    cache_folder(str(tmp_path))
+    with shared_kernels() as kernels:
+        assert kernels == {}
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ estimates of `overlap_report`, so nothing has to run first.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from jax.sharding import Mesh
 from dualpipe_jax.gpu.gpus import Gpu
 from dualpipe_jax.gpu.overlap.reading import overlap_report
 from dualpipe_jax.gpu.overlap.report import OverlapReport
-from dualpipe_jax.gpu.topology import gpu_compiler_options
+from dualpipe_jax.gpu.topology import gpu_compiler_options, shared_kernels
 
 _PROFILE = "xla_gpu_pgle_profile_file_or_directory_path"
 
@@ -60,15 +62,16 @@ def compile_overlapped(
       >>> "all-reduce" in compiled.as_text()
       True
     """
-    options = {**options_here(), **(compiler_options or {})}
-    first = _compile(lowered, options)
-    report = overlap_report(
-        first, gpu=gpu, gpus_per_node=gpus_per_node, efficiency=efficiency
-    )
-    if not report.collectives:
-        return first
-    profile = _written(scheduling_profile(report))
-    return _compile(lowered, {**options, _PROFILE: profile})
+    with _kernels() as kernels:
+        options = {**options_here(), **kernels, **(compiler_options or {})}
+        first = _compile(lowered, options)
+        report = overlap_report(
+            first, gpu=gpu, gpus_per_node=gpus_per_node, efficiency=efficiency
+        )
+        if not report.collectives:
+            return first
+        profile = _written(scheduling_profile(report))
+        return _compile(lowered, {**options, _PROFILE: profile})
 
 
 def _compile(lowered: Any, options: dict[str, Any]) -> Any:
@@ -108,9 +111,17 @@ def _written(profile: str) -> str:
     return str(Path(file.name).replace(path))
 
 
+def _has_gpus() -> bool:
+    return jax.default_backend() == "gpu"
+
+
 def options_here() -> dict[str, bool | int]:
     """Returns `gpu_compiler_options` for this process, with or without GPUs."""
-    return gpu_compiler_options(compile_only=jax.default_backend() != "gpu")
+    return gpu_compiler_options(compile_only=not _has_gpus())
+
+
+def _kernels() -> AbstractContextManager[dict[str, Any]]:
+    return contextlib.nullcontext({}) if _has_gpus() else shared_kernels()
 
 
 def scheduling_profile(report: OverlapReport) -> str:

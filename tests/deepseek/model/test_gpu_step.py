@@ -9,14 +9,19 @@ import dataclasses
 import pytest
 
 from dualpipe_jax import dualpipe, memory_report
-from dualpipe_jax.gpu.topology import gpu_compiler_options, gpu_mesh
+from dualpipe_jax.gpu import gpu_compiler_options, gpu_mesh, shared_kernels
 from dualpipe_jax.train import load_config, make_programs
 from tests.modules import computations, copies_of, in_loops
 
 # Each compiles a step for GPUs.
 pytestmark = [pytest.mark.slow, pytest.mark.as_users]
 
-OPTIONS = gpu_compiler_options()
+
+@pytest.fixture(scope="module")
+def options():
+    """Of the step and of one of its tasks, whose kernels are mostly the same."""
+    with shared_kernels() as kernels:
+        yield {**gpu_compiler_options(), **kernels}
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +44,17 @@ def programs():
 
 
 @pytest.fixture(scope="module")
-def compiled(programs):
+def compiled(programs, options):
     tokens = programs.abstract_tokens
     lowered = programs.train_step.lower(programs.abstract_state, tokens, tokens)
-    return lowered.compile(OPTIONS)
+    return lowered.compile(options)
 
 
-def test_memory_is_what_the_program_says(programs, compiled):
+def test_memory_is_what_the_program_says(programs, compiled, options):
     report = memory_report(
         compiled,
         buffers=programs.buffers(),
-        task=programs.lower_costliest_task().compile(OPTIONS),
+        task=programs.lower_costliest_task().compile(options),
         arguments={"state": programs.abstract_state},
         gpu="h100",
     )
