@@ -104,7 +104,7 @@ def shared_kernels() -> Iterator[dict[str, str | bool]]:
     the file is not locked. There are no options if jax's compilation cache is in use,
     whose keys would change with the name of the file.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
+    if jax.config.values["jax_compilation_cache_dir"]:  # "" is none, too
         yield {}
         return
     with tempfile.TemporaryDirectory() as folder:
