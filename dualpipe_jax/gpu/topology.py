@@ -95,7 +95,7 @@ def _installed_plugins() -> str:
 
 
 @contextlib.contextmanager
-def shared_kernels() -> Iterator[dict[str, str | bool]]:
+def shared_kernels() -> Iterator[dict[str, str]]:
     """Yields options with which compilations share the machine code of their kernels.
 
     If programs have kernels in common, or one program is compiled twice, the code of
@@ -108,11 +108,7 @@ def shared_kernels() -> Iterator[dict[str, str | bool]]:
         yield {}
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield {
-            "xla_gpu_kernel_cache_file": str(Path(folder, "kernels")),
-            # XLA's default, without which it ignores the file.
-            "xla_gpu_enable_llvm_module_compilation_parallelism": True,
-        }
+        yield {"xla_gpu_kernel_cache_file": str(Path(folder, "kernels"))}
 
 
 def gpu_compiler_options(*, compile_only: bool = True) -> dict[str, bool | int]:
