@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written by orbax while training goes on."""
+"""Checkpoints of a run, written by orbax while training continues."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Checkpoints:
             return
         self._say(
             f"the checkpoint of step {step} could not be written ({self.failure}); "
-            "training goes on, and earlier checkpoints stay"
+            "training continues, and earlier checkpoints stay"
         )
         # A new manager: after a failed save, the old one forgets checkpoints that it
         # meant to delete, and keeps threads and their errors.

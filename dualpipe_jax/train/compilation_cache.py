@@ -1,7 +1,8 @@
 """The persistent cache of compiled programs that `train` and `serve` use by default.
 
-jax finds and writes its entries. Here are the folder and its size, and what to do when
-an entry cannot be read or written: a line on the console, and the run goes on.
+jax finds and writes the entries. This module chooses the folder, limits its size, and
+sees to it that an entry which cannot be read or written costs a line on the console,
+never the run.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ _FAILURE = re.compile(
 def compilation_cache(
     say: Callable[[str], Any], *, enabled: bool = True
 ) -> Iterator[None]:
-    """Keeps what compiles in the block for later processes, and uses what they kept.
+    """Keeps programs that compile in the block, and uses those that were kept.
 
-    A cache that jax was told to use, as by JAX_COMPILATION_CACHE_DIR, is left as it is.
-    Without one, all programs are kept in `default_folder()`, unless the run has several
-    processes: they need a folder that all of them see, which only the user knows.
+    A cache that is configured already, as by JAX_COMPILATION_CACHE_DIR, is used as it
+    is. Otherwise all programs are kept in `default_folder()`. A run of several
+    processes has no default: it needs a folder that all of them see.
 
     Args:
-      say: is given a line when entries cannot be read or written.
-      enabled: False: compile everything, and keep nothing.
+      say: called with a line of text when entries cannot be read or written.
+      enabled: False compiles everything, and keeps nothing.
     """
     settings: dict[str, Any] = {}
     folder = None
@@ -74,11 +75,10 @@ def default_folder() -> Path:
 
 
 def prune(folder: Path, max_bytes: int) -> None:
-    """Deletes the entries that were used the longest ago, until the others fit.
+    """Deletes the entries that were used longest ago, until the others fit.
 
-    jax could do so (`jax_compilation_cache_max_size`), but needs the package filelock
-    for it, and writes nothing any more after a process was killed between the two
-    files of an entry.
+    jax's own limit (`jax_compilation_cache_max_size`) needs the package filelock, and
+    after a kill between the two files of an entry it can write no other (jax 0.10.2).
     """
     entries = []
     for path in folder.glob("*-cache"):
@@ -104,7 +104,7 @@ def _prepare_default_folder(say: Callable[[str], Any]) -> Path | None:
     """Makes the folder and checks that it can be written to; None if it cannot."""
     try:
         folder = default_folder()
-        # Whoever can write there can run code here: jax loads what it finds.
+        # For this user only: jax runs the code that it finds there.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -139,13 +139,13 @@ def _configured(settings: dict[str, Any]) -> Iterator[None]:
 def _failures_as_lines(
     say: Callable[[str], Any], folder: Path | None
 ) -> Iterator[None]:
-    """Says once what jax warns of for each program, and removes what is damaged.
+    """Turns jax's warnings into one line per kind, and removes damaged entries.
 
     Args:
       say: see `compilation_cache`.
-      folder: whose entries may be deleted, or None.
+      folder: where entries may be deleted, or None.
     """
-    said: set[str] = set()
+    reported: set[str] = set()
     with warnings.catch_warnings():
         warnings.filterwarnings("always", "Error (reading|writing) persistent comp")
         show = warnings.showwarning
@@ -157,8 +157,8 @@ def _failures_as_lines(
                 return
             if folder is not None:
                 _remove_entries(folder, failure["program"])
-            if failure["what"] not in said:
-                said.add(failure["what"])
+            if failure["what"] not in reported:
+                reported.add(failure["what"])
                 say(_line(failure))
 
         warnings.showwarning = show_or_say
@@ -173,9 +173,9 @@ def _line(failure: re.Match[str]) -> str:
 
 
 def _remove_entries(folder: Path, program: str) -> None:
-    """Removes all entries of a program's name; jax does not tell which of them failed.
+    """Removes all entries of a program's name; jax's warnings name no single one.
 
-    It would neither load nor replace one that was cut off, by a kill or a full disk.
+    jax would neither load nor replace an entry that a kill or a full disk cut off.
     """
     with contextlib.suppress(OSError):
         for path in folder.glob(f"{glob.escape(program)}-*-cache"):

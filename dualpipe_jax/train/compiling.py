@@ -31,7 +31,7 @@ class Job(NamedTuple):
 def compile_together(
     jobs: Sequence[Job], progress: CompileProgress | None = None
 ) -> list[Any]:
-    """Lowers programs one after another, and compiles each in a thread of its own.
+    """Lowers programs one after another, and compiles each in another thread.
 
     XLA's passes use one thread per program, and leave Python's lock to the tracing of
     the next one.

@@ -63,7 +63,7 @@ class Programs:
         if self.vocab_size is not None and tokens.max() >= self.vocab_size:
             raise ValueError(
                 f"the data holds token {tokens.max()}, but the model's vocab_size is "
-                f"{self.vocab_size}; give it data of its own vocabulary."
+                f"{self.vocab_size}; use data of its vocabulary."
             )
 
     def compile(self, progress: CompileProgress | None = None) -> Programs:

@@ -18,12 +18,12 @@ FILE, FACTS = "report.html", "run.json"
 
 
 class Pace:
-    """Says when to do something again that should cost little.
+    """When to repeat something that should take a small share of the time.
 
     Args:
-      every_s: seconds from one time to the next, at least.
-      share: of all time that it may take, at most.
-      clock: seconds.
+      every_s: the least number of seconds between two repetitions.
+      share: the largest share of the time that they may take.
+      clock: returns seconds.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Pace:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time."""
+        """Whether it is time for the next one."""
         return self._clock() >= self._due
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
-        """Around what it is about."""
+        """Measures the block, which is one repetition."""
         started = self._clock()
         try:
             yield

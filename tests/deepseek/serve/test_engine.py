@@ -178,7 +178,7 @@ def test_what_is_refused_leaves_the_others_alone(config, make_engine):
         engine.generate([prompt, []], max_tokens=2)
     with pytest.raises(ValueError, match="request=999 is unknown"):
         engine.cancel(999)
-    with pytest.raises(ValueError, match="is another model's"):
+    with pytest.raises(ValueError, match="pass a placement of this model"):
         engine.place(np.zeros((5, 24), np.int32))
     with pytest.raises(ValueError, match="expert"):
         engine.place(np.zeros((2, 24), np.int32))
