@@ -315,6 +315,14 @@ def test_a_number_of_profiled_steps_that_is_none(tmp_path):
         run(tmp_path / "run", profile_steps=-1)
 
 
+# Of orbax's threads and tasks, only one gets to raise; the others' errors are left.
+leaves_errors = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+)
+
+
+@leaves_errors
 def test_a_disk_that_is_full_ends_no_run(finished, tmp_path, fill_the_disk):
     fill_the_disk(0, first=3, last=5)  # what step 3 saves, and two steps record
     result, printed = run(tmp_path)
@@ -325,11 +333,7 @@ def test_a_disk_that_is_full_ends_no_run(finished, tmp_path, fill_the_disk):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
 
 
-# Of orbax's threads and tasks, only one gets to raise; the others' errors are left.
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
-)
+@leaves_errors
 def test_a_last_checkpoint_that_fails_is_told(tmp_path, fill_the_disk, after_step):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill_the_disk(5_000, first=8)
