@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 from jax import lax
 
+from dualpipe_jax import compat
 from dualpipe_jax.gpu.topology import gpu_mesh
 from eplb_jax.layer import cross_compiling, load_tokamax, on_cuda
 from eplb_jax.layer.grouped_products import grouped_matmul, num_block_rows
@@ -140,8 +141,9 @@ class Interpreter:
                 carry = self.run(p["body_jaxpr"], [*constants, *carry])
             return carry
         if eqn.primitive.name == "scan":
-            constants, carry = args[: p["num_consts"]], args[p["num_consts"] :]
-            assert len(carry) == p["num_carry"]  # a loop with a counter
+            num_consts, num_carry = compat.scan_sizes(eqn)
+            constants, carry = args[:num_consts], args[num_consts:]
+            assert len(carry) == num_carry  # a loop with a counter
             for _ in range(p["length"]):
                 carry = self.run(p["jaxpr"], [*constants, *carry])
             return carry
