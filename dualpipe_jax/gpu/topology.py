@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,10 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from dualpipe_jax.gpu.gpus import Gpu, find_gpu
+
+# jax's warning of a program for compile-only devices. Other entries that cannot be read
+# are damaged, which somebody has to hear of (`train/compilation_cache.py`).
+_CANNOT_LOAD = r"Error reading persistent compilation cache entry(.|\n)*with a Client"
 
 
 def gpu_mesh(
@@ -102,10 +107,13 @@ def shared_kernels() -> Iterator[dict[str, str]]:
     each kernel is generated once; the programs are the same as without the options. XLA
     keeps the code in a file that is removed at the end. Compile one program at a time:
     the file is not locked. There are no options if jax's compilation cache is in use,
-    whose keys would change with the name of the file.
+    whose keys would change with the name of the file; and no warnings of programs in
+    that cache, which holds those for compile-only devices but cannot load them.
     """
     if jax.config.values["jax_compilation_cache_dir"]:  # "" is none, too
-        yield {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _CANNOT_LOAD)
+            yield {}
         return
     with tempfile.TemporaryDirectory() as folder:
         yield {"xla_gpu_kernel_cache_file": str(Path(folder, "kernels"))}

@@ -1,6 +1,7 @@
 """Meshes of compile-only GPUs: what they are made of, and what is refused."""
 
 import dataclasses
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_no_options_change_the_keys_of_a_compilation_cache(cache_folder, tmp_pat
     cache_folder(str(tmp_path))
     with shared_kernels() as kernels:
         assert kernels == {}
+
+
+def test_a_damaged_entry_of_the_cache_is_not_silenced(cache_folder, tmp_path):
+    cache_folder(str(tmp_path))
+    words = "Error reading persistent compilation cache entry for 'jit_f': "
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with shared_kernels() as options:
+            assert options == {}
+            warnings.warn(
+                f"{words}INVALID_ARGUMENT: PjRtCompiler must be constructed\n"
+                "with a Client to call DeserializeLoadedExecutable.",
+                stacklevel=1,
+            )
+            with pytest.raises(UserWarning, match="damaged"):
+                warnings.warn(f"{words}the entry is damaged", stacklevel=1)
 
 
 @pytest.mark.parametrize(

@@ -64,23 +64,14 @@ def compile_overlapped(
     """
     with _kernels() as kernels:
         options = {**options_here(), **kernels, **(compiler_options or {})}
-        first = _compile(lowered, options)
+        first = lowered.compile(options)
         report = overlap_report(
             first, gpu=gpu, gpus_per_node=gpus_per_node, efficiency=efficiency
         )
         if not report.collectives:
             return first
         profile = _written(scheduling_profile(report))
-        return _compile(lowered, {**options, _PROFILE: profile})
-
-
-def _compile(lowered: Any, options: dict[str, Any]) -> Any:
-    """Compiles; the cache may hold what it cannot load for compile-only GPUs."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Error reading persistent compilation cache entry"
-        )
-        return lowered.compile(options)
+        return lowered.compile({**options, _PROFILE: profile})
 
 
 def compile_for(lowered: Any, mesh: Mesh) -> Any:
