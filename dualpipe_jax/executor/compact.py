@@ -84,7 +84,7 @@ class CompactRunner(Runner):
         choice, permutes = self.permutes_in(np.arange(self.program.num_ticks))
 
         def tick(number, state):
-            row, tasks = self.row(number), self._tasks_in(number)
+            row, tasks = self.row(number), read(self.tasks, number)
             state = self.embed(row, state)
             # Before F writes: in a pair, F's output may take the slot of B's input.
             dy = read(state.messages, row.b_in) if self.backward_variants else None
@@ -100,16 +100,11 @@ class CompactRunner(Runner):
 
     def run_costliest(self, state: State) -> State:
         """Runs the backward of each distinct stage function, one after the other."""
-        row, tasks = self.row(jnp.int32(0)), self._tasks_in(jnp.int32(0))
+        row, tasks = self.row(jnp.int32(0)), read(self.tasks, jnp.int32(0))
         for variant in self.backward_variants:
             dy = read(state.messages, row.b_in)
             state = self._backward(variant, tasks, row, dy, state)
         return state
-
-    def _tasks_in(self, tick: jax.Array) -> Tasks:
-        return Tasks(
-            *(lax.dynamic_index_in_dim(f, tick, keepdims=False) for f in self.tasks)
-        )
 
     def _forward(self, variant: int, tasks: Tasks, row: Row, state: State) -> State:
         stage = self.work.stages[variant]

@@ -50,7 +50,7 @@ def when(predicate: jax.Array, body: Callable[[PyTree], PyTree], carry: PyTree):
 
 
 def read(tree: PyTree, slot: jax.Array) -> PyTree:
-    """Returns one slot of every buffer."""
+    """Returns entry `slot` of the leading axis of every leaf."""
     return jax.tree.map(
         lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), tree
     )

@@ -121,9 +121,7 @@ class Runner:
 
     def row(self, tick: jax.Array) -> Row:
         """Returns this rank's entries of a tick."""
-        return Row(
-            *(lax.dynamic_index_in_dim(f, tick, keepdims=False) for f in self.table)
-        )
+        return read(self.table, tick)
 
     def permutes_in(self, ticks: np.ndarray) -> tuple[np.ndarray, Callable]:
         """Returns the permutes of some ticks, for a body that runs all of these ticks.

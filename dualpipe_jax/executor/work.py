@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from dualpipe_jax.backward import SplitBackward
 from dualpipe_jax.executor import checks as _checks
+from dualpipe_jax.executor.in_place import read
 from dualpipe_jax.executor.params import PipelineParams, microbatch_key
 from dualpipe_jax.lowering import Program
 
@@ -72,7 +72,7 @@ class Functions:
         return None if self.key is None else microbatch_key(self.key, stage, microbatch)
 
     def embed(self, params: PyTree, inputs: PyTree, microbatch: jax.Array) -> PyTree:
-        x = _microbatch(inputs, microbatch)
+        x = read(inputs, microbatch)
         if self.embed_fn is None:
             return x
         key = self.key_of(self.program.schedule.num_stages, microbatch)
@@ -151,7 +151,7 @@ def training_work(
             functions.loss_fn,  # pyright: ignore[reportArgumentType]
             (params.embed, params.head) if functions.tied else params.head,
             x,
-            jax.eval_shape(_microbatch, targets, index),
+            jax.eval_shape(read, targets, index),
         )
     )
 
@@ -189,7 +189,7 @@ def training_work(
         return (y, aux, kept), (grads, cotangents[0])
 
     def finish(y, microbatch):
-        loss, *rest = functions.loss(params, y, _microbatch(targets, microbatch))
+        loss, *rest = functions.loss(params, y, read(targets, microbatch))
         return loss.astype(jnp.float32), *rest
 
     def embed_backward(dx, microbatch):
@@ -258,9 +258,3 @@ def _trace_stages(functions: Functions, params: PipelineParams, chunk: PyTree, i
 
 def _with_key(fn: Callable[..., PyTree], key: jax.Array | None, *args) -> PyTree:
     return fn(*args) if key is None else fn(*args, key=key)
-
-
-def _microbatch(tree: PyTree, microbatch: jax.Array) -> PyTree:
-    return jax.tree.map(
-        lambda leaf: lax.dynamic_index_in_dim(leaf, microbatch, keepdims=False), tree
-    )
