@@ -4,10 +4,8 @@ import base64
 import io
 import json
 import re
-import resource
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib.image
@@ -18,55 +16,10 @@ import configs.tiny
 from dualpipe_jax import dualpipe
 from dualpipe_jax.commands import main as cli
 from dualpipe_jax.pictures import show
-from dualpipe_jax.train.report import LiveReport, Pace, report_html, write_report
+from dualpipe_jax.train.report import report_html
 from dualpipe_jax.train.report_sections import layer_names
 from eplb_jax import style
-
-PUBLISHED = Path(__file__).parents[1] / "data" / "deepseek_v3_train_trace.json.gz"
-RELOAD = '<meta http-equiv="refresh"'
-CONFIG = {
-    "name": "tiny",
-    "model": {"architecture": {"num_hidden_layers": 5, "first_k_dense_replace": 2}},
-    "mesh": {"pp": 4, "ep": 2},
-    "schedule": "dualpipe",
-    "num_steps": 40,
-    "num_microbatches": 8,
-    "microbatch_size": 4,
-    "sequence_length": 128,
-}
-
-
-def make_records(num_steps=40, layers=True):
-    rng = np.random.default_rng(0)
-    records = []
-    for step in range(1, num_steps + 1):
-        by_layer = (0.5 + 0.5 * rng.random(4)).round(4).tolist()
-        record = {
-            "step": step,
-            "loss": 2 + 4 / step,
-            "tokens_per_s": 1000.0 + step,
-            "balancedness": sum(by_layer) / 4,
-            "balancedness_unplaced": 0.25,
-            "pipeline_bubble_ratio": 1 / 13,
-        }
-        if layers:
-            record["balancedness_layers"] = by_layer
-        if step % 20 == 0:
-            record["held_out_loss"] = 2.5 + 1 / step
-        records.append(record)
-    return records
-
-
-def make_run(folder, records=None, *, config=CONFIG, state="done"):
-    folder.mkdir(exist_ok=True)
-    records = make_records() if records is None else records
-    (folder / "config.json").write_text(json.dumps(config))
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(lines)
-    if state:
-        facts = {"state": state, "compile_s": 61.25, "devices": "8 x cpu"}
-        (folder / "run.json").write_text(json.dumps(facts))
-    return folder
+from tests.train.runs import CONFIG, PUBLISHED, RELOAD, make_records, make_run
 
 
 class Page(HTMLParser):
@@ -411,65 +364,8 @@ def test_the_command_writes_the_page(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("cost", "wait"), [(0.05, 10), (2.0, 200)])
-def test_a_live_page_costs_less_than_a_hundredth(cost, wait):
-    now, written = 100.0, []
-    pace = Pace(clock=lambda: now)
-    while now < 100 + 10 * wait:
-        if pace.is_due:
-            with pace.measured():
-                written.append(now)
-                now += cost
-        now += 0.5  # a step
-    gaps = np.diff(written)
-    assert len(gaps) >= 8 and (gaps >= wait).all() and (gaps < wait + 4).all()
-
-
-def test_what_takes_long_to_read_is_read_at_the_end(tmp_path):
-    folder = make_run(tmp_path / "a")
-    (folder / "profile").mkdir()
-    shutil.copy(PUBLISHED, folder / "profile" / "host.trace.json.gz")
-    live = LiveReport(folder, {})
-    live.update()
-    page = (folder / "report.html").read_text()
-    assert "when the run has ended" in page and "Measured: " not in page
-    live.finish("done")
-    assert "Measured: 96.3% of" in (folder / "report.html").read_text()
-    assert live.failure is None
-
-
-def test_what_cannot_be_written_ends_no_run(tmp_path):
-    folder = make_run(tmp_path / "a")
-    live = LiveReport(folder, {})
-    live.update()
-    assert live.failure is None and RELOAD in (folder / "report.html").read_text()
-    before = (folder / "report.html").read_text()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as on a full disk
-    try:
-        live.finish("done")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert live.failure.startswith("OSError: ")
-    assert (folder / "report.html").read_text() == before
-    assert not list(folder.glob("*.new"))
-    (folder / "metrics.jsonl").write_text("{}\n")
-    live.finish("done")
-    assert "without a step" in live.failure
-
-
 def test_layers_have_the_names_that_the_config_gives_them():
     config = json.loads(configs.tiny.config().to_json())
     assert layer_names(config, 5) == [f"layer {i}" for i in range(1, 6)]
     assert layer_names(config, 6)[-1] == "MTP"
     assert layer_names({}, 2) == ["0", "1"]
-
-
-def test_an_error_in_the_steps_is_what_the_page_says(tmp_path):
-    folder = make_run(tmp_path / "a")
-    with pytest.raises(FloatingPointError), LiveReport(folder, {"devices": "8 x cpu"}):
-        raise FloatingPointError("loss=nan at step=41")
-    html = (folder / "report.html").read_text()
-    assert "ended by FloatingPointError: loss=nan at step=41" in html
-    assert RELOAD not in html
-    assert write_report(folder).read_text().count("8 x cpu") == 1
