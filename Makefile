@@ -13,13 +13,8 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
-# Tests compile quickly, but those marked as_users (conftest.py): the executor's, the
-# server's, and what is compiled for GPUs; the runs of tests/commands/test_train.py are
-# processes of their own and compile as users do, too. The quick tier does not compile
-# at all what it has compiled before.
-QUICK := JAX_COMPILATION_CACHE_DIR=.pytest_cache/xla \
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+# Tests compile quickly, but those marked as_users, and keep what they compiled
+# (conftest.py). The runs of tests/commands/test_train.py compile as users do, too.
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-fast lint format docs notebooks bench clean
@@ -42,7 +37,7 @@ test: lint
 	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(QUICK) $(PYTEST) -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,7 +1,9 @@
 """The test session's JAX: 8 virtual CPU devices, strict promotion, strict ranks.
 
 Programs of tests run for milliseconds, so most of the time would go into optimizing
-their machine code: that is left out, but in tests marked `as_users`.
+their machine code: that is left out, but in tests marked `as_users`. What compiles is
+kept among the user's caches, for all checkouts and for the processes that tests start;
+JAX_COMPILATION_CACHE_DIR names another folder, or none if it is empty.
 
 It stands at the repository's root, and not in tests/, so that the doctests of
 the packages run under it too. Nothing here is a fixture: XLA reads its flags
@@ -19,13 +21,19 @@ _flag = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
 if _flag not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Commands that tests run keep nothing in the developer's own cache: jax takes an empty
-# name for no cache, also in processes that tests start.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from dualpipe_jax.train.compilation_cache import prepare_folder  # noqa: E402
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _folder = prepare_folder("tests", say=print)
+    # jax takes an empty name for none; the variable is for processes of tests.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_folder or "")
+    jax.config.update("jax_compilation_cache_dir", str(_folder or ""))
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -12,7 +12,6 @@ import contextlib
 import math
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from dualpipe_jax.gpu.gpus import Gpu, find_gpu
-
-# jax's warning of a program for compile-only devices. Other entries that cannot be read
-# are damaged, which somebody has to hear of (`train/compilation_cache.py`).
-_CANNOT_LOAD = r"Error reading persistent compilation cache entry(.|\n)*with a Client"
 
 
 def gpu_mesh(
@@ -106,17 +102,27 @@ def shared_kernels() -> Iterator[dict[str, str]]:
     If programs have kernels in common, or one program is compiled twice, the code of
     each kernel is generated once; the programs are the same as without the options. XLA
     keeps the code in a file that is removed at the end. Compile one program at a time:
-    the file is not locked. There are no options if jax's compilation cache is in use,
-    whose keys would change with the name of the file; and no warnings of programs in
-    that cache, which holds those for compile-only devices but cannot load them.
+    the file is not locked. jax's compilation cache is not used in the block: it would
+    keep programs for compile-only devices, but could not load them.
     """
-    if jax.config.values["jax_compilation_cache_dir"]:  # "" is none, too
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", _CANNOT_LOAD)
-            yield {}
-        return
-    with tempfile.TemporaryDirectory() as folder:
+    with _no_compilation_cache(), tempfile.TemporaryDirectory() as folder:
         yield {"xla_gpu_kernel_cache_file": str(Path(folder, "kernels"))}
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    name = "jax_enable_compilation_cache"
+    enabled = jax.config.values[name]
+
+    def enable(value: bool) -> None:
+        jax.config.update(name, value)
+        compilation_cache.reset_cache()  # or it stays with what it found first
+
+    enable(False)
+    try:
+        yield
+    finally:
+        enable(enabled)
 
 
 def gpu_compiler_options(*, compile_only: bool = True) -> dict[str, bool | int]:

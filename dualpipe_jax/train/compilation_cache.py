@@ -51,7 +51,7 @@ def compilation_cache(
     if not enabled:
         settings["jax_enable_compilation_cache"] = False
     elif _is_unconfigured() and distributed.num_processes() == 1:
-        folder = _prepare_default_folder(say)
+        folder = prepare_folder("", say)
         if folder is not None:
             settings["jax_compilation_cache_dir"] = str(folder)
             # Small programs too: a run has dozens of them.
@@ -100,10 +100,18 @@ def _is_unconfigured() -> bool:
     )
 
 
-def _prepare_default_folder(say: Callable[[str], Any]) -> Path | None:
-    """Makes the folder and checks that it can be written to; None if it cannot."""
+def prepare_folder(name: str, say: Callable[[str], Any]) -> Path | None:
+    """Makes a folder for compiled programs, with room for more.
+
+    Args:
+      name: of a folder within `default_folder()`; "" is that folder.
+      say: called with a line of text if the folder cannot be written to.
+
+    Returns:
+      The folder, or None if it cannot be written to.
+    """
     try:
-        folder = default_folder()
+        folder = default_folder() / name
         # For this user only: jax runs the code that it finds there.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

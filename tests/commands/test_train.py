@@ -24,17 +24,6 @@ TINY = "tests/train/tiny.py"
 CHEAP = "tests/train/cheap.py"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory):
-    """The processes find what one of them has compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-            folder = tmp_path_factory.mktemp("compiled")
-            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-            patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 def start(*args, module="dualpipe_jax", **env):
     """Starts `python -m dualpipe_jax train` as a user does: with no XLA flag set."""
     kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}

@@ -61,18 +61,9 @@ def test_every_fence_is_closed(document):
     assert len(fences) == 2 * len(blocks_of(document))
 
 
-@pytest.fixture
-def env(pytestconfig):
-    """Caches compiled programs, which take most of the time, between runs."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("xla-of-documents")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
-
-
 @pytest.mark.parametrize("document", list(others()))
-def test_documents_run(document, tmp_path, env):
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+def test_documents_run(document, tmp_path):
+    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     if not any(" train configs/tiny.py" in x.text for x in all_commands(document)):
         Runner(tmp_path, env=env).run(document)
         return
@@ -88,9 +79,9 @@ def test_documents_run(document, tmp_path, env):
 
 
 @pytest.mark.slow
-def test_documents_of_a_training_run(tmp_path, env):
+def test_documents_of_a_training_run(tmp_path):
     special = {"make train": training.make_train, " serve ": training.serve}
-    runner = Runner(tmp_path, env=env, special=special)
+    runner = Runner(tmp_path, special=special)
     for document in OF_A_RUN:  # the README first: it trains
         runner.run(document)
     assert (tmp_path / "runs/tiny/metrics.jsonl").exists()

@@ -1,7 +1,6 @@
 """Meshes of compile-only GPUs: what they are made of, and what is refused."""
 
 import dataclasses
-import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from dualpipe_jax import gpu_mesh
 from dualpipe_jax.gpu import GPUS, gpu_compiler_options, shared_kernels
@@ -21,50 +21,41 @@ def test_a_mesh_of_a_gpu_that_is_described():
 
 
 @pytest.fixture
-def cache_folder():
-    """Sets jax's folder of compiled programs, and restores it."""
-    name = "jax_compilation_cache_dir"
-    before = jax.config.values[name]
-    yield lambda folder: jax.config.update(name, folder)
-    jax.config.update(name, before)
+def cache_folder(tmp_path):
+    """The folder of a compilation cache of this test's own, which keeps everything."""
+    ours = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in ours}
+
+    def configure(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    configure(ours)
+    yield tmp_path
+    configure(before)
 
 
 def test_compilations_that_share_kernels_make_the_same_programs(cache_folder):
-    cache_folder(None)
     mesh = gpu_mesh("h100", {"ep": 2})
     halves = jax.NamedSharding(mesh, jax.P("ep"))
     x = jax.ShapeDtypeStruct((4, 8), "float32", sharding=halves)
     lowered = [jax.jit(lambda x: jnp.tanh(x.sum(axis=0))).lower(x) for _ in range(3)]
-    texts = [lowered[0].compile(gpu_compiler_options()).as_text()]
     with shared_kernels() as kernels:
         options = {**gpu_compiler_options(), **kernels}
-        texts += [each.compile(options).as_text() for each in lowered[1:]]
+        texts = [each.compile(options).as_text() for each in lowered[1:]]
         file = Path(kernels["xla_gpu_kernel_cache_file"])
         assert file.stat().st_size
-    assert len(set(texts)) == 1
     assert not file.exists()
-
-
-def test_no_options_change_the_keys_of_a_compilation_cache(cache_folder, tmp_path):
-    cache_folder(str(tmp_path))
-    with shared_kernels() as kernels:
-        assert kernels == {}
-
-
-def test_a_damaged_entry_of_the_cache_is_not_silenced(cache_folder, tmp_path):
-    cache_folder(str(tmp_path))
-    words = "Error reading persistent compilation cache entry for 'jit_f': "
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with shared_kernels() as options:
-            assert options == {}
-            warnings.warn(
-                f"{words}INVALID_ARGUMENT: PjRtCompiler must be constructed\n"
-                "with a Client to call DeserializeLoadedExecutable.",
-                stacklevel=1,
-            )
-            with pytest.raises(UserWarning, match="damaged"):
-                warnings.warn(f"{words}the entry is damaged", stacklevel=1)
+    # The cache could not load them; afterwards it is used again.
+    assert not list(cache_folder.iterdir())
+    texts.append(lowered[0].compile(gpu_compiler_options()).as_text())
+    assert len(set(texts)) == 1
+    assert list(cache_folder.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -29,17 +29,6 @@ def free_port():
         return server.getsockname()[1]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory):
-    """The processes find what one of them has compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-            folder = tmp_path_factory.mktemp("compiled")
-            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-            patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 def start(*args, module="dualpipe_jax", num_processes=2, **env):
     """Starts the processes of one run, each with four of its eight devices."""
     coordinator = f"127.0.0.1:{free_port()}"
