@@ -67,6 +67,11 @@ def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
     return jex_core.jaxpr_as_fun(close(jaxpr))(*args)
 
 
+def evaluate_closed(jaxpr: Any, *args: Any) -> list[Any]:
+    """Evaluates a closed jaxpr, with its constants."""
+    return jex_core.jaxpr_as_fun(jaxpr)(*args)
+
+
 def call_body(eqn: Any) -> Any | None:
     """Returns the (closed or open) body of a jit, remat or plain call, else None."""
     name = _CALL_BODIES.get(eqn.primitive.name)
@@ -154,6 +159,25 @@ def is_ref(aval: Any) -> bool:
 def is_ordered(effect: Any) -> bool:
     """Returns whether effects of this kind must keep their order."""
     return type(effect).__name__.startswith("Ordered")
+
+
+def axes_used(eqn: Any) -> frozenset[Any]:
+    """Returns the mesh axes over which an equation communicates or asks its position.
+
+    JAX notes most of them as effects, those inside the equation's bodies included; of a
+    permute they are only a parameter.
+    """
+    found = [
+        effect.name
+        for effect in eqn.effects
+        if type(effect).__name__ == "NamedAxisEffect"
+    ]
+    found.append(eqn.params.get("axis_name", ()))
+    return frozenset(
+        name
+        for each in found
+        for name in (each if isinstance(each, tuple) else (each,))
+    )
 
 
 def manual_axes(eqn: Any) -> frozenset[Any]:

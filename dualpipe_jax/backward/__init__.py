@@ -11,6 +11,7 @@ Imports: nothing.
 
 from dualpipe_jax.backward.flop_count import flops
 from dualpipe_jax.backward.interleaved import run_interleaved
+from dualpipe_jax.backward.jaxprs import jaxprs_in as jaxprs_in
 from dualpipe_jax.backward.split_backward import SplitBackward, split_vjp
 
 __all__ = [

@@ -8,12 +8,13 @@ Nothing but matrix products counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from dualpipe_jax import compat
+from dualpipe_jax.backward.jaxprs import jaxprs_in
 
 
 def flops(
@@ -88,7 +89,7 @@ def equation_flops(eqn: Any, *, while_trips: int = 1) -> int:
         case "pallas_call":
             return math.prod(params["grid_mapping"].grid) * inner(params["jaxpr"])
         case _:
-            return sum(map(inner, _jaxprs_in(params)))
+            return sum(map(inner, jaxprs_in(params)))
 
 
 def _product_flops(eqn: Any, contracted: Sequence[int], batch: Sequence[int]) -> int:
@@ -114,11 +115,3 @@ def _convolution_flops(eqn: Any) -> int:
     spec = eqn.params["dimension_numbers"].rhs_spec
     taps = math.prod(kernel[i] for i in spec[1:])  # input channels of a group, window
     return 2 * math.prod(eqn.outvars[0].aval.shape) * taps
-
-
-def _jaxprs_in(params: dict[str, Any]) -> Iterator[Any]:
-    """The bodies of calls: jit, remat, custom derivatives."""
-    for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(item, "eqns") or hasattr(item, "jaxpr"):
-                yield item

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +105,14 @@ def bodies(eqn: Any) -> tuple[Any, ...]:
     """Returns the bodies of a scan, a cond or a shard_map as open jaxprs."""
     closed = eqn.params.get("branches") or (eqn.params["jaxpr"],)
     return tuple(compat.open_jaxpr(body)[0] for body in closed)
+
+
+def jaxprs_in(params: dict[str, Any]) -> Iterator[Any]:
+    """Yields the bodies of any equation, from its parameters; closed or open."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, "eqns") or hasattr(item, "jaxpr"):
+                yield item
 
 
 def needed_operands(

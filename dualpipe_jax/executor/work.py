@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dualpipe_jax import compat
 from dualpipe_jax.backward import SplitBackward
 from dualpipe_jax.executor import checks as _checks
+from dualpipe_jax.executor.collectives import check_axis_is_free
 from dualpipe_jax.executor.in_place import read
 from dualpipe_jax.executor.params import PipelineParams, microbatch_key
 from dualpipe_jax.lowering import Program
@@ -54,10 +56,10 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """The user's functions, the step's key, and the platform that it runs on.
+    """The user's functions, the step's key, and where the step runs.
 
-    `stage_fns` holds each distinct function once. `key` is None without randomness,
-    `platform` where it is unknown.
+    `stage_fns` holds each distinct function once. `axis_name` is the pipeline's axis.
+    `key` is None without randomness, `platform` where it is unknown.
     """
 
     stage_fns: tuple[Callable[..., PyTree], ...]
@@ -65,8 +67,36 @@ class Functions:
     loss_fn: Callable[..., Any] | None
     tied: bool
     program: Program
+    axis_name: str
     key: jax.Array | None
     platform: str | None = None
+
+    def trace(
+        self, name: str, function: Callable[..., PyTree], *args: PyTree
+    ) -> tuple[Callable[..., PyTree], PyTree]:
+        """Traces a function that calls one of the user's, once for all ticks.
+
+        Args:
+          name: of the user's function, for error messages.
+          function: the function; may close over values of the current trace.
+          *args: arrays, or their shapes.
+
+        Returns:
+          The function as traced, for arguments of the same structure; and the shapes of
+          its results.
+
+        Raises:
+          ValueError: if it communicates over the pipeline's axis.
+        """
+        jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        check_axis_is_free(jaxpr, self.axis_name, name)
+        tree = jax.tree.structure(shapes)
+
+        def run(*args: PyTree) -> PyTree:
+            results = compat.evaluate_closed(jaxpr, *jax.tree.leaves(args))
+            return jax.tree.unflatten(tree, results)
+
+        return run, shapes
 
     def key_of(self, stage: Any, microbatch: jax.Array) -> jax.Array | None:
         return None if self.key is None else microbatch_key(self.key, stage, microbatch)
@@ -85,7 +115,7 @@ class Functions:
 
         def scalar(outer, y):
             embed, head = outer
-            out = loss_fn((embed, head) if tied else head, y, targets)
+            out = _with_key(loss_fn, None, (embed, head) if tied else head, y, targets)
             return out if isinstance(out, tuple) else (out, None)
 
         outer = (params.embed if tied else None, params.head)
@@ -114,7 +144,7 @@ def forward_work(
 ) -> tuple[Work, BufferShapes]:
     """Returns the work of a forward-only program; outputs are the last stage's."""
     del targets
-    x, stages, _ = _trace_stages(functions, params, chunk, inputs)
+    embed, x, stages, _ = _trace_stages(functions, params, chunk, inputs)
 
     def work_of(stage) -> StageWork:
         def forward(p, x, number, microbatch):
@@ -125,7 +155,7 @@ def forward_work(
 
     work = Work(
         stages=tuple(map(work_of, stages)),
-        embed=functools.partial(functions.embed, params.embed, inputs),
+        embed=embed,
         finish=lambda y, microbatch: (y, None, None, None, None),
     )
     return work, BufferShapes(x, (), (), x, None, None)
@@ -135,7 +165,7 @@ def training_work(
     functions: Functions, params: PipelineParams, chunk: PyTree, inputs, targets
 ) -> tuple[Work, BufferShapes]:
     """Returns the work of a training program: whole and split backwards, and loss."""
-    x, stages, stage_aux = _trace_stages(functions, params, chunk, inputs)
+    embed, x, stages, stage_aux = _trace_stages(functions, params, chunk, inputs)
     index = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(functions.key_of, index, index)
     plans = [
@@ -144,16 +174,20 @@ def training_work(
         )
         for stage in stages
     ]
+    for plan in plans:  # custom derivatives, too, leave the pipeline's axis alone
+        for jaxpr in (plan.programs.f, plan.programs.b):
+            check_axis_is_free(jaxpr, functions.axis_name, "stage_fn")
     residuals, residual_places = _share([plan.residuals for plan in plans])
     wgrad_residuals, wgrad_places = _share([plan.wgrad_residuals for plan in plans])
-    loss_aux = _checks.check_loss(
-        jax.eval_shape(
-            functions.loss_fn,  # pyright: ignore[reportArgumentType]
-            (params.embed, params.head) if functions.tied else params.head,
-            x,
-            jax.eval_shape(read, targets, index),
-        )
+    _, loss = functions.trace(
+        "loss_fn",
+        functions.loss_fn,  # pyright: ignore[reportArgumentType]
+        (params.embed, params.head) if functions.tied else params.head,
+        x,
+        jax.eval_shape(read, targets, index),
     )
+    loss_aux = _checks.check_loss(loss)
+    _checks.check_aux(loss_aux, "loss_fn")
 
     def inputs_of(x, number, microbatch):
         return x, functions.key_of(number, microbatch)
@@ -198,12 +232,16 @@ def training_work(
         )
         return pullback(dx)[0]
 
+    if jax.tree.leaves(params.embed):
+        embed_backward, _ = functions.trace("embed_fn", embed_backward, x, index)
+    else:
+        embed_backward = None
     work = Work(
         stages=tuple(map(work_of, plans, residual_places, wgrad_places)),
-        embed=functools.partial(functions.embed, params.embed, inputs),
-        finish=finish,
+        embed=embed,
+        finish=functions.trace("loss_fn", finish, x, index)[0],
         pair=pair,
-        embed_backward=embed_backward if jax.tree.leaves(params.embed) else None,
+        embed_backward=embed_backward,
     )
     loss = jax.ShapeDtypeStruct((), jnp.float32)
     return work, BufferShapes(x, residuals, wgrad_residuals, loss, stage_aux, loss_aux)
@@ -233,9 +271,14 @@ def _share(
 
 
 def _trace_stages(functions: Functions, params: PipelineParams, chunk: PyTree, inputs):
-    """Returns activation shapes, stages (params, x, key) -> (y, aux), aux shapes."""
+    """Traces the forward functions for the first time.
+
+    Returns the embedding, microbatch -> x; shapes of x; stages, (params, x, key) -> (y,
+    aux); and shapes of aux.
+    """
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    x = jax.eval_shape(lambda p, m: functions.embed(p, inputs, m), params.embed, index)
+    embed = functools.partial(functions.embed, params.embed, inputs)
+    embed, x = functions.trace("embed_fn", embed, index)
     _checks.check_activations(x, functions.embed_fn)
     key = jax.eval_shape(functions.key_of, index, index)
     stages, auxes = [], []
@@ -244,7 +287,9 @@ def _trace_stages(functions: Functions, params: PipelineParams, chunk: PyTree, i
         def call(p, x, key, fn=fn):
             return _with_key(fn, key, p, x)
 
-        has_aux, aux = _checks.check_stage(jax.eval_shape(call, chunk, x, key), x)
+        _, out = functions.trace("stage_fn", call, chunk, x, key)
+        has_aux, aux = _checks.check_stage(out, x)
+        _checks.check_aux(aux, "stage_fn")
 
         def stage(p, x, key, call=call, has_aux=has_aux):
             out = call(p, x, key)
@@ -253,8 +298,11 @@ def _trace_stages(functions: Functions, params: PipelineParams, chunk: PyTree, i
         stages.append(stage)
         auxes.append(aux)
     _checks.check_same_aux(auxes)
-    return x, stages, auxes[0]
+    return embed, x, stages, auxes[0]
 
 
 def _with_key(fn: Callable[..., PyTree], key: jax.Array | None, *args) -> PyTree:
+    # Flax's variables refuse writes in another trace than that of their making: a
+    # function gets its own.
+    args = jax.tree.map(lambda leaf: leaf, args)
     return fn(*args) if key is None else fn(*args, key=key)
