@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dualpipe_jax.executor.params import PipelineParams, describe
+from dualpipe_jax.executor.params import PipelineParams
+from dualpipe_jax.executor.trees import describe, difference
 from dualpipe_jax.schedules import Schedule
 
 PyTree = Any
@@ -41,6 +42,8 @@ def check_mesh(schedule: Schedule, mesh, axis_name: str, data_axes: Sequence[str
                 f"{data_axes=} must name mesh axes other than {axis_name!r}; the mesh "
                 f"has {tuple(mesh.axis_names)}."
             )
+    if len(set(data_axes)) < len(data_axes):
+        raise ValueError(f"{data_axes=} must name each mesh axis once.")
 
 
 def check_reduction(aux_reduction: str):
@@ -50,22 +53,28 @@ def check_reduction(aux_reduction: str):
 
 
 def check_params(params, schedule: Schedule):
-    """Raises a `ValueError` if a leaf of the stages lacks the stage axis."""
+    """Raises a `ValueError` if a leaf has no gradient, or lacks the stage axis."""
     if not isinstance(params, PipelineParams):
         raise ValueError(
             f"params is a {type(params).__name__}; wrap it: PipelineParams(stages=...)."
         )
-    leaves = jax.tree_util.tree_leaves_with_path(params.stages)
-    if not leaves:
+    if not jax.tree.leaves(params.stages):
         raise ValueError("params.stages holds no arrays; pass the stages' parameters.")
-    for path, leaf in leaves:
-        shape = jnp.shape(leaf)
-        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        where, dtype = f"params{jax.tree_util.keystr(path)}", jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             raise ValueError(
-                f"params.stages{jax.tree_util.keystr(path)} is a {leaf.dtype} array; "
-                "keep random state out of the parameters (nnx.split(module, nnx.Param, "
-                "...)) and pass key= to the step."
+                f"{where} is a {dtype} array; keep random state out of the parameters "
+                "(nnx.split(module, nnx.Param, ...)) and pass key= to the step."
             )
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
+            raise ValueError(
+                f"{where} is a {dtype} array, whose gradients do not add up as the "
+                "step adds those of microbatches; convert it to float32, or keep it "
+                "out of the parameters."
+            )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params.stages):
+        shape = jnp.shape(leaf)
         if not shape or shape[0] != schedule.num_stages:
             raise ValueError(
                 f"params.stages{jax.tree_util.keystr(path)} has shape {shape}; its "
@@ -124,26 +133,28 @@ def check_stage_fns(stage_fn: Any, schedule: Schedule):
 
 def check_same_aux(auxes: Sequence[PyTree]):
     """Raises a `ValueError` if the stages return different auxiliary outputs."""
-    first, *rest = map(describe, auxes)
+    first, *rest = auxes
     for other in rest:
-        if other != first:
+        if differs := difference(other, first):
             raise ValueError(
-                f"stage_fn: one stage's function returns aux {first}, another's "
-                f"{other}; all must return the same, zeros where a stage has nothing."
+                f"stage_fn: one stage's function returns the aux {describe(first)}, "
+                f"another's {describe(other)} ({differs}); all must return the same, "
+                "zeros where a stage has nothing."
             )
 
 
 def check_stage(out: PyTree, x: PyTree) -> tuple[bool, PyTree]:
     """Returns whether the stage with output `out` also returns aux, and which."""
-    wanted = describe(x)
-    if describe(out) == wanted:
+    if difference(out, x) is None:
         return False, None
-    if isinstance(out, tuple) and len(out) == 2 and describe(out[0]) == wanted:
+    is_pair = isinstance(out, tuple) and len(out) == 2
+    differs = difference(out[0] if is_pair else out, x)
+    if is_pair and differs is None:
         return True, out[1]
     raise ValueError(
-        f"stage_fn turns {wanted} into {describe(out)}; a stage must return what it "
-        "takes, in shape and dtype, or (that, aux). Put what differs into embed_fn or "
-        "loss_fn."
+        f"stage_fn turns {describe(x)} into {describe(out)}; a stage must return what "
+        f"it takes, in structure, shape and dtype, or (that, aux), but {differs}. Put "
+        "what differs into embed_fn or loss_fn."
     )
 
 
@@ -158,3 +169,14 @@ def check_loss(out: Any) -> PyTree:
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"loss_fn returns a {loss.dtype} scalar; it must be floating.")
     return aux
+
+
+def check_aux(aux: PyTree, function: str):
+    """Raises a `ValueError` if an auxiliary output cannot be reduced."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise ValueError(
+                f"{function} returns a {leaf.dtype} array as aux"
+                f"{jax.tree_util.keystr(path)}, which cannot be summed or stacked; "
+                "leave it out, or return jax.random.key_data(key) of a key."
+            )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+
+from dualpipe_jax.executor.trees import difference
 
 PyTree = Any
 
@@ -47,15 +48,6 @@ class PipelineAux(NamedTuple):
     loss: PyTree
 
 
-def describe(tree: PyTree) -> str:
-    """Describes the structure, shapes and dtypes of a pytree of arrays."""
-    return str(
-        jax.tree.map(
-            lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree
-        )
-    )
-
-
 def stack_stages(stages: Sequence[PyTree]) -> PyTree:
     """Stacks the parameters of stages, in model order, along a new leading axis.
 
@@ -66,7 +58,7 @@ def stack_stages(stages: Sequence[PyTree]) -> PyTree:
       One pytree whose leaves are [num_stages, ...].
 
     Raises:
-      ValueError: if there is no stage, or stages differ in structure or shapes.
+      ValueError: if there is no stage, or stages differ in structure, shapes or dtypes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -75,51 +67,13 @@ def stack_stages(stages: Sequence[PyTree]) -> PyTree:
     """
     if not stages:
         raise ValueError(f"{stages=} is empty; pass one pytree per stage.")
-    first = describe(stages[0])
     for i, stage in enumerate(stages):
-        if describe(stage) != first:
+        if differs := difference(stage, stages[0]):
             raise ValueError(
-                f"stages[{i}] differs from stages[0] ({describe(stage)} against "
-                f"{first}); stages must have the same structure, shapes and dtypes."
+                f"stages[{i}] differs from stages[0]: {differs}; stages must have the "
+                "same structure, shapes and dtypes."
             )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stages)
-
-
-def map_specs(
-    function: Callable[[tuple, Any], Any],
-    specs: PipelineParams,
-    params: PipelineParams,
-    *,
-    axis_name: str,
-) -> PipelineParams:
-    """Calls a function with the full spec of each parameter, and the parameter.
-
-    Args:
-      function: ((entries of the `PartitionSpec`), leaf) -> anything.
-      specs: one `PartitionSpec` for each subtree, without the axis of the stages;
-        None where replicated.
-      params: arrays, or shapes.
-      axis_name: the mesh axis of the stages.
-
-    Returns:
-      The results, in the structure of `params`.
-    """
-
-    def full(prefix: PyTree, tree: PyTree, *leading: str) -> PyTree:
-        return jax.tree.map(
-            lambda spec, part: jax.tree.map(
-                lambda leaf: function((*leading, *spec), leaf), part
-            ),
-            PartitionSpec() if prefix is None else prefix,
-            tree,
-            is_leaf=lambda node: isinstance(node, PartitionSpec),
-        )
-
-    return PipelineParams(
-        full(specs.stages, params.stages, axis_name),
-        full(specs.embed, params.embed),
-        full(specs.head, params.head),
-    )
 
 
 def microbatch_key(key: jax.Array, stage: Any, microbatch: Any) -> jax.Array:
