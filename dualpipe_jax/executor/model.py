@@ -17,8 +17,10 @@ from dualpipe_jax import compat
 from dualpipe_jax.executor import checks as _checks
 from dualpipe_jax.executor.compact import CompactRunner
 from dualpipe_jax.executor.overlapped import OverlappedRunner
-from dualpipe_jax.executor.params import PipelineAux, PipelineParams, map_specs
+from dualpipe_jax.executor.params import PipelineAux, PipelineParams
+from dualpipe_jax.executor.reductions import AuxReduction, sum_dtype, sum_over_ranks
 from dualpipe_jax.executor.runner import Runner, State
+from dualpipe_jax.executor.specs import check_specs_fit, explicit_part, map_specs
 from dualpipe_jax.executor.stage_transfer import StageParamTransfer
 from dualpipe_jax.executor.work import Functions, forward_work, training_work
 from dualpipe_jax.lowering import Program
@@ -102,6 +104,12 @@ class Model:
         return tuple(found), tuple(found.index(fn) for fn in self.stage_fn)
 
     @property
+    def reduction(self) -> AuxReduction:
+        """How auxiliary outputs are reduced."""
+        num_microbatches = self.program.schedule.num_microbatches
+        return AuxReduction(self.aux_reduction, num_microbatches, self.data_axes)
+
+    @property
     def non_pipeline_axes(self) -> tuple[str, ...]:
         """The mesh axes other than the pipeline's."""
         return tuple(a for a in self.mesh.axis_names if a != self.axis_name)
@@ -124,6 +132,7 @@ class Model:
         """Raises a ValueError for invalid arguments of `call`."""
         schedule = self.program.schedule
         _checks.check_params(params, schedule)
+        check_specs_fit(self.specs_of(params), params, self.mesh)
         _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
 
     @property
@@ -156,17 +165,16 @@ class Model:
         return call
 
     def _place(self, tree: PyTree, specs: PyTree) -> PyTree:
-        """Reshards arrays to their specs on a mesh with Explicit axes."""
+        """Reshards arrays to their specs over the mesh's Explicit axes."""
         if AxisType.Explicit not in self.mesh.axis_types:
             return tree
+
+        def place(spec: PartitionSpec, part: PyTree) -> PyTree:
+            sharding = NamedSharding(self.mesh, explicit_part(spec, self.mesh))
+            return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, sharding), part)
+
         return jax.tree.map(
-            lambda spec, part: jax.tree.map(
-                lambda leaf: jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec)),
-                part,
-            ),
-            specs,
-            tree,
-            is_leaf=lambda node: isinstance(node, PartitionSpec),
+            place, specs, tree, is_leaf=lambda node: isinstance(node, PartitionSpec)
         )
 
     def specs_of(self, params: PipelineParams) -> PipelineParams:
@@ -189,6 +197,7 @@ class Model:
             self.loss_fn,
             self.tied,
             self.program,
+            self.axis_name,
             key,
             compat.platform_of(self.mesh),
         )
@@ -205,13 +214,18 @@ class Model:
             head_grads=self._zero_grads(params.head),
             outputs=_slots(buffers.output, self.program.schedule.num_microbatches),
             stage_aux=self.runner.pack(
-                tuple(self._zero_aux(buffers.stage_aux) for _ in chunks)
+                tuple(self.reduction.zeros(buffers.stage_aux) for _ in chunks)
             ),
-            loss_aux=self._zero_aux(buffers.loss_aux),
+            loss_aux=self.reduction.zeros(buffers.loss_aux),
         )
-        add_aux = _write_aux if self.aux_reduction == "stack" else _sum_aux
         runner = self.runner(
-            self.program, work, variants, packed, rank, self.axis_name, add_aux
+            self.program,
+            work,
+            variants,
+            packed,
+            rank,
+            self.axis_name,
+            self.reduction.add,
         )
         return Prepared(runner, state, transfer)
 
@@ -228,15 +242,18 @@ class Model:
         losses = lax.psum(state.outputs, self.axis_name)
         grads = PipelineParams(
             transfer.to_owners(runner.unpack(state.stage_grads), rank),
-            lax.psum(state.embed_grads, self.axis_name),
-            lax.psum(state.head_grads, self.axis_name),
+            sum_over_ranks(state.embed_grads, self.axis_name),
+            sum_over_ranks(state.head_grads, self.axis_name),
         )
         if self.non_pipeline_axes:
             losses = lax.pmean(losses, self.non_pipeline_axes)
             grads = jax.tree.map(self._mean_grad, grads, self.specs_of(params))
         stage_aux = transfer.to_owners(runner.unpack(state.stage_aux), rank)
-        aux = PipelineAux(stage_aux, lax.psum(state.loss_aux, self.axis_name))
-        return Outputs(losses, self._reduce_aux(aux), grads)
+        loss_aux = sum_over_ranks(state.loss_aux, self.axis_name)
+        aux = (self.reduction.finish(aux) for aux in (stage_aux, loss_aux))
+        # None where a function returns nothing.
+        aux = PipelineAux(*(tree if jax.tree.leaves(tree) else None for tree in aux))
+        return Outputs(losses, aux, grads)
 
     def _mean_grad(self, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
         """Averages gradients over devices: sums copies, divides by the device count."""
@@ -249,15 +266,6 @@ class Model:
             self.mesh.shape[axis] for axis in self.non_pipeline_axes
         )
 
-    def _reduce_aux(self, aux: PipelineAux) -> PipelineAux:
-        if self.data_axes:
-            reduce = lax.psum if self.aux_reduction == "sum" else lax.pmean
-            aux = jax.tree.map(lambda leaf: reduce(leaf, self.data_axes), aux)
-        if self.aux_reduction == "mean":
-            count = self.program.schedule.num_microbatches
-            aux = jax.tree.map(lambda leaf: leaf / count, aux)
-        return PipelineAux(*(tree if jax.tree.leaves(tree) else None for tree in aux))
-
     def _zero_grads(self, params: PyTree) -> PyTree:
         if self.loss_fn is None:
             return None
@@ -266,30 +274,11 @@ class Model:
             params,
         )
 
-    def _zero_aux(self, aux: PyTree) -> PyTree:
-        lead = ()
-        if self.aux_reduction == "stack":
-            lead = (self.program.schedule.num_microbatches,)
-        return jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), aux)
-
 
 def _zero_grad(leaf: jax.Array, accumulate_dtype: Any) -> jax.Array:
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jnp.zeros_like(leaf)
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(leaf.dtype, accumulate_dtype)
-    return jnp.zeros(leaf.shape, dtype)
-
-
-def _sum_aux(total: PyTree, new: PyTree, microbatch: jax.Array) -> PyTree:
-    del microbatch
-    return jax.tree.map(jnp.add, total, new)
-
-
-def _write_aux(total: PyTree, new: PyTree, microbatch: jax.Array) -> PyTree:
-    return jax.tree.map(
-        lambda t, n: lax.dynamic_update_index_in_dim(t, n, microbatch, 0), total, new
-    )
+    return jnp.zeros(leaf.shape, sum_dtype(leaf.dtype, accumulate_dtype))
 
 
 def _slots(tree: PyTree, count: int) -> PyTree:
