@@ -11,19 +11,21 @@ from dualpipe_jax.executor.footprint import BufferBytes, num_bytes as num_bytes
 from dualpipe_jax.executor.params import (
     PipelineAux,
     PipelineParams,
-    map_specs as map_specs,
     microbatch_key,
     stack_stages,
 )
 from dualpipe_jax.executor.pipeline import (
+    PipelineForward,
     PipelineStep,
     pipeline_forward,
     pipeline_value_and_grad,
 )
+from dualpipe_jax.executor.specs import map_specs as map_specs
 
 __all__ = [
     "BufferBytes",
     "PipelineAux",
+    "PipelineForward",
     "PipelineParams",
     "PipelineStep",
     "microbatch_key",

@@ -18,6 +18,7 @@ from dualpipe_jax.executor.footprint import (
     buffers_of,
     lower_costliest_task,
 )
+from dualpipe_jax.executor.jitted import Jitted
 from dualpipe_jax.executor.model import Model
 from dualpipe_jax.executor.params import (
     PipelineAux,
@@ -25,12 +26,14 @@ from dualpipe_jax.executor.params import (
     microbatch_key,
     stack_stages,
 )
+from dualpipe_jax.executor.specs import check_specs
 from dualpipe_jax.lowering import lower
 from dualpipe_jax.schedules import Schedule
 
 __all__ = [
     "BufferBytes",
     "PipelineAux",
+    "PipelineForward",
     "PipelineParams",
     "PipelineStep",
     "microbatch_key",
@@ -42,12 +45,13 @@ __all__ = [
 PyTree = Any
 
 
-class PipelineStep:
+class PipelineStep(Jitted):
     """The step that `pipeline_value_and_grad` returns.
 
     Called as `step(params, inputs, targets, key=None)`, it returns
     `(losses, aux), grads`. It compiles on the first call, as a `jax.jit` function does;
-    `lower` lowers it for arguments of given shapes.
+    `step.lower(params, inputs, targets).compile()` compiles it for arguments of given
+    shapes.
 
     - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
     - inputs, targets: pytrees, leaves [num_microbatches, microbatch, ...].
@@ -60,27 +64,20 @@ class PipelineStep:
     """
 
     def __init__(self, model: Model):
-        self._model = model
-
-        @jax.jit
         def step(params, inputs, targets, key=None):
             out = model.call(params, inputs, targets, key)
             return (out.outputs, out.aux), out.grads
 
-        self._step = step
-
-    def __call__(self, params, inputs, targets, key=None):
-        return self._step(params, inputs, targets, key)
-
-    def lower(self, params, inputs, targets, key=None) -> Any:
-        """Lowers the step for arguments of these shapes, to a `jax.stages.Lowered`."""
-        return self._step.lower(params, inputs, targets, key)
+        super().__init__(step)
+        self._model = model
 
     def buffers(self, params, inputs, targets, key=None) -> BufferBytes:
         """Returns the bytes that the step keeps on one device from tick to tick."""
         return buffers_of(self._model, params, inputs, targets, key)
 
-    def lower_costliest_task(self, params, inputs, targets, key=None) -> Any:
+    def lower_costliest_task(
+        self, params, inputs, targets, key=None
+    ) -> jax.stages.Lowered:
         """Lowers only the task that needs the most memory, with the step's buffers.
 
         That is an overlapped pair where the program has one, else a backward. It
@@ -88,6 +85,25 @@ class PipelineStep:
         its working set.
         """
         return lower_costliest_task(self._model, params, inputs, targets, key)
+
+
+class PipelineForward(Jitted):
+    """The function that `pipeline_forward` returns.
+
+    Called as `forward(params, inputs, key=None)`, it returns the last stage's outputs,
+    leaves [num_microbatches, microbatch, ...]. It compiles on the first call;
+    `forward.lower(params, inputs).compile()` compiles it for arguments of given shapes.
+
+    - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
+    - inputs: a pytree, leaves [num_microbatches, microbatch, ...].
+    - key: as for `PipelineStep`.
+    """
+
+    def __init__(self, model: Model):
+        def forward(params, inputs, key=None):
+            return model.call(params, inputs, (), key).outputs
+
+        super().__init__(forward)
 
 
 def pipeline_value_and_grad(
@@ -127,8 +143,8 @@ def pipeline_value_and_grad(
         replicated over them. A function sees its own shard.
       tied: `loss_fn` gets `(embed_params, head_params)` as its first argument, and
         the gradients of both uses of the embedding are summed in `grads.embed`.
-      aux_reduction: `"sum"`, `"mean"` or `"stack"` over microbatches (and sum, mean or
-        mean over `data_axes`), for all auxiliary outputs.
+      aux_reduction: `"sum"`, `"mean"` or `"stack"` of aux over microbatches (and sum,
+        mean or mean over `data_axes`); what is summed is at least int32 or float32.
       accumulate_dtype: gradients are summed over microbatches in this dtype, or in
         the parameter's own if that is wider, and returned in it.
       overlap: whether F and B of a pair compile into one body, in which each can hide
@@ -192,7 +208,7 @@ def pipeline_forward(
     data_axes: Sequence[str] = (),
     param_specs: PipelineParams | None = None,
     overlap: bool | None = None,
-) -> Callable[..., PyTree]:
+) -> PipelineForward:
     """Makes a function that runs only the forward pass, and keeps no residuals.
 
     Args:
@@ -207,7 +223,7 @@ def pipeline_forward(
 
     Returns:
       `forward(params, inputs, key=None) -> outputs`: the last stage's outputs, leaves
-      [num_microbatches, microbatch, ...].
+      [num_microbatches, microbatch, ...]; see `PipelineForward`.
 
     Raises:
       ValueError: as for `pipeline_value_and_grad`.
@@ -233,12 +249,7 @@ def pipeline_forward(
         param_specs=param_specs,
         overlap=overlap,
     )
-
-    @jax.jit
-    def forward(params, inputs, key=None):
-        return model.call(params, inputs, (), key).outputs
-
-    return forward
+    return PipelineForward(model)
 
 
 def _make_model(
@@ -248,12 +259,15 @@ def _make_model(
     data_axes, param_specs = options.pop("data_axes"), options.pop("param_specs")
     _checks.check_mesh(schedule, mesh, axis_name, data_axes)
     _checks.check_stage_fns(stage_fn, schedule)
+    if param_specs is None:
+        param_specs = PipelineParams()
+    check_specs(param_specs, mesh, axis_name)
     return Model(
         stage_fn=stage_fn,
         program=lower(schedule),
         mesh=mesh,
         axis_name=axis_name,
         data_axes=tuple(data_axes),
-        param_specs=param_specs or PipelineParams(),
+        param_specs=param_specs,
         **options,
     )
