@@ -20,6 +20,7 @@ from dualpipe_jax.executor.footprint import (
 )
 from dualpipe_jax.executor.jitted import Jitted
 from dualpipe_jax.executor.model import Model
+from dualpipe_jax.executor.no_transpose import refuse_transpose
 from dualpipe_jax.executor.params import (
     PipelineAux,
     PipelineParams,
@@ -51,7 +52,10 @@ class PipelineStep(Jitted):
     Called as `step(params, inputs, targets, key=None)`, it returns
     `(losses, aux), grads`. It compiles on the first call, as a `jax.jit` function does;
     `step.lower(params, inputs, targets).compile()` compiles it for arguments of given
-    shapes.
+    shapes. It has forward-mode derivatives (`jax.jvp`), so products with the Hessian;
+    `jax.grad` through it raises a `ValueError`. To export it, pass `disabled_checks=[
+    jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]` to `jax.export`,
+    since the layout of its buffers is fixed.
 
     - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
     - inputs, targets: pytrees, leaves [num_microbatches, microbatch, ...].
@@ -66,7 +70,12 @@ class PipelineStep(Jitted):
     def __init__(self, model: Model):
         def step(params, inputs, targets, key=None):
             out = model.call(params, inputs, targets, key)
-            return (out.outputs, out.aux), out.grads
+            return refuse_transpose(
+                ((out.outputs, out.aux), out.grads),
+                "The step cannot be differentiated in reverse mode: it returns "
+                "gradients itself, `(losses, aux), grads = step(params, inputs, "
+                "targets)`. Put what follows the losses into loss_fn.",
+            )
 
         super().__init__(step)
         self._model = model
@@ -101,7 +110,11 @@ class PipelineForward(Jitted):
 
     def __init__(self, model: Model):
         def forward(params, inputs, key=None):
-            return model.call(params, inputs, (), key).outputs
+            return refuse_transpose(
+                model.call(params, inputs, (), key).outputs,
+                "pipeline_forward keeps no residuals, so it cannot be differentiated "
+                "in reverse mode; use pipeline_value_and_grad.",
+            )
 
         super().__init__(forward)
 

@@ -1,9 +1,10 @@
-"""Steps lowered, compiled and exported before they are called."""
+"""Steps lowered, compiled and exported before they are called, or differentiated."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dualpipe_jax import PipelineParams, one_f_one_b
 from dualpipe_jax.executor.pipeline import pipeline_forward, pipeline_value_and_grad
@@ -48,3 +49,40 @@ def test_a_forward_pass_takes_what_it_was_lowered_with(kwargs):
     compiled = forward.lower(PARAMS, X, **kwargs).compile()
     outputs = compiled(PARAMS, X, **kwargs)
     np.testing.assert_array_equal(outputs, forward(PARAMS, X, **kwargs))
+
+
+def test_an_exported_step():
+    step = make_step()
+    check = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")
+    exported = jax.export.export(step, disabled_checks=[check])(PARAMS, X, X)
+    everywhere = NamedSharding(LAYOUT["mesh"], PartitionSpec())
+    args = jax.device_put((PARAMS, X, X), everywhere)
+    results = jax.jit(exported.call)(*args)
+    jax.tree.map(np.testing.assert_array_equal, results, step(PARAMS, X, X))
+
+
+def test_reverse_mode_is_refused_with_a_remedy():
+    step, forward = make_step(), pipeline_forward(stage, **LAYOUT)
+    for function, message in (
+        (lambda p: step(p, X, X)[0][0].mean(), "it returns gradients itself"),
+        (lambda p: jax.jit(step)(p, X, X)[1].stages.sum(), "it returns gradients"),
+        (lambda p: forward(p, X).sum(), "use pipeline_value_and_grad"),
+    ):
+        with pytest.raises(ValueError, match=f"in reverse mode.*{message}"):
+            jax.eval_shape(jax.grad(function), PARAMS)
+
+
+def test_forward_mode_gives_a_product_with_the_hessian():
+    step = pipeline_value_and_grad(
+        stage, lambda head, y, target: jnp.sum((y - target) ** 2), **LAYOUT
+    )
+
+    def loss(params):
+        first, second = params.stages
+        return jnp.mean((first * second * X - X) ** 2)
+
+    tangent = PipelineParams(jnp.array([1.0, -2.0]))
+    _, product = jax.jvp(lambda p: step(p, X, X)[1], (PARAMS,), (tangent,))
+    _, expected = jax.jvp(jax.grad(loss), (PARAMS,), (tangent,))
+    # Sums of small integers, which f32 holds.
+    np.testing.assert_array_equal(product.stages, expected.stages)
