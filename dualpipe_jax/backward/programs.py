@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -43,11 +43,15 @@ class Programs:
     out_avals: tuple[Any, ...]
     residual_avals: tuple[Any, ...]
     wgrad_residual_avals: tuple[Any, ...]
-    num_params: int
+    params_with_cts: tuple[bool, ...]  # of params: floating, and trainable
 
     def __repr__(self):
         sizes = (f"{n}: {len(getattr(self, n.lower()).eqns)} equations" for n in "FIWB")
         return f"Programs({', '.join(sizes)})"
+
+    @property
+    def num_params(self) -> int:
+        return len(self.params_with_cts)
 
     @property
     def num_input_cts(self) -> int:
@@ -162,25 +166,30 @@ class Programs:
         return [x for x, aval in zip(flat, avals, strict=True) if aval is not None]
 
     def _input_cts(self, flat):
-        full = _with_float0(self.in_avals[self.num_params :], flat)
+        avals = self.in_avals[self.num_params :]
+        full = _with_float0(avals, map(_has_cotangent, avals), flat)
         return jax.tree.unflatten(self.in_tree.children()[1], full)
 
     def _param_cts(self, flat):
-        full = _with_float0(self.in_avals[: self.num_params], flat)
+        avals = self.in_avals[: self.num_params]
+        full = _with_float0(avals, self.params_with_cts, flat)
         return jax.tree.unflatten(self.in_tree.children()[0], full)
 
 
-def trace_programs(fn, params, inputs, has_aux, early_reductions, platform=None):
+def trace_programs(
+    fn, params, inputs, has_aux, early_reductions, platform=None, trainable=None
+):
     """Returns (programs, constants)."""
     in_avals = _avals((params, inputs))
     in_tree = jax.tree.structure((params, inputs))
     num_params = jax.tree.structure(params).num_leaves
+    with_cts = _params_with_cts(in_avals[:num_params], trainable)
     record = {}
 
     def forward(*flat):
         params, inputs = jax.tree.unflatten(in_tree, flat)
-        call = _checked_function(fn, has_aux)
-        outputs, pullback, *aux = jax.vjp(call, params, *inputs, has_aux=has_aux)
+        call, trained = _of_trained(_checked_function(fn, has_aux), params, with_cts)
+        outputs, pullback, *aux = jax.vjp(call, trained, *inputs, has_aux=has_aux)
         record["out"] = jax.tree.structure(outputs)
         record["aux"] = jax.tree.structure(aux[0]) if has_aux else None
         saved, record["pullback"] = jax.tree.flatten(pullback)
@@ -189,7 +198,7 @@ def trace_programs(fn, params, inputs, has_aux, early_reductions, platform=None)
     def backward(*flat):
         saved, cts = flat[:num_saved], flat[num_saved:]
         pullback = jax.tree.unflatten(record["pullback"], saved)
-        full = _with_float0(out_avals, cts)
+        full = _with_float0(out_avals, map(_has_cotangent, out_avals), cts)
         param_cts, *input_cts = pullback(jax.tree.unflatten(record["out"], full))
         leaves = jax.tree.leaves((input_cts, param_cts))
         return [ct for ct in leaves if ct.dtype != dtypes.float0]
@@ -249,7 +258,7 @@ def trace_programs(fn, params, inputs, has_aux, early_reductions, platform=None)
         out_avals=out_avals,
         residual_avals=tuple(v.aval for v in step.crossing),
         wgrad_residual_avals=tuple(v.aval for v in halves.crossing),
-        num_params=num_params,
+        params_with_cts=with_cts,
     )
     return programs, consts
 
@@ -298,12 +307,46 @@ def _has_cotangent(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, np.inexact)
 
 
-def _with_float0(avals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-    """Puts float0 zeros at integer values, as ``jax.vjp`` does."""
+def _params_with_cts(
+    avals: Sequence[Any], trainable: Sequence[bool] | None
+) -> tuple[bool, ...]:
+    """Returns for each parameter whether W computes its cotangent."""
+    if trainable is None:
+        trainable = [True] * len(avals)
+    if len(trainable) != len(avals):
+        raise ValueError(
+            f"{trainable=} must have one entry for each of the {len(avals)} leaves of "
+            "params."
+        )
+    return tuple(
+        wanted and _has_cotangent(aval)
+        for aval, wanted in zip(avals, trainable, strict=True)
+    )
+
+
+def _of_trained(fn, params: PyTree, with_cts: Sequence[bool]):
+    """Returns ``fn`` as a function of those leaves of params, and these leaves."""
+    leaves, treedef = jax.tree.flatten(params)
+
+    def call(trained, *inputs):
+        given = iter(trained)
+        merged = [
+            next(given) if has_ct else leaf
+            for leaf, has_ct in zip(leaves, with_cts, strict=True)
+        ]
+        return fn(jax.tree.unflatten(treedef, merged), *inputs)
+
+    return call, [x for x, has_ct in zip(leaves, with_cts, strict=True) if has_ct]
+
+
+def _with_float0(
+    avals: Sequence[Any], has_ct: Iterable[bool], cotangents: Sequence[Any]
+) -> list[Any]:
+    """Puts float0 zeros where there is no cotangent, as ``jax.vjp`` does."""
     given = iter(cotangents)
     return [
-        next(given) if _has_cotangent(a) else np.zeros(a.shape, dtypes.float0)
-        for a in avals
+        next(given) if has else np.zeros(aval.shape, dtypes.float0)
+        for aval, has in zip(avals, has_ct, strict=True)
     ]
 
 

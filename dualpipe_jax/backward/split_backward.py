@@ -69,6 +69,7 @@ class SplitBackward:
         has_aux: bool = False,
         early_reductions: bool = True,
         platform: str | None = None,
+        trainable: Sequence[bool] | None = None,
     ) -> SplitBackward:
         """Traces ``fn`` and cuts its backward pass.
 
@@ -89,18 +90,22 @@ class SplitBackward:
             known. Then only its branch of a `lax.platform_dependent` is kept, and the
             programs must not be differentiated or vmapped again. Otherwise both halves
             keep what any branch needs.
+          trainable: for each leaf of ``params``, whether W computes its cotangent; by
+            default for all. The others are read again where the backward needs them,
+            and their cotangents are zeros of dtype float0, as those of integers.
 
         Returns:
           The plan.
 
         Raises:
-          ValueError: if an argument or a result of ``fn`` is not an array, or
+          ValueError: if an argument or a result of ``fn`` is not an array,
+            ``trainable`` has another length than ``params`` has leaves, or
             ``platform`` is `"gpu"`, which could be either GPU platform.
         """
         if platform == "gpu":
             raise ValueError(f"{platform=} is ambiguous; pass 'cuda' or 'rocm'.")
         programs, consts = trace_programs(
-            fn, params, inputs, has_aux, early_reductions, platform
+            fn, params, inputs, has_aux, early_reductions, platform, trainable
         )
         avals = programs.in_avals[programs.num_params :]
         inputs_tree = programs.in_tree.children()[1]

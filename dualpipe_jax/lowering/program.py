@@ -53,7 +53,7 @@ class Table(NamedTuple):
     f_in: np.ndarray
     f_out: np.ndarray
     f_slot: np.ndarray  # activation slot that F fills
-    b_microbatch: np.ndarray  # of B or I
+    b_microbatch: np.ndarray  # of B, I or W
     b_first: np.ndarray  # 1 where B or I is the first stage's
     b_in: np.ndarray
     b_out: np.ndarray
@@ -293,6 +293,7 @@ class _Tabulator:
             starts, ends = (tick, self.READ), (done, self.READ)
             self._keep("activation", rank, starts, ends, *uses)
         elif op == "W":
+            self.fields["b_microbatch"][at] = microbatch
             filled = tick_of("I", stage)
             starts, ends = (filled, self.WRITE), (tick, self.READ)
             uses = ("wgrad_slot", filled, rank), ("wgrad_slot", *at)

@@ -301,3 +301,41 @@ def test_remat_saves_memory_within_one_program():
     product = 2 * batch * width * width
     assert step(mlp) < 12.9 * product  # 4 for F, 4 for I, 4 for W
     assert step(jax.checkpoint(mlp)) > 15.9 * product  # and 4 recomputed
+
+
+@pytest.mark.parametrize("frozen", ["base", "all"])
+def test_frozen_parameters_are_read_but_have_no_gradients(frozen):
+    params = {
+        "a": normal(1, D, 1),
+        "b": normal(2, 1, D),
+        "base": Q,
+        "count": jnp.int32(3),
+    }
+    trainable = [frozen != "all" and name in "ab" for name in params]
+
+    def fn(p, x):
+        return jnp.sin(x @ p["base"] * p["count"].astype(x.dtype) + x @ p["a"] @ p["b"])
+
+    plan = SplitBackward.trace(fn, params, X, trainable=trainable)
+    kept = {s.shape for s in (*plan.residuals, *plan.wgrad_residuals)}
+    assert kept.isdisjoint({params["base"].shape, params["a"].shape})
+    # Of three products: F three, I three, W one for each matrix that is trained.
+    assert products(plan.programs.w) == sum(trainable)
+    y, pullback = jax.vjp(fn, params, X)
+    outputs, residuals = plan.forward(params, X)
+    want, dx = pullback(cotangents(y))
+    inputs, crossing = plan.backward_input(params, residuals, cotangents(y))
+    want = {
+        name: leaf if trained else np.zeros(params[name].shape, jax.dtypes.float0)
+        for (name, leaf), trained in zip(want.items(), trainable, strict=True)
+    }
+    assert_close((outputs, inputs), (y, (dx,)))
+    assert_close(plan.backward_weights(params, residuals, crossing), want)
+    assert_close(plan.backward(params, residuals, cotangents(y)), (want, (dx,)))
+
+
+def test_one_flag_for_each_parameter():
+    with pytest.raises(
+        ValueError, match=r"trainable=\[True\] must have one entry .* 2"
+    ):
+        SplitBackward.trace(lambda w, x: x @ w[0] @ w[1], (Q, Q), X, trainable=[True])

@@ -101,7 +101,8 @@ class Machine:
                 _, kept_stage, w = wgrad[int(row.wgrad_slot)]
                 assert kept_stage == stage
                 assert saved[int(row.b_slot)] == ("res", stage, w)
-            m = f if op == "F" else b if op in "BI" else w
+                assert b == w
+            m = f if op == "F" else b
             self.done.append((op, stage, m))
         for pool, slot, value in writes:
             pool[int(slot)] = value
