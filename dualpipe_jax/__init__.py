@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dualpipe_jax.backward import run_interleaved, split_vjp
     from dualpipe_jax.executor import (
         PipelineParams,
+        Weighted,
         pipeline_forward,
         pipeline_value_and_grad,
         stack_stages,
@@ -65,6 +66,7 @@ __all__ = [
     "Task",
     "Timeline",
     "TraceReport",
+    "Weighted",
     "compile_overlapped",
     "dualpipe",
     "dualpipev",
@@ -95,6 +97,7 @@ __getattr__, __dir__ = lookup.attach(
         "MemoryReport": "dualpipe_jax.gpu",
         "OverlapReport": "dualpipe_jax.gpu.overlap",
         "PipelineParams": "dualpipe_jax.executor",
+        "Weighted": "dualpipe_jax.executor",
         "compile_overlapped": "dualpipe_jax.gpu.overlap",
         "gpu_compiler_options": "dualpipe_jax.gpu",
         "gpu_mesh": "dualpipe_jax.gpu",

@@ -32,6 +32,7 @@ FROZEN = {
         "Task",
         "Timeline",
         "TraceReport",
+        "Weighted",
         "compile_overlapped",
         "dualpipe",
         "dualpipev",

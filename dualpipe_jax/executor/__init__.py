@@ -8,6 +8,7 @@ Imports: schedules, lowering, backward.
 """
 
 from dualpipe_jax.executor.footprint import BufferBytes, num_bytes as num_bytes
+from dualpipe_jax.executor.losses import Weighted
 from dualpipe_jax.executor.params import (
     PipelineAux,
     PipelineParams,
@@ -28,6 +29,7 @@ __all__ = [
     "PipelineForward",
     "PipelineParams",
     "PipelineStep",
+    "Weighted",
     "microbatch_key",
     "pipeline_forward",
     "pipeline_value_and_grad",

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dualpipe_jax.executor.losses import take_apart
 from dualpipe_jax.executor.params import PipelineParams
 from dualpipe_jax.executor.trees import describe, difference
 from dualpipe_jax.schedules import Schedule
@@ -46,8 +48,13 @@ def check_mesh(schedule: Schedule, mesh, axis_name: str, data_axes: Sequence[str
         raise ValueError(f"{data_axes=} must name each mesh axis once.")
 
 
-def check_reduction(aux_reduction: str):
-    """Raises a `ValueError` if `aux_reduction` is unknown."""
+def check_training(schedule: Schedule, aux_reduction: str):
+    """Raises a `ValueError` without backward tasks, or for an unknown reduction."""
+    if schedule.is_forward_only:
+        raise ValueError(
+            f"{schedule.kind=} has no backward tasks; use pipeline_forward, or a "
+            "training schedule."
+        )
     if aux_reduction not in REDUCTIONS:
         raise ValueError(f"{aux_reduction=} must be one of {REDUCTIONS}.")
 
@@ -160,14 +167,24 @@ def check_stage(out: PyTree, x: PyTree) -> tuple[bool, PyTree]:
 
 def check_loss(out: Any) -> PyTree:
     """Checks the shapes of the loss; returns those of its auxiliary outputs."""
-    loss, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+    loss, weight, aux = take_apart(out)
     if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape:
         raise ValueError(
             f"loss_fn returns {describe(loss)}; it must return a scalar, or (scalar, "
-            "aux): take the mean over the microbatch."
+            "aux): take the mean over the microbatch, or Weighted(total, weight)."
         )
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"loss_fn returns a {loss.dtype} scalar; it must be floating.")
+    if weight is not None and (
+        not isinstance(weight, jax.ShapeDtypeStruct)
+        or weight.shape
+        or not isinstance(weight.dtype, np.dtype)
+        or jnp.issubdtype(weight.dtype, jnp.complexfloating)
+    ):
+        raise ValueError(
+            f"loss_fn returns Weighted(weight={describe(weight)}); weight must be a "
+            "scalar, a number or a bool: sum it over the microbatch."
+        )
     return aux
 
 

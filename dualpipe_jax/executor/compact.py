@@ -142,6 +142,7 @@ class CompactRunner(Runner):
                 read(chunks, tasks.b_chunk),
                 read(at(residuals, stage.residuals), row.b_slot),
                 dy,
+                row.b_microbatch,
             )
             total = accumulate(read(grads, tasks.b_chunk), new)
             messages = write(messages, row.b_out, dx)

@@ -26,7 +26,8 @@ class BufferBytes:
       wgrad_residuals: what I keeps for W besides the residuals.
       num_wgrad_residual_slots: number of slots for these.
       messages: activations and cotangents in transit between stages.
-      gradients: accumulators of all stages that the rank runs, of embedding and head.
+      gradients: accumulators of all stages that the rank runs, of embedding and head,
+        and the gradients of inputs if there are any.
       parameters: parameters of these stages, embedding and head, as used in compute.
       outputs: losses and auxiliary outputs.
 
@@ -50,30 +51,37 @@ class BufferBytes:
         return sum(vars(self).values()) - self.num_slots - self.num_wgrad_residual_slots
 
 
-def buffers_of(model: Model, params, inputs, targets, key) -> BufferBytes:
+def buffers_of(model: Model, *args) -> BufferBytes:
     """Returns the bytes of a training model's buffers; arguments as `Model.call`'s."""
-    state, chunks = _shapes(model, params, inputs, targets, key)
+    state, chunks = _shapes(model, *args)
     return BufferBytes(
         residuals=num_bytes(state.residuals),
         num_slots=model.program.num_slots,
         wgrad_residuals=num_bytes(state.wgrad_residuals),
         num_wgrad_residual_slots=model.runner.num_wgrad_residual_slots(model.program),
         messages=num_bytes(state.messages),
-        gradients=num_bytes((state.stage_grads, state.embed_grads, state.head_grads)),
+        gradients=num_bytes(
+            (
+                state.stage_grads,
+                state.embed_grads,
+                state.head_grads,
+                state.input_grads,
+            )
+        ),
         parameters=num_bytes(chunks),
         outputs=num_bytes((state.outputs, state.stage_aux, state.loss_aux)),
     )
 
 
-def lower_costliest_task(model: Model, params, inputs, targets, key) -> Any:
+def lower_costliest_task(model: Model, params, inputs, targets, key, side) -> Any:
     """Lowers the costliest task of a training model alone, to a `jax.stages.Lowered`.
 
     It takes the buffers and returns them in place, so that the temporaries of the
     compiled task are its working set.
     """
 
-    def body(params, inputs, targets, key, state, chunks):
-        ready = model.prepare(training_work, params, inputs, targets, key)
+    def body(params, inputs, targets, key, side, state, chunks):
+        ready = model.prepare(training_work, params, inputs, targets, key, side)
         runner = ready.runner
         runner.chunks = chunks[0]
         return runner.run_costliest(state)
@@ -90,11 +98,12 @@ def lower_costliest_task(model: Model, params, inputs, targets, key) -> Any:
 
         return jax.tree.map(place, specs, tree, is_leaf=lambda s: isinstance(s, P))
 
-    held = placed(_shapes(model, params, inputs, targets, key), P())
+    held = placed(_shapes(model, params, inputs, targets, key, side), P())
     params = placed(params, model.specs_of(params))
     inputs, targets = (placed(tree, model.batch_spec) for tree in (inputs, targets))
-    run = jax.jit(model.mapped(body, P()), donate_argnums=4)
-    return run.lower(params, inputs, targets, key, *held)
+    side = placed(side, model.side_specs)
+    run = jax.jit(model.mapped(body, P()), donate_argnums=5)
+    return run.lower(params, inputs, targets, key, side, *held)
 
 
 def num_bytes(tree: PyTree) -> int:
@@ -102,14 +111,14 @@ def num_bytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _shapes(model: Model, params, inputs, targets, key) -> tuple[State, PyTree]:
+def _shapes(model: Model, *args) -> tuple[State, PyTree]:
     """Returns the shapes of one device's state and of its parameters in compute."""
-    model.check(params, inputs, targets)
+    model.check(*args)
 
-    def body(params, inputs, targets, key):
-        ready = model.prepare(training_work, params, inputs, targets, key)
+    def body(params, *args):
+        ready = model.prepare(training_work, params, *args)
         return ready.state, (ready.runner.chunks, params.embed, params.head)
 
     # A replicated output has the same shape globally as on this device.
     run = model.mapped(body, P())
-    return jax.eval_shape(run, params, inputs, targets, key)
+    return jax.eval_shape(run, *args)

@@ -16,12 +16,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dualpipe_jax import compat
 from dualpipe_jax.executor import checks as _checks
 from dualpipe_jax.executor.compact import CompactRunner
+from dualpipe_jax.executor.keys import check_key
+from dualpipe_jax.executor.losses import mean_over_devices
 from dualpipe_jax.executor.overlapped import OverlappedRunner
-from dualpipe_jax.executor.params import PipelineAux, PipelineParams
+from dualpipe_jax.executor.params import PipelineAux, PipelineParams, trained_flags
 from dualpipe_jax.executor.reductions import AuxReduction, sum_dtype, sum_over_ranks
 from dualpipe_jax.executor.runner import Runner, State
+from dualpipe_jax.executor.side import check_side
 from dualpipe_jax.executor.specs import check_specs_fit, explicit_part, map_specs
 from dualpipe_jax.executor.stage_transfer import StageParamTransfer
+from dualpipe_jax.executor.trainable import Flags, check_differentiated, select
 from dualpipe_jax.executor.work import Functions, forward_work, training_work
 from dualpipe_jax.lowering import Program
 
@@ -36,12 +40,14 @@ class Outputs(NamedTuple):
       outputs: losses [num_microbatches]; of a forward-only program the last stage's
         outputs, leaves [num_microbatches, microbatch, ...].
       aux: auxiliary outputs, or None.
-      grads: gradients, in training.
+      grads: gradients of the trained parameters, in training.
+      input_grads: gradients of the inputs, in training and if wanted.
     """
 
     outputs: PyTree
     aux: PyTree
     grads: PyTree
+    input_grads: PyTree
 
 
 class Prepared(NamedTuple):
@@ -78,6 +84,9 @@ class Model:
     aux_reduction: str = "sum"
     accumulate_dtype: Any = jnp.float32
     overlap: bool | None = None
+    side: PyTree = None
+    trainable: Any = None
+    input_grads: bool = False
 
     @property
     def runner(self) -> type[Runner]:
@@ -114,45 +123,62 @@ class Model:
         """The mesh axes other than the pipeline's."""
         return tuple(a for a in self.mesh.axis_names if a != self.axis_name)
 
-    def call(self, params, inputs, targets, key) -> Outputs:
+    def call(self, params, inputs, targets, key, side) -> Outputs:
         """Runs the program on the whole mesh; global arrays in and out."""
-        self.check(params, inputs, targets)
+        self.check(params, inputs, targets, key, side)
         if self.loss_fn is None:
             forward = self.mapped(self._forward, self.batch_spec)
-            return Outputs(forward(params, inputs, targets, key), None, None)
+            out = forward(params, inputs, targets, key, side)
+            return Outputs(out, None, None, None)
         aux = PipelineAux(P(self.axis_name), P())
-        train = self.mapped(self._train, Outputs(P(), aux, self.specs_of(params)))
-        out = train(params, inputs, targets, key)
+        grads = self.specs_of(self.trained(params))
+        train = self.mapped(self._train, Outputs(P(), aux, grads, self.batch_spec))
+        out = train(params, inputs, targets, key, side)
         stages, loss = out.aux
         if stages is None or loss is None:
             out = out._replace(aux=loss if stages is None else stages)
         return out
 
-    def check(self, params, inputs, targets) -> None:
+    def check(self, params, inputs, targets, key, side) -> None:
         """Raises a ValueError for invalid arguments of `call`."""
         schedule = self.program.schedule
         _checks.check_params(params, schedule)
         check_specs_fit(self.specs_of(params), params, self.mesh)
         _checks.check_batch(inputs, targets, schedule, self.mesh, self.data_axes)
+        check_side(side, self.side, schedule, self.mesh)
+        check_key(key, (*self.variants[0], self.embed_fn, self.loss_fn))
+        if self.loss_fn is not None:
+            check_differentiated(
+                self.trainable, self.trained(params), self.input_grads, inputs
+            )
+
+    def trained(self, params: PipelineParams) -> PipelineParams:
+        """Returns the parameters with None for those that are not trained."""
+        return params.partition(self.trainable)[0]
 
     @property
     def batch_spec(self) -> PartitionSpec:
         """The sharding of inputs and targets."""
         return P(None, self.data_axes) if self.data_axes else P()
 
+    @property
+    def side_specs(self) -> PyTree:
+        """The sharding of side inputs, a prefix of their tree."""
+        return P() if self.side is None else self.side
+
     def mapped(self, body: Callable, out_specs: PyTree) -> Callable:
-        """Maps one device's `body(params, inputs, targets, key, *rest)` over the mesh.
+        """Maps `body(params, inputs, targets, key, side, *rest)` of a device on a mesh.
 
         Everything in `rest` is replicated.
         """
-        batch = self.batch_spec
+        batch, beside = self.batch_spec, self.side_specs
 
-        def call(params, inputs, targets, key, *rest):
+        def call(params, inputs, targets, key, side, *rest):
             specs = self.specs_of(params)
             run = jax.shard_map(
                 body,
                 mesh=self.mesh,
-                in_specs=(specs, batch, batch, P(), *(P() for _ in rest)),
+                in_specs=(specs, batch, batch, P(), beside, *(P() for _ in rest)),
                 out_specs=out_specs,
                 # Every value is local to its device. Gradients of replicated values
                 # are summed once, at the end, and not by AD in each tick.
@@ -160,7 +186,8 @@ class Model:
             )
             params = self._place(params, specs)
             inputs, targets = (self._place(tree, batch) for tree in (inputs, targets))
-            return run(params, inputs, targets, key, *rest)
+            side = self._place(side, beside)
+            return run(params, inputs, targets, key, side, *rest)
 
         return call
 
@@ -183,7 +210,7 @@ class Model:
             lambda spec, _: P(*spec), self.param_specs, params, axis_name=self.axis_name
         )
 
-    def prepare(self, make_work, params, inputs, targets, key) -> Prepared:
+    def prepare(self, make_work, params, inputs, targets, key, side) -> Prepared:
         """Prepares one device; leaves of `params.stages` are [V, ...] here."""
         rank = lax.axis_index(self.axis_name)
         transfer = StageParamTransfer(self.program, self.axis_name)
@@ -199,6 +226,9 @@ class Model:
             self.program,
             self.axis_name,
             key,
+            side,
+            trained_flags(self.trainable, params),
+            self.input_grads,
             compat.platform_of(self.mesh),
         )
         work, buffers = make_work(functions, params, chunks[0], inputs, targets)
@@ -209,9 +239,10 @@ class Model:
             messages=_slots(buffers.activation, self.program.num_message_slots + 1),
             residuals=_slots(buffers.residuals, self.program.num_slots),
             wgrad_residuals=_slots(buffers.wgrad_residuals, num_wgrad_residual_slots),
-            stage_grads=self._zero_grads(packed),
-            embed_grads=self._zero_grads(params.embed),
-            head_grads=self._zero_grads(params.head),
+            stage_grads=self._zero_grads(packed, functions.trained.stages),
+            embed_grads=self._zero_grads(params.embed, functions.trained.embed),
+            head_grads=self._zero_grads(params.head, functions.trained.head),
+            input_grads=jax.tree.map(jnp.zeros_like, functions.varied(inputs)),
             outputs=_slots(buffers.output, self.program.schedule.num_microbatches),
             stage_aux=self.runner.pack(
                 tuple(self.reduction.zeros(buffers.stage_aux) for _ in chunks)
@@ -229,49 +260,52 @@ class Model:
         )
         return Prepared(runner, state, transfer)
 
-    def _forward(self, params, inputs, targets, key) -> PyTree:
-        runner, state, _ = self.prepare(forward_work, params, inputs, targets, key)
+    def _forward(self, *args) -> PyTree:
+        runner, state, _ = self.prepare(forward_work, *args)
         # Only the rank of the last stage writes; the others hold zeros.
         return lax.psum(runner.run(state).outputs, self.axis_name)
 
-    def _train(self, params, inputs, targets, key) -> Outputs:
-        runner, state, transfer = self.prepare(
-            training_work, params, inputs, targets, key
-        )
+    def _train(self, params, *args) -> Outputs:
+        runner, state, transfer = self.prepare(training_work, params, *args)
         state, rank = runner.run(state), runner.rank
-        losses = lax.psum(state.outputs, self.axis_name)
+        outputs = lax.psum(state.outputs, self.axis_name)
         grads = PipelineParams(
             transfer.to_owners(runner.unpack(state.stage_grads), rank),
             sum_over_ranks(state.embed_grads, self.axis_name),
             sum_over_ranks(state.head_grads, self.axis_name),
         )
-        if self.non_pipeline_axes:
-            losses = lax.pmean(losses, self.non_pipeline_axes)
-            grads = jax.tree.map(self._mean_grad, grads, self.specs_of(params))
+        # Only ranks of the first stage have gradients of inputs; the others hold zeros.
+        input_grads = lax.psum(state.input_grads, self.axis_name)
+        axes = self.non_pipeline_axes
+        losses, divide = mean_over_devices(
+            outputs, axes, math.prod(self.mesh.shape[axis] for axis in axes)
+        )
+        mean = functools.partial(self._mean_grad, divide)
+        grads = jax.tree.map(mean, grads, self.specs_of(self.trained(params)))
+        input_grads = jax.tree.map(
+            lambda grad: mean(grad, self.batch_spec), input_grads
+        )
         stage_aux = transfer.to_owners(runner.unpack(state.stage_aux), rank)
         loss_aux = sum_over_ranks(state.loss_aux, self.axis_name)
         aux = (self.reduction.finish(aux) for aux in (stage_aux, loss_aux))
         # None where a function returns nothing.
         aux = PipelineAux(*(tree if jax.tree.leaves(tree) else None for tree in aux))
-        return Outputs(losses, aux, grads)
+        return Outputs(losses, aux, grads, input_grads)
 
-    def _mean_grad(self, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """Averages gradients over devices: sums copies, divides by the device count."""
+    def _mean_grad(self, divide, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """Averages gradients over devices: sums copies, divides the sum."""
         if not jnp.issubdtype(grad.dtype, jnp.inexact):
             return grad
         sharded = set(jax.tree.leaves(tuple(spec)))
         copies = tuple(axis for axis in self.non_pipeline_axes if axis not in sharded)
-        total = lax.psum(grad, copies) if copies else grad
-        return total / math.prod(
-            self.mesh.shape[axis] for axis in self.non_pipeline_axes
-        )
+        return divide(lax.psum(grad, copies) if copies else grad)
 
-    def _zero_grads(self, params: PyTree) -> PyTree:
+    def _zero_grads(self, params: PyTree, trained: Flags) -> PyTree:
         if self.loss_fn is None:
             return None
         return jax.tree.map(
             functools.partial(_zero_grad, accumulate_dtype=self.accumulate_dtype),
-            params,
+            select(params, trained),
         )
 
 

@@ -222,7 +222,8 @@ class OverlappedRunner(Runner):
             number = self.stages[ops["F"]]
             args["F"] = (chunks[ops["F"]], reads["x"], number, row.f_microbatch)
         if "B" in ops:
-            args["B"] = (chunks[ops["B"]], reads["residuals"], reads["dy"])
+            kept, dy = reads["residuals"], reads["dy"]
+            args["B"] = (chunks[ops["B"]], kept, dy, row.b_microbatch)
         if "F" in args and "B" in args:
             pair = ((variant[op], args[op]) for op in "FB")
             return dict(zip("FB", self.work.pair(*pair), strict=True))
@@ -233,11 +234,14 @@ class OverlappedRunner(Runner):
             results["B"] = stages[variant["B"]].backward(*args["B"])
         if "I" in ops:
             results["I"] = stages[variant["I"]].backward_input(
-                chunks[ops["I"]], reads["residuals"], reads["dy"]
+                chunks[ops["I"]], reads["residuals"], reads["dy"], row.b_microbatch
             )
         if "W" in ops:
             grads = stages[variant["W"]].backward_weights(
-                chunks[ops["W"]], reads["residuals"], reads["wgrad_residuals"]
+                chunks[ops["W"]],
+                reads["residuals"],
+                reads["wgrad_residuals"],
+                row.b_microbatch,
             )
             results["W"] = (grads,)
         return results

@@ -19,6 +19,7 @@ from dualpipe_jax.executor.footprint import (
     lower_costliest_task,
 )
 from dualpipe_jax.executor.jitted import Jitted
+from dualpipe_jax.executor.losses import Weighted
 from dualpipe_jax.executor.model import Model
 from dualpipe_jax.executor.no_transpose import refuse_transpose
 from dualpipe_jax.executor.params import (
@@ -27,6 +28,7 @@ from dualpipe_jax.executor.params import (
     microbatch_key,
     stack_stages,
 )
+from dualpipe_jax.executor.side import side_specs
 from dualpipe_jax.executor.specs import check_specs
 from dualpipe_jax.lowering import lower
 from dualpipe_jax.schedules import Schedule
@@ -37,6 +39,7 @@ __all__ = [
     "PipelineForward",
     "PipelineParams",
     "PipelineStep",
+    "Weighted",
     "microbatch_key",
     "pipeline_forward",
     "pipeline_value_and_grad",
@@ -49,7 +52,7 @@ PyTree = Any
 class PipelineStep(Jitted):
     """The step that `pipeline_value_and_grad` returns.
 
-    Called as `step(params, inputs, targets, key=None)`, it returns
+    Called as `step(params, inputs, targets, key=None, side=None)`, it returns
     `(losses, aux), grads`. It compiles on the first call, as a `jax.jit` function does;
     `step.lower(params, inputs, targets).compile()` compiles it for arguments of given
     shapes. It has forward-mode derivatives (`jax.jvp`), so products with the Hessian;
@@ -59,19 +62,26 @@ class PipelineStep(Jitted):
 
     - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
     - inputs, targets: pytrees, leaves [num_microbatches, microbatch, ...].
-    - key: if given, each call of `stage_fn` and `embed_fn` gets its own `key=` (see
+    - key: if given, each call of a function with a parameter `key` gets its own (see
       `microbatch_key`; folded with the position along `data_axes`).
-    - losses: [num_microbatches] float32.
+    - side: what every stage reads beside its input, leaves [num_microbatches, ...], if
+      the step was made for it.
+    - losses: [num_microbatches] float32. Their mean is the step's loss, also where
+      `loss_fn` returns `Weighted` sums: then each is the microbatch's total over the
+      mean weight of a microbatch.
     - aux: the auxiliary outputs of `stage_fn` (leaves [num_stages, ...]) or of
       `loss_fn`, reduced; a `PipelineAux` if both return some, None if neither does.
-    - grads: like params, of the mean of losses.
+    - grads: of the step's loss, like params; None in place of parameters that are not
+      trained. With `input_grads`, the pair of these and the gradients of the inputs:
+      like inputs, None in place of integers.
     """
 
     def __init__(self, model: Model):
-        def step(params, inputs, targets, key=None):
-            out = model.call(params, inputs, targets, key)
+        def step(params, inputs, targets, key=None, *, side=None):
+            out = model.call(params, inputs, targets, key, side)
+            grads = (out.grads, out.input_grads) if model.input_grads else out.grads
             return refuse_transpose(
-                ((out.outputs, out.aux), out.grads),
+                ((out.outputs, out.aux), grads),
                 "The step cannot be differentiated in reverse mode: it returns "
                 "gradients itself, `(losses, aux), grads = step(params, inputs, "
                 "targets)`. Put what follows the losses into loss_fn.",
@@ -80,12 +90,12 @@ class PipelineStep(Jitted):
         super().__init__(step)
         self._model = model
 
-    def buffers(self, params, inputs, targets, key=None) -> BufferBytes:
+    def buffers(self, params, inputs, targets, key=None, *, side=None) -> BufferBytes:
         """Returns the bytes that the step keeps on one device from tick to tick."""
-        return buffers_of(self._model, params, inputs, targets, key)
+        return buffers_of(self._model, params, inputs, targets, key, side)
 
     def lower_costliest_task(
-        self, params, inputs, targets, key=None
+        self, params, inputs, targets, key=None, *, side=None
     ) -> jax.stages.Lowered:
         """Lowers only the task that needs the most memory, with the step's buffers.
 
@@ -93,25 +103,26 @@ class PipelineStep(Jitted):
         updates the buffers in place, so that the temporaries of the compiled task are
         its working set.
         """
-        return lower_costliest_task(self._model, params, inputs, targets, key)
+        return lower_costliest_task(self._model, params, inputs, targets, key, side)
 
 
 class PipelineForward(Jitted):
     """The function that `pipeline_forward` returns.
 
-    Called as `forward(params, inputs, key=None)`, it returns the last stage's outputs,
-    leaves [num_microbatches, microbatch, ...]. It compiles on the first call;
-    `forward.lower(params, inputs).compile()` compiles it for arguments of given shapes.
+    Called as `forward(params, inputs, key=None, side=None)`, it returns the last
+    stage's outputs, leaves [num_microbatches, microbatch, ...]. It compiles on the
+    first call; `forward.lower(params, inputs).compile()` compiles it for arguments of
+    given shapes.
 
     - params: `PipelineParams`; leaves of `stages` are [num_stages, ...].
     - inputs: a pytree, leaves [num_microbatches, microbatch, ...].
-    - key: as for `PipelineStep`.
+    - key, side: as for `PipelineStep`.
     """
 
     def __init__(self, model: Model):
-        def forward(params, inputs, key=None):
+        def forward(params, inputs, key=None, *, side=None):
             return refuse_transpose(
-                model.call(params, inputs, (), key).outputs,
+                model.call(params, inputs, (), key, side).outputs,
                 "pipeline_forward keeps no residuals, so it cannot be differentiated "
                 "in reverse mode; use pipeline_value_and_grad.",
             )
@@ -133,6 +144,9 @@ def pipeline_value_and_grad(
     aux_reduction: str = "sum",
     accumulate_dtype: Any = jnp.float32,
     overlap: bool | None = None,
+    side: PyTree = None,
+    trainable: Any = None,
+    input_grads: bool = False,
 ) -> PipelineStep:
     """Makes a function that computes a pipelined model's losses and gradients.
 
@@ -145,7 +159,9 @@ def pipeline_value_and_grad(
         floating arrays of the same shapes and dtypes. May be `jax.checkpoint`ed. Or one
         function per stage, all with one parameter structure: equal ones (`==`) share
         code, and collectives in them can be hidden, unlike in a `lax.cond`.
-      loss_fn: `loss_fn(head_params, y, targets) -> scalar` or `(scalar, aux)`.
+      loss_fn: `loss_fn(head_params, y, targets) -> loss` or `(loss, aux)`; the loss is
+        a scalar, or a `Weighted` sum where microbatches or devices hold unequal numbers
+        of valid tokens.
       schedule: the schedule of tasks over ranks.
       mesh: mesh with the axis `axis_name`, of size `schedule.num_ranks`.
       axis_name: the pipeline axis.
@@ -164,15 +180,26 @@ def pipeline_value_and_grad(
         the communication of the other. False compiles a smaller program: a pair runs
         as F, then B, and a split backward runs whole at its I. By default False on the
         CPU devices of one process, where nothing can be hidden; otherwise True.
+      side: for a `stage_fn(stage_params, x, side)` that reads positions, masks or
+        segment ids: `PartitionSpec`s (a prefix of their tree) of the whole arrays
+        [num_microbatches, ...], such as `P()`, or `P(None, "dp")` where axis 1 is
+        divided. Each stage gets the row of its microbatch, of any dtype; side inputs
+        have no gradients, and are neither kept for the backward nor sent.
+      trainable: which parameters get gradients, by default all: a bool; a prefix of
+        bools of the stages' tree; an NNX filter such as `nnx.LoRAParam`, for stages,
+        embedding and head; or `PipelineParams` of these, None where all are trained.
+        Nothing is computed or kept for the gradients of others.
+      input_grads: whether gradients of the inputs are returned, too.
 
     Returns:
-      `step(params, inputs, targets, key=None) -> (losses, aux), grads`; see
+      `step(params, inputs, targets, key=None, side=None) -> (losses, aux), grads`; see
       `PipelineStep`.
 
     Raises:
       ValueError: before anything is compiled, if the schedule does not fit the mesh, a
         parameter leaf lacks the stage axis, a stage changes the shape of its input,
-        activations are not floating, the loss is not a scalar, and the like.
+        activations are not floating, the loss is not a scalar, `trainable` does not
+        fit the parameters, and the like.
 
     Examples:
       >>> from dualpipe_jax import one_f_one_b
@@ -188,27 +215,10 @@ def pipeline_value_and_grad(
       >>> losses.shape, grads.stages["w"].shape
       ((3,), (2, 4, 4))
     """
-    if schedule.is_forward_only:
-        raise ValueError(
-            f"{schedule.kind=} has no backward tasks; use pipeline_forward, or a "
-            "training schedule."
-        )
-    _checks.check_reduction(aux_reduction)
-    model = _make_model(
-        stage_fn,
-        schedule,
-        mesh,
-        axis_name,
-        embed_fn=embed_fn,
-        loss_fn=loss_fn,
-        data_axes=data_axes,
-        param_specs=param_specs,
-        tied=tied,
-        aux_reduction=aux_reduction,
-        accumulate_dtype=jnp.dtype(accumulate_dtype),
-        overlap=overlap,
-    )
-    return PipelineStep(model)
+    accumulate_dtype = jnp.dtype(accumulate_dtype)
+    arguments = locals()  # fields of `Model` have their names
+    _checks.check_training(schedule, aux_reduction)
+    return PipelineStep(_make_model(**arguments))
 
 
 def pipeline_forward(
@@ -221,6 +231,7 @@ def pipeline_forward(
     data_axes: Sequence[str] = (),
     param_specs: PipelineParams | None = None,
     overlap: bool | None = None,
+    side: PyTree = None,
 ) -> PipelineForward:
     """Makes a function that runs only the forward pass, and keeps no residuals.
 
@@ -233,10 +244,11 @@ def pipeline_forward(
       data_axes: mesh axes that split axis 1 of inputs and of outputs.
       param_specs: as in `pipeline_value_and_grad`.
       overlap: as in `pipeline_value_and_grad`; here it affects steady states only.
+      side: as in `pipeline_value_and_grad`.
 
     Returns:
-      `forward(params, inputs, key=None) -> outputs`: the last stage's outputs, leaves
-      [num_microbatches, microbatch, ...]; see `PipelineForward`.
+      `forward(params, inputs, key=None, side=None) -> outputs`: the last stage's
+      outputs, leaves [num_microbatches, microbatch, ...]; see `PipelineForward`.
 
     Raises:
       ValueError: as for `pipeline_value_and_grad`.
@@ -251,22 +263,12 @@ def pipeline_forward(
       >>> print(forward(PipelineParams(jnp.array([1.0, 10.0])), jnp.arange(3.0)))
       [11. 12. 13.]
     """
-    model = _make_model(
-        stage_fn,
-        schedule.forward_only(),
-        mesh,
-        axis_name,
-        embed_fn=embed_fn,
-        loss_fn=None,
-        data_axes=data_axes,
-        param_specs=param_specs,
-        overlap=overlap,
-    )
-    return PipelineForward(model)
+    arguments = locals() | {"schedule": schedule.forward_only(), "loss_fn": None}
+    return PipelineForward(_make_model(**arguments))
 
 
 def _make_model(
-    stage_fn, schedule: Schedule, mesh: Mesh, axis_name: str, **options
+    *, schedule: Schedule, mesh: Mesh, axis_name: str, stage_fn, side, **options
 ) -> Model:
     """Checks the arguments common to both functions, and lowers the schedule."""
     data_axes, param_specs = options.pop("data_axes"), options.pop("param_specs")
@@ -282,5 +284,6 @@ def _make_model(
         axis_name=axis_name,
         data_axes=tuple(data_axes),
         param_specs=param_specs,
+        side=side_specs(side, mesh, axis_name),
         **options,
     )

@@ -37,6 +37,7 @@ class State(NamedTuple):
     stage_grads: tuple[PyTree, ...]  # one tree per chunk
     embed_grads: PyTree
     head_grads: PyTree
+    input_grads: PyTree  # [num_microbatches, ...], None where there are none
     outputs: PyTree  # [num_microbatches, ...]: losses, or outputs of the last stage
     stage_aux: tuple[PyTree, ...]  # one tree per chunk
     loss_aux: PyTree
@@ -217,14 +218,19 @@ class Runner:
             return state
 
         def body(carry):
-            messages, grads = carry
-            dx = read(messages, row.b_out)
-            return messages, accumulate(grads, backward(dx, row.b_microbatch))
+            messages, grads, input_grads = carry
+            new, d_inputs = backward(read(messages, row.b_out), row.b_microbatch)
+            input_grads = write(input_grads, row.b_microbatch, d_inputs)
+            return messages, accumulate(grads, new), input_grads
 
-        messages, grads = when(
-            row.b_first == 1, body, (state.messages, state.embed_grads)
+        messages, grads, input_grads = when(
+            row.b_first == 1,
+            body,
+            (state.messages, state.embed_grads, state.input_grads),
         )
-        return state._replace(messages=messages, embed_grads=grads)
+        return state._replace(
+            messages=messages, embed_grads=grads, input_grads=input_grads
+        )
 
     def exchange(self, row: Row, state: State, permutes) -> State:
         """Sends and receives a tick's messages; reads all before writing any."""

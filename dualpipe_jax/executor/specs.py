@@ -46,7 +46,7 @@ def map_specs(
                 ),
                 getattr(specs, name),
                 getattr(params, name),
-                is_leaf=_is_spec,
+                is_leaf=is_spec,
             )
         except ValueError as error:
             raise ValueError(
@@ -64,50 +64,58 @@ def check_specs(specs: Any, mesh: Mesh, axis_name: str):
             f"param_specs is a {type(specs).__name__}; pass PipelineParams(stages=..., "
             "embed=..., head=...) of PartitionSpecs, None where replicated."
         )
-    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
-        where = f"param_specs{jax.tree_util.keystr(path)}"
-        if spec is None:
-            continue
-        if not isinstance(spec, PartitionSpec):
-            raise ValueError(
-                f"{where} is a {type(spec).__name__}, {spec!r}; it must be a "
-                "jax.sharding.PartitionSpec, or None where replicated."
-            )
-        names = list(_axes(spec))
-        if axis_name in names:
-            raise ValueError(
-                f"{where} is {spec}, but {axis_name!r} is the pipeline's axis: the "
-                "step divides the axis of the stages over it; leave both out."
-            )
-        if unknown := [name for name in names if name not in mesh.axis_names]:
-            raise ValueError(
-                f"{where} is {spec}, but the mesh has no axis {unknown[0]!r}; it has "
-                f"{tuple(mesh.axis_names)}."
-            )
-        if len(set(names)) < len(names):
-            raise ValueError(f"{where} is {spec}; name each mesh axis once.")
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec):
+        if spec is not None:
+            where = f"param_specs{jax.tree_util.keystr(path)}"
+            check_spec(where, spec, mesh, axis_name)
+
+
+def check_spec(where: str, spec: Any, mesh: Mesh, axis_name: str):
+    """Raises a `ValueError` unless this is a `PartitionSpec` over the other axes."""
+    if not isinstance(spec, PartitionSpec):
+        raise ValueError(
+            f"{where} is a {type(spec).__name__}, {spec!r}; it must be a "
+            "jax.sharding.PartitionSpec, or None where replicated."
+        )
+    names = list(_axes(spec))
+    if axis_name in names:
+        raise ValueError(
+            f"{where} is {spec}, but {axis_name!r} is the pipeline's axis: the step "
+            "divides the axis of the stages over it; leave both out."
+        )
+    if unknown := [name for name in names if name not in mesh.axis_names]:
+        raise ValueError(
+            f"{where} is {spec}, but the mesh has no axis {unknown[0]!r}; it has "
+            f"{tuple(mesh.axis_names)}."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where} is {spec}; name each mesh axis once.")
 
 
 def check_specs_fit(specs: PipelineParams, params: PipelineParams, mesh: Mesh):
     """Raises a `ValueError` if full specs, one for each array, cannot divide them."""
 
     def check(path: tuple, leaf: Any, spec: PartitionSpec):
-        shape = jnp.shape(leaf)
-        where = f"params{jax.tree_util.keystr(path)} has shape {shape}"
-        if len(spec) > len(shape):
-            raise ValueError(
-                f"{where}, too few axes for {spec}, its spec in param_specs (which "
-                "leave out the axis of the stages)."
-            )
-        for size, entry in zip(shape, spec, strict=False):
-            parts = math.prod(mesh.shape[name] for name in _names(entry))
-            if size % parts:
-                raise ValueError(
-                    f"{where}, and {spec}, its spec in param_specs, divides the axis "
-                    f"of size {size} into {parts} parts; it must be a multiple of that."
-                )
+        where = f"params{jax.tree_util.keystr(path)}"
+        what = "its spec in param_specs (which leave out the axis of the stages)"
+        check_spec_fits(where, jnp.shape(leaf), spec, what, mesh)
 
     jax.tree_util.tree_map_with_path(check, params, specs)
+
+
+def check_spec_fits(
+    where: str, shape: tuple[int, ...], spec: PartitionSpec, what: str, mesh: Mesh
+):
+    """Raises a `ValueError` if the full spec of an array cannot divide it."""
+    if len(spec) > len(shape):
+        raise ValueError(f"{where} has shape {shape}, too few axes for {spec}, {what}.")
+    for size, entry in zip(shape, spec, strict=False):
+        parts = math.prod(mesh.shape[name] for name in _names(entry))
+        if size % parts:
+            raise ValueError(
+                f"{where} has shape {shape}, and {spec}, {what}, divides the axis of "
+                f"size {size} into {parts} parts; it must be a multiple of that."
+            )
 
 
 def explicit_part(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
@@ -127,7 +135,8 @@ def explicit_part(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def _is_spec(node: Any) -> bool:
+def is_spec(node: Any) -> bool:
+    """Whether a node of a tree of specs is one of them."""
     return node is None or isinstance(node, PartitionSpec)
 
 
