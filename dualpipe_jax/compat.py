@@ -57,6 +57,14 @@ def new_jaxpr(invars: Sequence, outvars: Sequence, eqns: Sequence, like: Any) ->
     )
 
 
+def with_equations(jaxpr: Any, eqns: Sequence[Any]) -> Any:
+    """Returns a jaxpr with other equations, closed if it was closed before."""
+    inner, consts = open_jaxpr(jaxpr)
+    effects = inner.effects.union(*(eqn.effects for eqn in eqns))
+    new = inner.replace(eqns=list(eqns), effects=effects)
+    return new if isinstance(jaxpr, jex_core.Jaxpr) else close(new, consts)
+
+
 def close(jaxpr: Any, consts: Sequence[Any] = ()) -> Any:
     """Returns the closed form of ``jaxpr``."""
     return jex_core.ClosedJaxpr(jaxpr, list(consts))

@@ -120,6 +120,13 @@ class SplitBackward:
             programs=programs,
         )
 
+    def map_programs(self, rewrite: Callable[[Any], Any]) -> SplitBackward:
+        """Returns the plan with each program, an open jaxpr, rewritten."""
+        p = self.programs
+        f, i, w, b = map(rewrite, (p.f, p.i, p.w, p.b))
+        programs = dataclasses.replace(p, f=f, i=i, w=w, b=b)
+        return dataclasses.replace(self, programs=programs)
+
     def forward(self, params: PyTree, *inputs: PyTree) -> tuple[PyTree, tuple]:
         """F. Returns (outputs, residuals), or ((outputs, aux), residuals)."""
         return self.programs.forward(self.consts, params, inputs)

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dualpipe_jax import compat
 from dualpipe_jax.executor import checks as _checks
 from dualpipe_jax.executor.compact import CompactRunner
+from dualpipe_jax.executor.functions import Functions
 from dualpipe_jax.executor.keys import check_key
 from dualpipe_jax.executor.losses import mean_over_devices
 from dualpipe_jax.executor.overlapped import OverlappedRunner
@@ -26,7 +27,7 @@ from dualpipe_jax.executor.side import check_side
 from dualpipe_jax.executor.specs import check_specs_fit, explicit_part, map_specs
 from dualpipe_jax.executor.stage_transfer import StageParamTransfer
 from dualpipe_jax.executor.trainable import Flags, check_differentiated, select
-from dualpipe_jax.executor.work import Functions, forward_work, training_work
+from dualpipe_jax.executor.work import forward_work, training_work
 from dualpipe_jax.lowering import Program
 
 PyTree = Any
