@@ -220,14 +220,48 @@ def vary_like(x: Any, aval: Any) -> Any:
 
 
 def zeros(aval: Any) -> Any:
-    """Returns zeros of the type ``aval``, varying axes included."""
+    """Returns zeros of the type ``aval``, varying axes and memory included."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         impl = key_impl(aval)
         bits = jax.eval_shape(jax.random.key_data, struct(aval))
         value = jax.random.wrap_key_data(jnp.zeros(bits.shape, bits.dtype), impl=impl)
     else:
-        value = jnp.zeros(aval.shape, aval.dtype)
+        value = move(jnp.zeros(aval.shape, aval.dtype), is_on_host(aval))
     return vary_like(value, aval)
+
+
+def host_buffer(shape: Sequence[int], dtype: Any) -> Any:
+    """Returns an array in the host's memory, to be written before it is read.
+
+    Zeros would be made on the device, as a whole.
+    """
+    return move(jax.lax.empty(shape, dtype), True)
+
+
+def is_on_host(value: Any) -> bool:
+    """Returns whether an array, its type or its struct lies in the host's memory."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return getattr(value.sharding, "memory_kind", None) == "pinned_host"
+    if not hasattr(value, "memory_space"):
+        value = jax.typeof(value)
+    space = getattr(value, "memory_space", jax.memory.Space.Device)
+    return space == jax.memory.Space.Host
+
+
+def move(x: Any, to_host: bool) -> Any:
+    """Returns ``x`` in the memory of the host or of the device."""
+    if is_on_host(x) == to_host:
+        return x
+    spaces = jax.memory.Space
+    return jax.device_put(x, spaces.Host if to_host else spaces.Device)
+
+
+def is_fetch(eqn: Any) -> bool:
+    """Returns whether an equation copies arrays from the host's memory."""
+    return eqn.primitive.name == "device_put" and all(
+        is_on_host(a.aval) and not is_on_host(v.aval)
+        for a, v in zip(eqn.invars, eqn.outvars, strict=True)
+    )
 
 
 def key_impl(aval: Any) -> Any:
@@ -238,9 +272,15 @@ def key_impl(aval: Any) -> Any:
 
 
 def struct(aval: Any) -> jax.ShapeDtypeStruct:
-    """Returns ``aval`` as a public struct, with the mesh axes over which it varies."""
+    """Returns ``aval`` as a public struct, with its varying axes and memory."""
     kwargs: dict[str, Any] = {}
     sharding = getattr(aval, "sharding", None)
+    if is_on_host(aval):
+        # jax's own structs have no memory space but that of a sharding.
+        sharding = jax.sharding.NamedSharding(
+            sharding.mesh, sharding.spec, memory_kind="pinned_host"
+        )
+        kwargs["sharding"] = sharding
     if sharding is not None and not sharding.mesh.empty:
         kwargs["sharding"] = sharding
         if (axes := getattr(aval, "manual_axis_type", None)) is not None:

@@ -68,7 +68,8 @@ def kind(eqn: Any) -> Kind:
     if real_effects(eqn):
         return Kind.HEAVY
     name = eqn.primitive.name
-    if name in _CHEAP:
+    # What lies in the host's memory is fetched again rather than kept on the device.
+    if name in _CHEAP or compat.is_fetch(eqn):
         return Kind.CHEAP
     if name in _REDUCE:
         return Kind.REDUCE

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dualpipe_jax import compat
 from dualpipe_jax.executor.model import Model
-from dualpipe_jax.executor.runner import State
 from dualpipe_jax.executor.work import training_work
 
 PyTree = Any
@@ -19,6 +19,8 @@ P = PartitionSpec
 @dataclasses.dataclass(frozen=True)
 class BufferBytes:
     """Bytes on one device that a step keeps from its first tick to its last.
+
+    What a remat policy offloads to the host's memory is not among them.
 
     Attributes:
       residuals: activation slots: what F keeps for B, or for I and W.
@@ -53,7 +55,8 @@ class BufferBytes:
 
 def buffers_of(model: Model, *args) -> BufferBytes:
     """Returns the bytes of a training model's buffers; arguments as `Model.call`'s."""
-    state, chunks = _shapes(model, *args)
+    held, on_host = _shapes(model, *args)
+    state, chunks = jax.tree.map(lambda x, away: None if away else x, held, on_host)
     return BufferBytes(
         residuals=num_bytes(state.residuals),
         num_slots=model.program.num_slots,
@@ -84,7 +87,11 @@ def lower_costliest_task(model: Model, params, inputs, targets, key, side) -> An
         ready = model.prepare(training_work, params, inputs, targets, key, side)
         runner = ready.runner
         runner.chunks = chunks[0]
-        return runner.run_costliest(state)
+        # Shardings of compile-only devices know no host: arguments are on the devices.
+        on_host = jax.tree.map(compat.is_on_host, ready.state)
+        state = jax.tree.map(lambda x, to_host: compat.move(x, to_host), state, on_host)
+        state = runner.run_costliest(state)
+        return jax.tree.map(lambda x: compat.move(x, False), state)
 
     def placed(tree: PyTree, specs: PyTree) -> PyTree:
         def place(spec: PartitionSpec, part: PyTree) -> PyTree:
@@ -98,7 +105,8 @@ def lower_costliest_task(model: Model, params, inputs, targets, key, side) -> An
 
         return jax.tree.map(place, specs, tree, is_leaf=lambda s: isinstance(s, P))
 
-    held = placed(_shapes(model, params, inputs, targets, key, side), P())
+    held, _ = _shapes(model, params, inputs, targets, key, side)
+    held = placed(held, P())
     params = placed(params, model.specs_of(params))
     inputs, targets = (placed(tree, model.batch_spec) for tree in (inputs, targets))
     side = placed(side, model.side_specs)
@@ -111,14 +119,20 @@ def num_bytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _shapes(model: Model, *args) -> tuple[State, PyTree]:
-    """Returns the shapes of one device's state and of its parameters in compute."""
+def _shapes(model: Model, *args) -> tuple[PyTree, PyTree]:
+    """Returns the shapes of what one device holds, and what of it is on the host.
+
+    That is its state, and its parameters in compute.
+    """
     model.check(*args)
+    found = []
 
     def body(params, *args):
         ready = model.prepare(training_work, params, *args)
-        return ready.state, (ready.runner.chunks, params.embed, params.head)
+        held = ready.state, (ready.runner.chunks, params.embed, params.head)
+        found.append(jax.tree.map(compat.is_on_host, held))
+        return held
 
     # A replicated output has the same shape globally as on this device.
     run = model.mapped(body, P())
-    return jax.eval_shape(run, *args)
+    return jax.eval_shape(run, *args), found[0]

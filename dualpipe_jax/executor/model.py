@@ -317,4 +317,10 @@ def _zero_grad(leaf: jax.Array, accumulate_dtype: Any) -> jax.Array:
 
 
 def _slots(tree: PyTree, count: int) -> PyTree:
-    return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), tree)
+    """Returns buffers of slots, in the memory of what they hold."""
+
+    def buffer(struct: jax.ShapeDtypeStruct) -> jax.Array:
+        make = compat.host_buffer if compat.is_on_host(struct) else jnp.zeros
+        return make((count, *struct.shape), struct.dtype)
+
+    return jax.tree.map(buffer, tree)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dualpipe_jax import compat
 from dualpipe_jax.backward import SplitBackward
 from dualpipe_jax.executor import checks as _checks
 from dualpipe_jax.executor.collectives import check_axis_is_free
@@ -193,8 +194,7 @@ def _share(
             free = (
                 place
                 for place, other in enumerate(shared)
-                if place not in own
-                and (other.shape, other.dtype) == (struct.shape, struct.dtype)
+                if place not in own and _kind(other) == _kind(struct)
             )
             place = next(free, len(shared))
             if place == len(shared):
@@ -202,3 +202,7 @@ def _share(
             own.append(place)
         places.append(tuple(own))
     return tuple(shared), places
+
+
+def _kind(struct: jax.ShapeDtypeStruct) -> tuple:
+    return struct.shape, struct.dtype, compat.is_on_host(struct)
