@@ -242,7 +242,7 @@ def is_on_host(value: Any) -> bool:
     """Returns whether an array, its type or its struct lies in the host's memory."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return getattr(value.sharding, "memory_kind", None) == "pinned_host"
-    if not hasattr(value, "memory_space"):
+    if isinstance(value, jax.Array):
         value = jax.typeof(value)
     space = getattr(value, "memory_space", jax.memory.Space.Device)
     return space == jax.memory.Space.Host
