@@ -4,11 +4,13 @@ Skipping is not an option: `make test` installs the plugin.
 """
 
 import collections
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from dualpipe_jax import dualpipe, memory_report
@@ -133,3 +135,42 @@ def test_memory_is_what_the_program_says(compiled, options):
     report = memory_report(compiled, buffers=step.buffers(*args), task=task)
     # The loss runs when no pair does, and its memory is mostly logits.
     assert 0.9 < report.ratio <= 1.1
+
+
+@pytest.mark.slow
+def test_offloaded_residuals_are_slots_in_the_hosts_memory(options):
+    """CPUs have one memory, so only XLA for GPUs says where a buffer lies."""
+    mesh, shape = gpu_mesh("h100", {"pp": 2}), (256, 128)
+
+    def stage(weights, x):
+        hidden = checkpoint_name(jnp.sin(x @ weights), "hidden")
+        return x + hidden @ weights
+
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["hidden"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    step = pipeline_value_and_grad(
+        jax.checkpoint(stage, policy=policy),
+        lambda head, y, target: jnp.mean((y - target) ** 2),
+        schedule=dualpipe(2, 8),
+        mesh=mesh,
+    )
+
+    def struct(spec, *shape):
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    x = struct(P(), 8, *shape)
+    args = PipelineParams(struct(P("pp"), 2, shape[1], shape[1])), x, x
+    compiled = step.lower(*args).compile(options)
+    slots = step.buffers(*args).num_slots
+    memory = compiled.memory_analysis()
+    assert memory.host_temp_size_in_bytes == 4 * slots * math.prod(shape)
+    # No slot is copied to another place in the host's memory.
+    at_host = re.findall(r"\[([\d,]+)\]\S*S\(5\)\S* (\S+)\(", compiled.as_text())
+    ways = {name for _, name in at_host}
+    assert "dynamic-update-slice" in ways
+    assert not ways & {"copy", "copy-start", "dynamic-slice", "broadcast"}
