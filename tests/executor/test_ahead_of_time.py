@@ -30,10 +30,9 @@ def make_step():
     ("args", "kwargs"),
     [
         ((PARAMS, X, X), {}),
-        ((PARAMS, X, X, KEY), {}),
         ((PARAMS, X), {"targets": X, "key": KEY}),
     ],
-    ids=["", "key", "by name"],
+    ids=["", "by name"],
 )
 def test_a_step_takes_what_it_was_lowered_with(args, kwargs):
     step = make_step()

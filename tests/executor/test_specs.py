@@ -87,7 +87,7 @@ def test_specs_that_do_not_fit_the_parameters(stages, message):
         jax.eval_shape(step, params, X, X)
 
 
-@pytest.mark.parametrize("explicit", [(), ("pp",), ("dp", "tp"), ("pp", "tp", "dp")])
+@pytest.mark.parametrize("explicit", [("pp",), ("dp", "tp"), ("pp", "tp", "dp")])
 def test_axes_of_several_types(explicit):
     axes = ("pp", "tp", "dp")
     types = [AxisType.Explicit if a in explicit else AxisType.Auto for a in axes]
