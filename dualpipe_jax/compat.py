@@ -275,7 +275,7 @@ def struct(aval: Any) -> jax.ShapeDtypeStruct:
     """Returns ``aval`` as a public struct, with its varying axes and memory."""
     kwargs: dict[str, Any] = {}
     sharding = getattr(aval, "sharding", None)
-    if is_on_host(aval):
+    if sharding is not None and is_on_host(aval):
         # jax's own structs have no memory space but that of a sharding.
         sharding = jax.sharding.NamedSharding(
             sharding.mesh, sharding.spec, memory_kind="pinned_host"
