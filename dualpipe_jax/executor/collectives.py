@@ -27,7 +27,7 @@ def check_axis_is_free(jaxpr: Any, axis_name: str, function: str):
         return
     if name == "axis_index":
         remedy = (
-            "A rank runs several stages; put what differs between them into "
+            "A rank may run several stages; put what differs between them into "
             "params.stages, which have an entry for each stage."
         )
     else:
