@@ -99,7 +99,7 @@ def _dispatch_tokens(
     transport: Transport,
     payload: Payload,
 ) -> jax.Array:
-    token_C = plan.order // (len(plan.inverse) // len(x))
+    token_C = plan.order // max(1, _top_k(plan, len(x)))
     if payload == "plain":
         return to_experts(x[token_C], plan, axis_name, transport)
     bytes_T = pack_fp8(x)
@@ -178,5 +178,11 @@ def _sum_choices(
 ) -> jax.Array:
     """Rows by physical expert -> for each token, the sum over its choices."""
     row_C = from_experts(rows_M, plan, axis_name, transport)
-    row_TKF = row_C.reshape(num_tokens, -1, *rows_M.shape[1:])
+    top_k = _top_k(plan, num_tokens)
+    row_TKF = row_C.reshape(num_tokens, top_k, *rows_M.shape[1:])
     return row_TKF.sum(axis=1, dtype=jnp.float32).astype(rows_M.dtype)
+
+
+def _top_k(plan: DispatchPlan, num_tokens: int) -> int:
+    """Choices per token; 0 for a batch without tokens, whose plan does not tell."""
+    return len(plan.inverse) // max(1, num_tokens)

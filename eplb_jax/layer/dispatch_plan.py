@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from eplb_jax.layer.axes import Axis, all_gather, axis_index, psum
 from eplb_jax.layer.exchange import Segments
+from eplb_jax.layer.ids import known_ids
 from eplb_jax.layer.routing import count_experts
 from eplb_jax.layer.varying import is_typed
 
@@ -52,21 +53,23 @@ def plan_dispatch(
     axis_name: Axis | None = None,
     num_rows: int | None = None,
     num_sent: int | None = None,
+    is_distinct: bool = False,
 ) -> DispatchPlan:
     """Plans where the row of every choice of every token goes.
 
     Args:
-      physical_experts: [tokens, top_k] int32, see `choose_physical_experts`; a choice
-        of -1 is not sent.
+      physical_experts: [tokens, top_k], see `choose_physical_experts`; a choice outside
+        [0, physical experts), such as -1, is not sent.
       num_physical_experts: on all devices.
       num_devices: devices that the physical experts are divided among, in order.
       axis_name: mesh axis of the devices, inside `jax.shard_map`, or groups of them;
         None on one device.
-      num_rows: rows of a device's buffer; None: as many as can arrive, num_devices *
-        tokens * min(top_k, physical experts of a device). Empty rows cost memory and
-        no arithmetic (`grouped_matmul`).
+      num_rows: rows of a device's buffer; None: as many as can arrive. Empty rows cost
+        memory and no arithmetic (`grouped_matmul`).
       num_sent: rows that a device sends; None: one per choice. Set it when most
         choices are -1.
+      is_distinct: whether no token chooses a physical expert twice. Then at most
+        min(top_k, physical experts of a device) rows of a token can arrive, else top_k.
 
     Returns:
       A `DispatchPlan`.
@@ -82,21 +85,17 @@ def plan_dispatch(
     """
     _check(num_physical_experts, num_devices, axis_name, num_rows, num_sent)
     num_tokens, top_k = physical_experts.shape
+    physical_experts = known_ids(physical_experts, num_physical_experts)
     physical_C = physical_experts.reshape(-1)
     key_C = jnp.where(physical_C < 0, num_physical_experts, physical_C)
     order_C = jnp.argsort(key_C, stable=True).astype(jnp.int32)
     position_C = jnp.arange(len(order_C), dtype=jnp.int32)
     inverse_C = jnp.zeros_like(position_C).at[order_C].set(position_C)
     count_S = count_experts(physical_experts, num_physical_experts)
-    per_device = num_physical_experts // num_devices
-    if axis_name is None:
-        count_DDI, me = count_S[None, None], 0
-    else:
-        count_DDI = all_gather(count_S, axis_name)
-        count_DDI = count_DDI.reshape(num_devices, num_devices, per_device)
-        me = axis_index(axis_name)
+    count_DDI, me = _gather_counts(count_S, num_devices, axis_name)
     if num_rows is None:
-        num_rows = num_devices * num_tokens * min(top_k, per_device)
+        most = min(top_k, count_DDI.shape[2]) if is_distinct else top_k
+        num_rows = num_devices * num_tokens * most
 
     num_sent = len(order_C) if num_sent is None else min(num_sent, len(order_C))
     wanted_DD = count_DDI.sum(axis=2, dtype=jnp.int32)
@@ -133,6 +132,18 @@ def plan_dispatch(
         tokens_per_physical_expert=tokens_per_physical_expert,
         overflow=overflow,
     )
+
+
+def _gather_counts(
+    count_S: jax.Array, num_devices: int, axis_name: Axis | None
+) -> tuple[jax.Array, jax.Array | int]:
+    """Counts of all devices, from device to physical expert, and this device."""
+    if axis_name is None:
+        return count_S[None, None], 0
+    count_DS = all_gather(count_S, axis_name)
+    per_device = len(count_S) // num_devices
+    count_DDI = count_DS.reshape(num_devices, num_devices, per_device)
+    return count_DDI, axis_index(axis_name)
 
 
 def _shifted(shift: jax.Array, sizes: jax.Array, num_rows: int) -> jax.Array:

@@ -169,5 +169,4 @@ def _by_gather(
     is_sent_M = (from_M >= 0) & (inside_M < segments.send_sizes[:, me][from_M])
     index_M = from_M * rows.shape[0] + segments.input_offsets[:, me][from_M]
     index_M = jnp.where(is_sent_M, index_M + inside_M, -1)
-    flat = all_rows.reshape(-1, *rows.shape[1:])
-    return take_or_zero(flat, index_M)
+    return take_or_zero(lax.collapse(all_rows, 0, 2), index_M)

@@ -60,7 +60,8 @@ def grouped_matmul(
       implementation: see above.
 
     Returns:
-      [rows, f], of the dtype of `x`.
+      [rows, f], of the dtype of `x`. The gradient of the matrix of an empty group is
+      zero.
 
     Raises:
       ValueError: for shapes or dtypes that do not match, for an unknown implementation,
@@ -75,6 +76,10 @@ def grouped_matmul(
     _check(x, weight, group_sizes, implementation)
     group_sizes = group_sizes.astype(jnp.int32)
     x, weight, group_sizes = vary_alike(x, weight, group_sizes)
+    if not x.size or not weight.size:
+        # No rows, no groups or no features: there is nothing to add up.
+        nothing = jnp.zeros((x.shape[0], weight.shape[2]), x.dtype)
+        return vary_alike(nothing, x)[0]
     if implementation == "auto":
         return on_cuda(_by_tokamax, _by_blocks, x, weight, group_sizes)
     by = {"blocks": _by_blocks, "tokamax": _by_tokamax, "xla": _by_xla}
@@ -206,6 +211,7 @@ def _for_blocks(
 def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
     tokamax = load_tokamax()
     num_rows = group_sizes.sum(dtype=jnp.int32)
+    weight = _zero_grad_where_empty(weight, group_sizes)
     product = functools.partial(
         tokamax.ragged_dot, _mask(x, num_rows), weight, group_sizes
     )
@@ -222,10 +228,29 @@ def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.
 
 def _by_xla(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
     num_rows = group_sizes.sum(dtype=jnp.int32)
+    weight = _zero_grad_where_empty(weight, group_sizes)
     y = lax.ragged_dot(
         _mask(x, num_rows), weight, group_sizes, preferred_element_type=jnp.float32
     )
     return _mask(y.astype(x.dtype), num_rows)
+
+
+# Not a mask of the weights themselves, which would copy them before the kernel.
+@jax.custom_vjp
+def _zero_grad_where_empty(weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Returns `weight`; kernels may leave the gradient of an empty group unset."""
+    del group_sizes
+    return weight
+
+
+def _zero_grad_backward(group_sizes: jax.Array, dw_IFH: jax.Array) -> Any:
+    is_filled_I11 = (group_sizes > 0)[:, None, None]
+    return jnp.where(is_filled_I11, dw_IFH, jnp.zeros((), dw_IFH.dtype)), None
+
+
+_zero_grad_where_empty.defvjp(
+    lambda weight, sizes: (weight, sizes), _zero_grad_backward
+)
 
 
 def _mask(value_M: jax.Array, num_rows: jax.Array) -> jax.Array:

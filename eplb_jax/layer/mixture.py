@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from eplb_jax.layer.axes import Axis, Groups, all_gather, axis_index, psum
@@ -20,6 +19,7 @@ from eplb_jax.layer.choices import combine_choices, dispatch_choices
 from eplb_jax.layer.dispatch import combine, dispatch_tokens
 from eplb_jax.layer.dispatch_plan import plan_dispatch
 from eplb_jax.layer.grouped_products import Implementation, grouped_matmul
+from eplb_jax.layer.ids import is_repeated, known_ids, merge_repeated
 from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.physical import physical_weights
 from eplb_jax.layer.replicas import choose_physical_experts
@@ -55,12 +55,17 @@ def mix_experts(
     *,
     is_physical: bool = False,
     implementation: Implementation = "auto",
+    is_distinct: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes the weighted sum of each token's experts.
 
+    An expert that a token chooses several times computes it once, with the sum of the
+    weights.
+
     Args:
       x: [tokens, d]; inside `jax.shard_map` this device's.
-      experts: [tokens, top_k] int32 logical experts; -1 for a token that is padding.
+      experts: [tokens, top_k] logical experts; an id outside [0, experts), such as -1,
+        for a token that is padding.
       weights: [tokens, top_k] float32 router weights.
       expert_weights: this device's share of the logical experts, or, with
         `is_physical`, those of its physical experts.
@@ -68,6 +73,8 @@ def mix_experts(
       parallel: how physical experts are divided among devices.
       is_physical: whether `expert_weights` are gathered already.
       implementation: see `grouped_matmul`.
+      is_distinct: whether no token chooses an expert twice, as after a top-k; then
+        choices are not compared with each other.
 
     Returns:
       outputs: [tokens, d], of the dtype of `x`.
@@ -90,34 +97,29 @@ def mix_experts(
     """
     p = parallel
     if tables is None:
-        physical_experts = experts
         num_physical_experts = expert_weights.gate.shape[0] * p.num_devices
+        num_experts = num_physical_experts
     else:
-        if is_physical:
-            _check_fit(expert_weights, tables, p)
         num_physical_experts = tables.num_physical_experts
-        physical_experts = choose_physical_experts(
-            experts,
-            tables,
-            choice=p.replica_choice,
-            num_devices=p.num_devices,
-            num_nodes=p.num_nodes,
-            axis_name=p.axis_name,
-        )
-        if not is_physical:
-            expert_weights = physical_weights(
-                expert_weights,
-                tables,
-                num_devices=p.num_devices,
-                axis_name=p.axis_name,
-                transport=p.transport,
-            )
+        num_experts = tables.num_experts
+    experts = known_ids(experts, num_experts)
     # The router sees padding too, and its weights may be NaN there.
     weights = jnp.where(experts >= 0, weights, 0.0)
+    if not is_distinct:
+        # By default a buffer has room for each token at each expert once.
+        experts, weights = merge_repeated(experts, weights)
+    if tables is not None:
+        experts, expert_weights = _place(
+            experts, expert_weights, tables, p, is_physical
+        )
+    if not len(x):
+        # Nothing to send, on any device: all have equally many tokens.
+        counts = jnp.zeros(num_physical_experts, jnp.int32)
+        return x, counts, jnp.zeros((), jnp.int32)
     mix = _mix_by_node if p.route == "by_node" and p.num_nodes > 1 else _mix_directly
     return mix(
         x,
-        physical_experts,
+        experts,
         weights,
         expert_weights,
         num_physical_experts,
@@ -125,6 +127,35 @@ def mix_experts(
         p.axis_name,
         implementation,
     )
+
+
+def _place(
+    experts: jax.Array,
+    weights: ExpertWeights,
+    tables: ExpertTables,
+    p: ExpertParallel,
+    is_physical: bool,
+) -> tuple[jax.Array, ExpertWeights]:
+    """From experts to physical experts: the choices, and this device's weights."""
+    if is_physical:
+        _check_fit(weights, tables, p)
+    physical_experts = choose_physical_experts(
+        experts,
+        tables,
+        choice=p.replica_choice,
+        num_devices=p.num_devices,
+        num_nodes=p.num_nodes,
+        axis_name=p.axis_name,
+    )
+    if not is_physical:
+        weights = physical_weights(
+            weights,
+            tables,
+            num_devices=p.num_devices,
+            axis_name=p.axis_name,
+            transport=p.transport,
+        )
+    return physical_experts, weights
 
 
 def _mix_by_node(
@@ -152,6 +183,7 @@ def _mix_by_node(
         num_nodes,
         num_devices=num_nodes,
         axis_name=across,
+        is_distinct=True,
     )
     plan = checkpoint_name(plan, "moe_plan")
     with jax.named_scope("dispatch"):
@@ -196,10 +228,7 @@ def _nodes_of(physical_TK: jax.Array, per_node: int, num_nodes: int) -> jax.Arra
         node_N = jnp.arange(num_nodes, dtype=jnp.int32)
         is_used_TN = (node_TK[:, :, None] == node_N[None, None]).any(axis=1)
         return jnp.where(is_used_TN, node_N[None], -1)
-    is_same_TKK = node_TK[:, :, None] == node_TK[:, None]
-    is_before_KK = np.tri(top_k, k=-1, dtype=bool)
-    is_again_TK = (is_same_TKK & is_before_KK[None]).any(axis=2)
-    return jnp.where(is_again_TK, -1, node_TK)
+    return jnp.where(is_repeated(node_TK), -1, node_TK)
 
 
 def _mix_directly(
@@ -220,6 +249,7 @@ def _mix_directly(
         axis_name=axis,
         num_rows=p.num_rows,
         num_sent=p.num_rows if p.route == "by_node" else None,
+        is_distinct=True,
     )
     plan = checkpoint_name(plan, "moe_plan")
     way = {"axis_name": axis, "transport": p.transport}

@@ -244,6 +244,7 @@ class MoE(nnx.Module):
             self.parallel,
             is_physical=physical is not None,
             implementation=self.implementation,
+            is_distinct=True,
         )
         if self.shared is not None:
             gate, up, down = (leaf[0].astype(dtype) for leaf in self.shared)
@@ -252,6 +253,8 @@ class MoE(nnx.Module):
         if tables is not None:
             # Each choice has one physical expert, whose count is that of all devices.
             counts = tables.add_replicas(tokens_per_physical_expert)
-        loss = sequence_balance_loss(routing.scores, self.top_k, is_padding).mean()
+        losses = sequence_balance_loss(routing.scores, self.top_k, is_padding)
+        # Their mean; 0 without sequences.
+        loss = losses.sum() / max(1, losses.size)
         stats = MoEStats(counts, tokens_per_physical_expert, overflow, loss)
         return outputs.reshape(x.shape).astype(x.dtype), stats

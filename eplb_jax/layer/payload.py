@@ -48,7 +48,8 @@ def pack_fp8(x_TF: jax.Array) -> jax.Array:
     Returns:
       [tokens, d + 4 * d / 128] uint8.
     """
-    tile_T = x_TF.astype(jnp.float32).reshape(len(x_TF), -1, _TILE)
+    num_tiles = x_TF.shape[1] // _TILE
+    tile_T = x_TF.astype(jnp.float32).reshape(len(x_TF), num_tiles, _TILE)
     scale_T = jnp.abs(tile_T).max(axis=-1, keepdims=True) / _LARGEST_FP8
     scale_T = jnp.where(scale_T > 0, scale_T, 1.0)
     small_T = (tile_T / scale_T).astype(jnp.float8_e4m3fn).reshape(x_TF.shape)
@@ -71,14 +72,14 @@ def unpack_fp8(bytes_M: jax.Array, num_features: int, dtype: Any) -> jax.Array:
     Returns:
       [rows, d].
     """
+    shape = len(bytes_M), num_features // _TILE
     small_M, scale_M = jnp.split(bytes_M, [num_features], axis=1)
     small_M = lax.bitcast_convert_type(small_M, jnp.float8_e4m3fn)
-    scale_M = scale_M.reshape(len(bytes_M), -1, 4)
-    scale_M = lax.bitcast_convert_type(scale_M, jnp.float32)[..., None]
-    tile_M = small_M.astype(jnp.float32).reshape(len(bytes_M), -1, _TILE) * scale_M
+    scale_M = lax.bitcast_convert_type(scale_M.reshape(*shape, 4), jnp.float32)
+    tile_M = small_M.astype(jnp.float32).reshape(*shape, _TILE) * scale_M[..., None]
     return tile_M.reshape(small_M.shape).astype(dtype)
 
 
 def _as_bytes(x: jax.Array) -> jax.Array:
     """[n, m] float32 -> [n, 4 m] uint8."""
-    return lax.bitcast_convert_type(x, jnp.uint8).reshape(len(x), -1)
+    return lax.collapse(lax.bitcast_convert_type(x, jnp.uint8), 1)

@@ -78,7 +78,7 @@ def physical_weights(
     slices = -(-num_sent // (tables.num_physical_experts // num_devices))
 
     def gather(leaf: jax.Array) -> jax.Array:
-        count = divisor_from(math.prod(leaf.shape[1:]), slices)
+        count = divisor_from(max(1, math.prod(leaf.shape[1:])), slices)
         return _gather_slices(leaf, plan, count, axis_name, transport)
 
     return jax.tree.map(gather, weights)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax.layer.ids import known_ids
 from eplb_jax.layer.routing import count_experts
 from eplb_jax.layer.varying import vary_alike
 from eplb_jax.placement import ExpertTables, mix_bits
@@ -48,7 +49,8 @@ def choose_physical_experts(
         tokens of this batch on all devices. Costs one gather of [experts] integers.
 
     Args:
-      experts: [tokens, top_k] int32 logical experts; -1 for a token that is padding.
+      experts: [tokens, top_k] logical experts; an id outside [0, experts), such as -1,
+        for a token that is padding.
       tables: the tables of one layer.
       choice: see above.
       num_devices: devices that the physical experts are divided among, in order.
@@ -57,7 +59,7 @@ def choose_physical_experts(
         or if `experts` holds the tokens of all devices.
 
     Returns:
-      [tokens, top_k] int32 physical experts; -1 where `experts` is -1.
+      [tokens, top_k] int32 physical experts; -1 for padding.
 
     Raises:
       ValueError: for an unknown choice, tables of several layers, devices that do not
@@ -71,9 +73,10 @@ def choose_physical_experts(
       [[2, 1], [0, 1], [0, -1]]
     """
     _check(tables, choice, num_devices, num_nodes)
-    if tables.max_replicas == 1:
+    experts = known_ids(experts, tables.num_experts)
+    if tables.max_replicas == 1 or not experts.size:
         return jnp.where(experts >= 0, tables.logical_to_physical_map[experts, 0], -1)
-    expert_C = experts.reshape(-1).astype(jnp.int32)
+    expert_C = experts.reshape(-1)
     ordinal_C = _ordinals(expert_C)
     device = jnp.int32(0) if axis_name is None else lax.axis_index(axis_name)
     physical_ER = tables.logical_to_physical_map

@@ -19,6 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
+from eplb_jax.layer.ids import known_ids
+
 # Names logits and choices for the policies of `jax.checkpoint`.
 ROUTING = "moe_routing"
 
@@ -135,7 +137,8 @@ def sigmoid_group_top_k(
         rank_1E = (1,) * (scores.ndim - 1) + (num_experts,)
         biased = biased + lax.stop_gradient(bias.astype(jnp.float32)).reshape(rank_1E)
     if topk_groups < num_groups:
-        biased_GE = biased.reshape(*biased.shape[:-1], num_groups, -1)
+        per_group = num_experts // num_groups
+        biased_GE = biased.reshape(*biased.shape[:-1], num_groups, per_group)
         best = lax.top_k(biased_GE, min(2, biased_GE.shape[-1]))[0].sum(axis=-1)
         _, groups = lax.top_k(best, topk_groups)
         is_chosen = jax.nn.one_hot(groups, num_groups, dtype=jnp.bool_).any(axis=-2)
@@ -222,7 +225,7 @@ def count_experts(experts: jax.Array, num_experts: int) -> jax.Array:
       >>> count_experts(jnp.array([[0, 2], [2, -1]]), 3).tolist()
       [1, 0, 2]
     """
-    flat = experts.reshape(-1)
+    flat = known_ids(experts, num_experts).reshape(-1)
     flat = jnp.where(flat < 0, num_experts, flat)
     return jnp.zeros(num_experts, jnp.int32).at[flat].add(1, mode="drop")
 

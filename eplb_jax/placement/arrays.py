@@ -41,7 +41,12 @@ def take_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
     Examples:
       >>> take_or_zero(jnp.array([7, 8, 9]), jnp.array([2, -1, 3])).tolist()
       [9, 0, 0]
+      >>> take_or_zero(jnp.zeros((0, 2)), jnp.array([0])).tolist()
+      [[0.0, 0.0]]
     """
+    if not len(rows):
+        # jax refuses to take a row from none, even if no index asks for one.
+        rows = jnp.pad(rows, [(0, 1)] + [(0, 0)] * (rows.ndim - 1))
     return rows.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 

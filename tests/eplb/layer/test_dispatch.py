@@ -30,13 +30,18 @@ def on_mesh(fn, num_in):
 
 
 def choices(seed=0):
-    """[tokens, K] physical experts, a fifth of them -1."""
+    """[tokens, K] physical experts, more than a fifth of them out of range."""
     rng = np.random.default_rng(seed)
     num_tokens = DEVICES * TOKENS
     physical = np.array([rng.permutation(PHYSICAL)[:K] for _ in range(num_tokens)])
     physical[rng.random(physical.shape) < 0.2] = -1
+    physical[rng.random(physical.shape) < 0.05] = PHYSICAL + 1
     physical[: TOKENS + 2, 0] = 5  # a popular one
     return physical.astype(np.int32)
+
+
+def is_sent(physical):
+    return (physical >= 0) & (physical < PHYSICAL)
 
 
 def expected_rows(x, physical, num_rows):
@@ -45,7 +50,9 @@ def expected_rows(x, physical, num_rows):
     for device in range(DEVICES):
         mine = physical.reshape(DEVICES, TOKENS * K)[device]
         for n in np.argsort(mine, kind="stable"):
-            if mine[n] >= 0 and len(arrived[mine[n] // PER_DEVICE]) < num_rows:
+            if not is_sent(mine[n]):
+                continue
+            if len(arrived[mine[n] // PER_DEVICE]) < num_rows:
                 arrived[mine[n] // PER_DEVICE].append((mine[n], device, n))
     rows = np.zeros((DEVICES, num_rows, DIM), np.float32)
     sizes = np.zeros(PHYSICAL, int)
@@ -90,7 +97,7 @@ def test_against_a_loop(num_rows):
     want, want_sizes, num_arrived = expected_rows(x, physical, room)
     np.testing.assert_array_equal(rows, want)
     np.testing.assert_array_equal(sizes, want_sizes)
-    chosen = np.bincount(physical[physical >= 0], minlength=PHYSICAL)
+    chosen = np.bincount(physical[is_sent(physical)], minlength=PHYSICAL)
     counts = counts.reshape(DEVICES, PHYSICAL)
     np.testing.assert_array_equal(counts, [chosen] * DEVICES)
     assert (overflow == chosen.sum() - num_arrived).all()
@@ -98,7 +105,8 @@ def test_against_a_loop(num_rows):
     choice = physical.reshape(-1)
     result = np.repeat(x, K, axis=0) * (choice[:, None] + 1).astype(np.float32)
     if num_rows is None:
-        np.testing.assert_array_equal(back, np.where(choice[:, None] >= 0, result, 0))
+        is_sent_C1 = is_sent(choice)[:, None]
+        np.testing.assert_array_equal(back, np.where(is_sent_C1, result, 0))
     else:
         is_served = back.any(axis=1)
         assert is_served.sum() == num_arrived
@@ -143,6 +151,27 @@ def test_dispatch_and_combine_are_each_others_transpose(per_choice):
     # of a few hundred.
     np.testing.assert_allclose(products, products[0], rtol=1e-4)
     assert abs(products[0]) > 0.1
+
+
+def test_equal_choices_of_a_token_fit():
+    plan = plan_dispatch(jnp.full((6, 4), 1), 3)
+    assert plan.overflow == 0 and plan.group_sizes.tolist() == [0, 24, 0]
+    assert len(plan.to_group) == 24
+    # Room for less where the caller knows that no token chooses an expert twice.
+    assert len(plan_dispatch(jnp.full((6, 4), 1), 3, is_distinct=True).to_group) == 18
+
+
+@pytest.mark.parametrize("num_rows", [None, 5])
+@pytest.mark.parametrize("payload", ["plain", "fp8"])
+def test_a_batch_without_tokens(num_rows, payload):
+    x = jnp.zeros((0, 128))
+    plan = plan_dispatch(jnp.zeros((0, K), jnp.int32), 3, num_rows=num_rows)
+    assert plan.overflow == 0 and not plan.tokens_per_physical_expert.any()
+    rows = dispatch_tokens(x, plan, payload=payload)
+    assert rows.shape == (num_rows or 0, 128) and not rows.any()
+    assert combine(rows, plan, 0).shape == x.shape
+    assert dispatch_choices(x[:, :1], plan).shape == (num_rows or 0, 1)
+    assert combine_choices(rows, plan).shape == x.shape
 
 
 @pytest.mark.slow

@@ -198,26 +198,26 @@ class Option:
 class FakeTokamax(types.ModuleType):
     """Stands for an installed tokamax: one kernel, or an error in its place."""
 
-    def __init__(self, error=None):
+    def __init__(self, error=None, kernel=lambda x, weight, group_sizes: x @ weight[0]):
         super().__init__("tokamax")
         self.__spec__ = importlib.machinery.ModuleSpec("tokamax", None)
-        self.error, self.calls = error, []
+        self.error, self.kernel, self.calls = error, kernel, []
         self.config = types.SimpleNamespace(cross_compile=Option())
 
     def ragged_dot(self, x, weight, group_sizes, *, implementation):
         self.calls.append((implementation, self.config.cross_compile.value))
         if self.error is not None:
             raise self.error
-        return x @ weight[0]
+        return self.kernel(x, weight, group_sizes)
 
 
 @pytest.fixture
 def install(monkeypatch):
-    """`install(error=None)` puts a `FakeTokamax` where Python finds tokamax."""
+    """`install(...)` puts a `FakeTokamax` where Python finds tokamax."""
     was_parsed = flags.FLAGS.is_parsed()
 
-    def install(error=None):
-        tokamax = FakeTokamax(error)
+    def install(*args, **options):
+        tokamax = FakeTokamax(*args, **options)
         monkeypatch.setitem(sys.modules, "tokamax", tokamax)
         return tokamax
 
@@ -244,6 +244,56 @@ def test_tokamax_is_chosen_when_compiled_for_gpus(install):
         .as_text()
     )
     assert "while" in text
+
+
+@jax.custom_vjp
+def unset_where_empty(x, weight, group_sizes):
+    """A right product that never writes the gradients of empty groups."""
+    return lax.ragged_dot(x, weight, group_sizes)
+
+
+def unset_backward(saved, dy):
+    x, weight, group_sizes = saved
+    dx, dw = jax.vjp(lambda x, w: lax.ragged_dot(x, w, group_sizes), x, weight)[1](dy)
+    memory = jnp.where(jnp.arange(len(dw))[:, None, None] % 4 == 1, jnp.nan, 8.3)
+    return dx, jnp.where((group_sizes == 0)[:, None, None], memory, dw), None
+
+
+unset_where_empty.defvjp(lambda *args: (unset_where_empty(*args), args), unset_backward)
+
+
+def test_gradients_of_empty_groups_are_zero_whatever_the_kernel_says(install):
+    install(kernel=unset_where_empty)
+    sizes = [8, 0, 8, 0]
+    x, weight, dy = normal(0, 20, 8), normal(1, 4, 8, 6), normal(2, 20, 6)
+
+    def product(x, weight, by):
+        return grouped_matmul(x, weight, jnp.array(sizes), implementation=by)
+
+    _, pullback = jax.vjp(lambda x, w: product(x, w, "tokamax"), x, weight)
+    dx, dw = pullback(dy)
+    assert not dw[1].any() and not dw[3].any()
+    for ours, theirs in zip((dx, dw), gradients(x, weight, dy, sizes), strict=True):
+        # float32 sums of at most 8 products against float64
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "blocks", "xla", "tokamax"])
+@pytest.mark.parametrize(
+    ("rows", "groups", "dim"), [(0, 4, 8), (5, 0, 8), (5, 4, 0), (0, 0, 8)]
+)
+def test_nothing_to_multiply(rows, groups, dim, implementation, install):
+    install(NotImplementedError("it is not called"))
+    x, weight = jnp.ones((rows, dim)), jnp.ones((groups, dim, 6))
+    sizes = jnp.zeros(groups, jnp.int32)
+    y, pullback = jax.vjp(
+        lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation),
+        x,
+        weight,
+    )
+    assert y.shape == (rows, 6)
+    for array, like in zip((y, *pullback(y)), (y, x, weight), strict=True):
+        assert array.shape == like.shape and not array.any()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])

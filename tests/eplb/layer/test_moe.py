@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 from dualpipe_jax.backward.split_backward import SplitBackward
 from eplb_jax.layer.mixture import ExpertWeights, mix_experts
 from eplb_jax.layer.moe import MoE
-from eplb_jax.layer.parallel import ExpertParallel
+from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.physical import physical_weights
 from eplb_jax.layer.routing import sequence_balance_loss
 from eplb_jax.placement.tables import ExpertTables
@@ -265,6 +265,87 @@ def test_what_does_not_fit_is_counted_and_counts_as_zero():
         X, jnp.asarray(experts), jnp.ones((TOKENS, 1)), weights
     )
     np.testing.assert_allclose(y[:num_rows], one[:num_rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tables"),
+    [
+        ({}, None),
+        ({"replica_choice": "balanced", "apply_scores": "after"}, placement(6)),
+        ({"num_nodes": 2, "route": "by_node"}, placement(6)),
+    ],
+    ids=["direct", "balanced", "by node"],
+)
+def test_repeated_and_unknown_ids_never_overflow_the_default_buffers(changes, tables):
+    """Each token chooses one expert four times, of at most three on a device."""
+    # One with a single replica, so that all rows go to one device.
+    expert = 5 if tables is None else int(np.argmin(tables.expert_count))
+    experts = np.full((TOKENS, 4), expert)
+    experts[::3] = [EXPERTS, 7, -2, 7]
+    weights = RNG.random(experts.shape).astype(np.float32)
+    weights[::3, ::2] = np.nan  # of no expert
+    parallel = ExpertParallel("ep", DEVICES, **changes)
+    held = ExpertWeights(*(leaf[...] for leaf in layer().experts))
+
+    def run(x, experts, weights, held):
+        return mix_experts(x, experts, weights, held, tables, parallel)
+
+    run = jax.shard_map(
+        run,
+        mesh=MESH,
+        in_specs=P("ep"),
+        out_specs=(P("ep"), P(), P()),
+        check_vma=False,
+    )
+    y, counts, overflow = jax.jit(run)(X, experts, weights, held)
+    assert overflow == 0
+    # Equal choices are one row.
+    by_expert = counts if tables is None else tables.add_replicas(counts)
+    want = np.zeros(EXPERTS, int)
+    np.add.at(want, [expert, 7], [TOKENS * 2 // 3, TOKENS // 3])
+    np.testing.assert_array_equal(by_expert, want)
+    gate, up, down = (np.asarray(leaf, np.float64) for leaf in held)
+    want = np.zeros((TOKENS, DIM))
+    for token, choice in np.ndindex(experts.shape):
+        e = experts[token, choice]
+        if 0 <= e < EXPERTS:
+            x = np.asarray(X[token], np.float64)
+            inside = x @ gate[e] / (1 + np.exp(-x @ gate[e])) * (x @ up[e])
+            want[token] += weights[token, choice] * (inside @ down[e])
+    check_close(y, want)
+
+
+@pytest.mark.parametrize("devices", [1, DEVICES])
+@pytest.mark.parametrize("shape", [(0, DIM), (0, 5, DIM), (3, 0, DIM)], ids=str)
+def test_batches_without_tokens(shape, devices):
+    parallel = ONE_DEVICE
+    if devices > 1:
+        parallel = ExpertParallel("ep", DEVICES, replica_choice="balanced")
+    graph, params, rest = nnx.split(layer(parallel), nnx.Param, ...)
+    tables = placement(0)
+
+    def run(params, x):
+        y, stats = nnx.merge(graph, params, rest)(x, tables)
+        if devices > 1:
+            loss = jax.lax.pmean(stats.balance_loss, "ep")
+            stats = stats._replace(balance_loss=loss)
+        return y, stats
+
+    if devices > 1:
+        over = P(*("ep" if size == 0 else None for size in shape))
+        run = jax.shard_map(
+            run, mesh=MESH, in_specs=(specs(params), over), out_specs=(over, P())
+        )
+
+    def loss(params, x):
+        y, stats = run(params, x)
+        return y.sum() + stats.balance_loss, (y, stats)
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    grads, (y, stats) = grad(params, jnp.zeros(shape))
+    assert y.shape == grads[1].shape == shape
+    for leaf in (*jax.tree.leaves(grads), *stats):
+        assert not leaf.any()
 
 
 @pytest.mark.slow

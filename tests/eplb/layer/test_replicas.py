@@ -26,12 +26,20 @@ def tables(seed=0):
 
 
 def picks(num_tokens, seed=0):
-    """K distinct experts per token, some of them popular; every fifth is padding."""
+    """K distinct experts per token, some of them popular; every fifth is padding.
+
+    Padding has ids outside [0, EXPERTS).
+    """
     rng = np.random.default_rng(seed)
     score = rng.random((num_tokens, EXPERTS)) * np.linspace(1, 3, EXPERTS)
     experts = np.argsort(-score, axis=1)[:, :K].astype(np.int32)
-    experts[::5] = -1
+    padding = np.array([-1, EXPERTS, 2**31 - 1, -7], np.int32)
+    experts[::5] = rng.choice(padding, experts[::5].shape)
     return experts
+
+
+def is_padding(experts):
+    return (experts < 0) | (experts >= EXPERTS)
 
 
 def choose_on_mesh(experts, maps, choice):
@@ -59,8 +67,9 @@ def test_a_replica_of_the_expert_and_the_same_again(choice):
     experts = picks(DEVICES * 40)
     physical = choose_on_mesh(experts, tables(), choice)
     expert_of = np.asarray(tables().physical_to_logical_map)
-    assert (expert_of[physical][experts >= 0] == experts[experts >= 0]).all()
-    assert (physical[experts < 0] == -1).all()
+    chosen = ~is_padding(experts)
+    assert (expert_of[physical][chosen] == experts[chosen]).all()
+    assert (physical[~chosen] == -1).all()
     again = choose_on_mesh(experts, tables(), choice)
     np.testing.assert_array_equal(physical, again)
 
@@ -158,6 +167,18 @@ def test_shares_on_recorded_loads():
     )
     assert (after >= before - 1e-6).all()
     assert after.mean() > before.mean() + 0.03
+
+
+@pytest.mark.parametrize("choice", ["spread", "nearest", "balanced"])
+def test_without_replicas_or_without_tokens(choice):
+    single = ExpertTables.from_placement(jnp.array([2, 0, 1, 3]), 4)
+    experts = jnp.array([[4, 4], [3, 0], [-1, 99]])
+    physical = choose_physical_experts(experts, single, choice=choice)
+    assert physical.tolist() == [[-1, -1], [3, 1], [-1, -1]]
+    none = choose_physical_experts(
+        experts[:0], tables(), choice=choice, num_devices=DEVICES
+    )
+    assert none.shape == (0, 2) and none.dtype == jnp.int32
 
 
 def test_bad_arguments():

@@ -128,6 +128,18 @@ def test_counts_leave_padding_out():
     assert count_experts(jnp.asarray(experts), 4).tolist() == [2, 1, 0, 2]
 
 
+@pytest.mark.parametrize("shape", [(0, 12), (0, 5, 12), (3, 0, 12)], ids=str)
+def test_batches_without_tokens(shape):
+    rows = jnp.zeros(shape)
+    for routing in (
+        softmax_top_k(rows, 2),
+        sigmoid_group_top_k(rows, 2, num_groups=4, topk_groups=2),
+    ):
+        assert routing.experts.shape == routing.weights.shape == (*shape[:-1], 2)
+        assert count_experts(routing.experts, 12).tolist() == [0] * 12
+        assert not sequence_balance_loss(routing.scores, 2).any()
+
+
 def test_bad_arguments():
     rows = jnp.zeros((2, 12))
     for call, message in [
