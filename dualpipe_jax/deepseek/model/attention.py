@@ -65,6 +65,8 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array
       >>> attend(x, x, jnp.arange(3.0).reshape(1, 3, 1, 1) * x).round(1)[0, :, 0, 0]
       Array([0. , 0.5, 1. ], dtype=float32)
     """
+    if not v_BTHV.size:
+        return v_BTHV  # no sequences, or no positions to attend to
     return on_cuda(_by_kernel, _by_xla, q_BTHK, k_BTHK, v_BTHV, keep=True)
 
 

@@ -83,7 +83,7 @@ def cross_entropies(
         pass recomputes them. DeepSeek-V3's logits for one sequence are 2 GiB.
 
     Returns:
-      For each set two [] float32.
+      For each set two [] float32; zeros for a set without tokens.
     """
     numbers = [targets.size for _, targets in sets]
     num_tokens, width = sum(numbers), kernel.shape[0]
@@ -101,7 +101,7 @@ def cross_entropies(
         return (terms[..., None] * weights[None]).sum(axis=1)
 
     parts = min(num_tokens, -(-num_tokens * kernel.shape[1] // max_logits))
-    if parts == 1:
+    if parts <= 1:
         totals = sums(hidden, targets, weights)
     else:
         size = -(-num_tokens // parts)
@@ -115,4 +115,5 @@ def cross_entropies(
             lambda part: jax.checkpoint(sums)(*part),
             (cut(hidden), cut(targets), cut(weights)),
         ).sum(axis=0)
-    return [(totals[0, i] / n, totals[1, i] / n) for i, n in enumerate(numbers)]
+    counts = [max(1, number) for number in numbers]
+    return [(totals[0, i] / n, totals[1, i] / n) for i, n in enumerate(counts)]

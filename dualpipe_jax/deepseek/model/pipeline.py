@@ -183,7 +183,7 @@ class DeepSeekPipeline(PipelineModel):
             # All devices of `ep` report the same counts.
             counts_LE = stats["tokens_per_expert"] // num_copies
             buffers, metrics = self.balancer.observe(buffers, counts_LE, step)
-            metrics["overflow"] = stats["overflow"].sum() // num_copies
+            metrics["overflow"] = (stats["overflow"] // num_copies).sum()
             metrics["balance_loss"] = stats["balance_loss"].mean() / share
         metrics |= {name: value / share for name, value in loss.items()}
         return buffers, metrics

@@ -165,6 +165,22 @@ def test_latent_attention_sees_no_later_token():
         assert (np.abs(after - before).max(axis=-1)[0, t:] > 1e-4).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
+def test_batches_without_tokens(shape):
+    config = small()
+    attention = LatentAttention(config, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(attention)
+    x = jnp.zeros((*shape, config.hidden_size))
+
+    def total(params, x):
+        y = nnx.merge(graph, params)(x)
+        return y.sum(), y
+
+    grads, y = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(params, x)
+    assert y.shape == grads[1].shape == x.shape
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
 def test_scores_see_distances_and_not_positions():
     config = small(rope_theta=BASE)
     call, _ = make(config)

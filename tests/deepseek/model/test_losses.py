@@ -9,7 +9,11 @@ import pytest
 
 from dualpipe_jax import PipelineParams
 from dualpipe_jax.deepseek import DeepSeek
-from dualpipe_jax.deepseek.model.losses import add_loss, cross_entropy
+from dualpipe_jax.deepseek.model.losses import (
+    add_loss,
+    cross_entropies,
+    cross_entropy,
+)
 from tests.deepseek.model.sizes import small
 
 
@@ -71,6 +75,32 @@ def test_a_few_logits_at_a_time_are_the_same(max_logits):
         if shape[-1:] == (11,) and shape != kernel.shape
     }
     assert sizes and max(sizes) <= max(max_logits, 11)
+
+
+@pytest.mark.parametrize("max_logits", [22, 1000])
+def test_without_tokens_the_loss_is_zero(max_logits):
+    # As of multi-token prediction in sequences of one token.
+    shapes = [(0,), (0, 5), (3, 0)]
+    empty = [np.zeros((*shape, 6), np.float32) for shape in shapes]
+    hidden, kernel = normal(0, 2, 5, 6), normal(1, 6, 11)
+    targets = np.random.default_rng(2).integers(11, size=(2, 5), dtype=np.int32)
+
+    def total(hidden, kernel, empty):
+        nothing = [(x, np.zeros(x.shape[:-1], np.int32)) for x in empty]
+        terms = [cross_entropies(nothing, kernel, max_logits=max_logits)]
+        sets = [(hidden, targets), *nothing]
+        terms.append(cross_entropies(sets, kernel, max_logits=max_logits))
+        return sum(jax.tree.leaves(terms))
+
+    def alone(hidden, kernel):
+        return sum(cross_entropy(hidden, kernel, targets))
+
+    grad = jax.value_and_grad(total, argnums=(0, 1, 2))
+    loss, (*grads, none) = jax.jit(grad)(hidden, kernel, empty)
+    want = jax.jit(jax.value_and_grad(alone, argnums=(0, 1)))(hidden, kernel)
+    for ours, theirs in zip((loss, *grads), (want[0], *want[1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # order of sums
+    assert [leaf.shape for leaf in none] == [leaf.shape for leaf in empty]
 
 
 def test_add_loss_adds_a_gradient_and_no_value():
