@@ -107,7 +107,8 @@ class ServeState(NamedTuple):
       sampling: [2, B], of the requests.
       caches: for each half and layer, latents [B, positions, W].
       balancer: of all MoE layers.
-      overflow: [] int32, expert choices so far that exceeded a buffer.
+      overflow: [] int32, expert choices so far that exceeded a buffer; it stays at the
+        largest int32.
     """
 
     tokens: Any

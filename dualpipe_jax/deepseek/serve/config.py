@@ -22,7 +22,7 @@ class RebalanceConfig(PlacementConfig):
     """When and how far the placement follows the load; see `eplb_jax.ExpertBalancer`.
 
     Attributes:
-      every: decode steps from one plan to the next.
+      every: steps from one plan to the next, of prefills and of decoding together.
       layers_per_plan: most layers that one plan changes; None: all.
       max_moves: most physical experts that one plan changes in a layer; None: a
         twelfth of them.

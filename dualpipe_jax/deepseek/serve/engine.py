@@ -211,6 +211,7 @@ class Engine:
         prompts = jax.tree.map(_put, batches, self.programs.abstract_prompts)
         self.state, tokens = self.programs.prefill(self.params, self.state, prompts)
         self.num_prefills += 1
+        self._rebalance_if_due()
         tokens = np.asarray(tokens)
         return [
             self._take(request, int(tokens[half, row]))
@@ -229,9 +230,7 @@ class Engine:
         is_idle = _put(is_idle, self.programs.abstract_idle)
         self.state, tokens = self.programs.decode(self.params, self.state, is_idle)
         self.num_decode_steps += 1
-        plan = self.config.rebalance
-        if plan is not None and self.num_decode_steps % plan.every == 0:
-            self._rebalance()
+        self._rebalance_if_due()
         tokens = np.asarray(tokens)
         return [self._take(request, int(tokens[slot])) for slot, request in running]
 
@@ -242,6 +241,14 @@ class Engine:
         return Token(request.number, token, is_last)
 
     # Experts.
+
+    def _rebalance_if_due(self) -> None:
+        plan, num_steps = (
+            self.config.rebalance,
+            self.num_prefills + self.num_decode_steps,
+        )
+        if plan is not None and num_steps % plan.every == 0:
+            self._rebalance()
 
     def _rebalance(self) -> None:
         # The host starts it, and does not read its result.

@@ -72,6 +72,20 @@ def test_two_hundred_steps_with_experts_on_the_move_and_without(
         assert each._cache_size() == 1
 
 
+def test_prefills_are_observed_and_followed_by_plans(config, make_engine):
+    """A server that only prefills moves experts, too."""
+    prompts = small_server.prompts(60, config, seed=11)
+    moving, still = make_engine(), make_engine(rebalance=None)
+    got = moving.generate(prompts, max_tokens=1)
+    np.testing.assert_array_equal(got, still.generate(prompts, max_tokens=1))
+    metrics = moving.metrics()
+    assert metrics["num_decode_steps"] == 0 and metrics["num_prefills"] > 2
+    assert metrics["num_moves"] > 0 and still.metrics()["num_moves"] == 0
+    # What was observed: each token of a prompt chose its experts once.
+    loads = still.state.balancer.loads.total
+    assert still.state.balancer.step == metrics["num_prefills"] and loads.sum() > 0
+
+
 def test_a_device_that_is_left_changes_nothing(config, make_engine):
     prompts = small_server.prompts(16, config, seed=3)
     expected = make_engine(rebalance=None).generate(prompts, max_tokens=20)
