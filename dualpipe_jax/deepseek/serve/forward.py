@@ -96,25 +96,20 @@ class Forward:
         rows = Rows.of(prompts, self.config.max_prompt_length)
         handed, latents = [], []
 
-        def attend(layer: int, module: Layer, x_MD: jax.Array) -> jax.Array:
-            attention, c = module.attention, self.config.architecture
-            x_1MD = module.attention_norm(x_MD)[None]
-            position_1M = prompts.positions[None]
-            pair = attention.latents(x_1MD, position_1M)
-            latents.append(jnp.concatenate(pair, axis=-1)[0])
-            kept_BTW = rows.spread(latents[-1])
-            if earlier is not None:
-                first_TW = jnp.where(
-                    rows.is_token_BT[0][:, None], kept_BTW[0], earlier[layer]
-                )
-                kept_BTW = kept_BTW.at[0].set(first_TW)
-            handed.append(kept_BTW[-1])
-            q_BTHK = attention.queries(
-                rows.spread(attention.compress(x_1MD)[0]), rows.position_BT
+        def attend(layer: int, x_MD: jax.Array) -> jax.Array:
+            before = None if earlier is None else earlier[layer]
+            x_MD, latent_MW, last_TW = _attend_in_prompts(
+                self._graphs[layer],
+                self.is_on_gpu,
+                params.layers[layer],
+                x_MD,
+                prompts.positions,
+                rows,
+                before,
             )
-            latent_BTC, rope_BTR = jnp.split(kept_BTW, [c.kv_lora_rank], axis=-1)
-            v_BTHV = attention.mix(q_BTHK, latent_BTC, rope_BTR)
-            return attention.out(rows.gather(v_BTHV))
+            latents.append(latent_MW)
+            handed.append(last_TW)
+            return x_MD
 
         x_MD, loads = self._layers(
             params, tables, params.embed[prompts.tokens], prompts.rows < 0, attend
@@ -146,11 +141,16 @@ class Forward:
         """
         caches = list(caches)
 
-        def attend(layer: int, module: Layer, x_BD: jax.Array) -> jax.Array:
-            y_BD, caches[layer] = module.attention.decode(
-                module.attention_norm(x_BD), requests.positions, caches[layer]
+        def attend(layer: int, x_BD: jax.Array) -> jax.Array:
+            x_BD, caches[layer] = _attend_to_cache(
+                self._graphs[layer],
+                self.is_on_gpu,
+                params.layers[layer],
+                x_BD,
+                requests.positions,
+                caches[layer],
             )
-            return y_BD
+            return x_BD
 
         x_BD, loads = self._layers(
             params, tables, params.embed[requests.tokens], requests.is_idle, attend
@@ -166,15 +166,13 @@ class Forward:
         is_padding,
         attend,
     ) -> tuple[jax.Array, Loads]:
-        """Runs all layers; `attend` takes a layer's number, module and input."""
+        """Runs all layers; `attend` takes a layer's number and input."""
         counts, overflow = [], jnp.zeros((), jnp.int32)
         for layer, graph in enumerate(self._graphs):
             arrays = params.layers[layer]
-            module = nnx.merge(graph, arrays)
-            with jax.named_scope("attn"), _kernels(self.is_on_gpu):
-                x = x + attend(layer, module, x)
-            if module.dense is not None:
-                x = x + module.dense(module.feed_forward_norm(x))
+            x = attend(layer, x)
+            if self.config.architecture.is_dense(layer):
+                x = _feed_forward(graph, arrays, x)
                 continue
             moe = len(counts)
             x, stats = _mix(
@@ -206,8 +204,72 @@ class Forward:
         return choose_tokens(logits_BU, position_B + 1, sampling)
 
 
-# Layers of one structure are traced once, and stand in the program without a call.
-@functools.partial(jax.jit, static_argnames=("graph", "is_on_gpu"), inline=True)
+# The parts of a layer are functions of their own so that layers of one structure are
+# traced, and lowered, once.
+_part_of_layer = functools.partial(jax.jit, static_argnames=("graph", "is_on_gpu"))
+
+
+@_part_of_layer
+def _attend_in_prompts(
+    graph: Any,
+    is_on_gpu: bool,
+    arrays: Any,
+    x_MD: jax.Array,
+    position_M: jax.Array,
+    rows: Rows,
+    earlier_TW: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the attention of a layer over prompts; see `Forward.prefill`.
+
+    Returns:
+      The layer's state, the latents [M, W] of all tokens, and those [T, W] of the last
+      row.
+    """
+    module = nnx.merge(graph, arrays)
+    attention, c = module.attention, module.attention.config
+    with jax.named_scope("attn"), _kernels(is_on_gpu):
+        x_1MD, position_1M = module.attention_norm(x_MD)[None], position_M[None]
+        pair = attention.latents(x_1MD, position_1M)
+        latent_MW = jnp.concatenate(pair, axis=-1)[0]
+        kept_BTW = rows.spread(latent_MW)
+        if earlier_TW is not None:
+            is_token_T1 = rows.is_token_BT[0][:, None]
+            first_TW = jnp.where(is_token_T1, kept_BTW[0], earlier_TW)
+            kept_BTW = kept_BTW.at[0].set(first_TW)
+        q_BTHK = attention.queries(
+            rows.spread(attention.compress(x_1MD)[0]), rows.position_BT
+        )
+        latent_BTC, rope_BTR = jnp.split(kept_BTW, [c.kv_lora_rank], axis=-1)
+        v_BTHV = attention.mix(q_BTHK, latent_BTC, rope_BTR)
+        x_MD = x_MD + attention.out(rows.gather(v_BTHV))
+    return x_MD, latent_MW, kept_BTW[-1]
+
+
+@_part_of_layer
+def _attend_to_cache(
+    graph: Any,
+    is_on_gpu: bool,
+    arrays: Any,
+    x_BD: jax.Array,
+    position_B: jax.Array,
+    cache_BSW: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the attention of a layer for one token of each request."""
+    module = nnx.merge(graph, arrays)
+    with jax.named_scope("attn"), _kernels(is_on_gpu):
+        y_BD, cache_BSW = module.attention.decode(
+            module.attention_norm(x_BD), position_B, cache_BSW
+        )
+        return x_BD + y_BD, cache_BSW
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _feed_forward(graph: Any, arrays: Any, x: jax.Array) -> jax.Array:
+    """Runs the dense network of a layer."""
+    return nnx.merge(graph, arrays).feed_forward(x)
+
+
+@_part_of_layer
 def _mix(
     graph: Any,
     is_on_gpu: bool,

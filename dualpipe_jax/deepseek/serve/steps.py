@@ -61,13 +61,12 @@ class Steps:
             params, tables = weights
             return forward.prefill(params, tables, each, earlier)
 
-        done = run_interleaved(
+        done = self._run_halves(
             prefill,
             lambda *args: prefill(*args)[0],
             (params, state.balancer.tables),
             [prompts[0]],
             [prompts[1]],
-            platform=self.platform,
         )
         for each, (tokens_B, latents, _) in zip(prompts, done, strict=True):
             state = self._insert(state, each, tokens_B, latents)
@@ -93,13 +92,12 @@ class Steps:
             params, tables = weights
             return forward.decode(params, tables, each, caches)
 
-        first, second = run_interleaved(
+        first, second = self._run_halves(
             lambda *args: (decode(*args), ()),
             decode,
             (params, state.balancer.tables),
             [halves[0], state.caches[0]],
             [halves[1], state.caches[1]],
-            platform=self.platform,
         )
         tokens = jnp.stack([first[0], second[0]])
         state = state._replace(
@@ -108,6 +106,20 @@ class Steps:
             caches=(first[1], second[1]),
         )
         return self._observe(state, first[2], second[2]), tokens
+
+    def _run_halves(
+        self, first: Any, second: Any, weights: Any, one: list, other: list
+    ) -> tuple[Any, Any]:
+        """Runs both halves as `run_interleaved` does, if there is anything to overlap.
+
+        CPUs overlap nothing, and one device exchanges nothing.
+        """
+        if self.platform == "cpu" or self.config.axis_name is None:
+            outputs, handed = first(weights, *one)
+            return outputs, second(weights, *other, handed)
+        return run_interleaved(
+            first, second, weights, one, other, platform=self.platform
+        )
 
     def rebalance(
         self, experts: PyTree, state: BalancerState
