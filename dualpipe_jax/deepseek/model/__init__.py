@@ -9,7 +9,11 @@ Imports: schedules, planning, executor, train, eplb_jax.placement, eplb_jax.laye
 
 from dualpipe_jax.deepseek.model.balancing import RouterState as RouterState
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
-from dualpipe_jax.deepseek.model.layers import Head as Head, Layer as Layer
+from dualpipe_jax.deepseek.model.layers import (
+    Head as Head,
+    Layer as Layer,
+    initial_layer as initial_layer,
+)
 from dualpipe_jax.deepseek.model.losses import logits_of as logits_of
 from dualpipe_jax.deepseek.model.model import DeepSeek
 from dualpipe_jax.deepseek.model.pipeline import DeepSeekPipeline as DeepSeekPipeline

@@ -6,12 +6,16 @@ DeepSeek-V3 report (arXiv:2412.19437), sections 2.1 and 2.2. Shape suffixes: see
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dualpipe_jax.deepseek.model.attention import LatentAttention
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
+from dualpipe_jax.deepseek.model.trees import parameters
 from eplb_jax import ExpertParallel, ExpertTables, ExpertWeights, MoE
 from eplb_jax.layer import MoEStats
 
@@ -111,6 +115,23 @@ class Layer(nnx.Module):
             physical = ExpertWeights(*(leaf[...] for leaf in self.moe.experts))
             y, stats = self.moe(x, tables, physical=physical)
         return x_BTD + y, stats
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "parallel", "has_dense", "has_moe")
+)
+def initial_layer(
+    config: DeepSeekConfig,
+    parallel: ExpertParallel,
+    key: jax.Array,
+    *,
+    has_dense: bool,
+    has_moe: bool,
+) -> Any:
+    """Returns the initial parameters of a `Layer`; each kind is traced once."""
+    return parameters(
+        Layer(config, parallel, has_dense=has_dense, has_moe=has_moe, key=key)
+    )
 
 
 class Head(nnx.Module):

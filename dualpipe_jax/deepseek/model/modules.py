@@ -15,7 +15,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
-from dualpipe_jax.deepseek.model.layers import Head, Layer, MultiTokenPrediction
+from dualpipe_jax.deepseek.model.layers import (
+    Head,
+    Layer,
+    MultiTokenPrediction,
+    initial_layer,
+)
 from dualpipe_jax.deepseek.model.layout import DENSE, MOE, NONE, Layout
 from dualpipe_jax.deepseek.model.preparation import Balancing
 from dualpipe_jax.deepseek.model.trees import (
@@ -57,7 +62,9 @@ class Modules:
 
         def one(position: int, layer: jax.Array) -> PyTree:
             layer_key = jax.random.fold_in(layers_key, layer)
-            return parameters(self._layer(position, layer_key))
+            return initial_layer(
+                self.arch, self.parallel, layer_key, **self._kinds(position)
+            )
 
         stages = []
         for position in range(self.layout.num_layer_positions):
@@ -118,15 +125,12 @@ class Modules:
             for name, make in makers.items()
         }
 
-    def _layer(self, position: int, key: jax.Array) -> Layer:
+    def _kinds(self, position: int) -> dict[str, bool]:
         kinds = self.layout.kinds(position)
-        return Layer(
-            self.arch,
-            self.parallel,
-            has_dense=DENSE in kinds,
-            has_moe=MOE in kinds,
-            key=key,
-        )
+        return {"has_dense": DENSE in kinds, "has_moe": MOE in kinds}
+
+    def _layer(self, position: int, key: jax.Array) -> Layer:
+        return Layer(self.arch, self.parallel, key=key, **self._kinds(position))
 
     def _mtp(self, key: jax.Array) -> MultiTokenPrediction:
         return MultiTokenPrediction(self.arch, self.parallel, key)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dualpipe_jax.deepseek.model import Head, Layer, logits_of
+from dualpipe_jax.deepseek.model import DeepSeekConfig, Head, Layer, logits_of
 from dualpipe_jax.deepseek.serve.arrays import (
     Loads,
     Prompts,
@@ -50,27 +50,17 @@ class Forward:
         """The structure of each layer's module, without its arrays."""
         arch = self.config.architecture
 
-        def make(dense: bool) -> Layer:
-            module = Layer(
-                arch, ONE_DEVICE, has_dense=dense, has_moe=not dense, key=_any_key()
-            )
+        def make(dense: bool) -> Any:
+            module = nnx.merge(*_layer(arch, dense))
             if module.moe is not None:
                 # Only physical experts are divided over the devices here.
                 module.moe.experts = None
                 module.moe.parallel = self.config.parallel(self.num_tokens)
-            return module
+            return nnx.graphdef(module)
 
         is_dense = [arch.is_dense(layer) for layer in range(arch.num_hidden_layers)]
-        graphs = {
-            dense: nnx.graphdef(nnx.eval_shape(functools.partial(make, dense)))
-            for dense in set(is_dense)
-        }
+        graphs = {dense: make(dense) for dense in set(is_dense)}
         return [graphs[dense] for dense in is_dense]
-
-    @functools.cached_property
-    def _head(self) -> Any:
-        make = functools.partial(Head, self.config.architecture)
-        return nnx.graphdef(nnx.eval_shape(lambda: make(_any_key())))
 
     def prefill(
         self,
@@ -197,11 +187,31 @@ class Forward:
     ) -> jax.Array:
         """Chooses the tokens [B] that follow those at the given positions."""
         arch = self.config.architecture
-        hidden_BD = nnx.merge(self._head, params.head).norm(x_BD)
+        hidden_BD = nnx.merge(_head(arch), params.head).norm(x_BD)
         tied = arch.tie_word_embeddings
         kernel = params.embed.T if tied else params.head["kernel"]
         logits_BU = logits_of(hidden_BD[None], kernel)[0]
         return choose_tokens(logits_BU, position_B + 1, sampling)
+
+
+# Structures are made once for all programs: making them traces all initial values.
+
+
+@functools.cache
+def _layer(arch: DeepSeekConfig, dense: bool) -> tuple[Any, Any]:
+    """Returns the structure of a layer, and the shapes of its arrays."""
+
+    def make() -> Layer:
+        key = jax.random.key(0)
+        return Layer(arch, ONE_DEVICE, has_dense=dense, has_moe=not dense, key=key)
+
+    return nnx.split(nnx.eval_shape(make))
+
+
+@functools.cache
+def _head(arch: DeepSeekConfig) -> Any:
+    """Returns the structure of the head."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Head(arch, jax.random.key(0))))
 
 
 # The parts of a layer are functions of their own so that layers of one structure are
@@ -294,8 +304,3 @@ def _mix(
 def _kernels(is_on_gpu: bool) -> contextlib.AbstractContextManager[None]:
     """Enables kernels for GPUs, which may only be compiled for."""
     return cross_compiling() if is_on_gpu else contextlib.nullcontext()
-
-
-def _any_key() -> jax.Array:
-    """Returns a key for structures, whose arrays are never computed."""
-    return jax.random.key(0)

@@ -20,8 +20,8 @@ from dualpipe_jax.deepseek.model import (
     DeepSeek,
     DeepSeekPipeline,
     Head,
-    Layer,
     RouterState,
+    initial_layer,
     map_with_names,
     parameters,
 )
@@ -54,10 +54,10 @@ def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
     layers = []
     for layer, key in enumerate(keys):
         is_dense = arch.is_dense(layer)
-        module = Layer(
-            arch, ONE_DEVICE, has_dense=is_dense, has_moe=not is_dense, key=key
+        tree = initial_layer(
+            arch, ONE_DEVICE, key, has_dense=is_dense, has_moe=not is_dense
         )
-        layers.append(parameters(module))
+        layers.append(tree)
         if not is_dense:
             layers[-1]["moe"]["bias"] = jnp.zeros(arch.n_routed_experts, jnp.float32)
     embed = (
