@@ -133,13 +133,13 @@ def run(args: argparse.Namespace) -> int:
 def _start(config: ServeConfig, folder: Path, console: Console) -> Engine:
     """Returns a compiled engine with a run's weights, placed for its observed load."""
     mesh = make_serve_mesh(config)
-    params, placement = load_checkpoint(config, folder, mesh=mesh, say=console.print)
-    engine = Engine(config, params, mesh=mesh)
+    params, placement = load_checkpoint(
+        config, folder, mesh=mesh, say=console.print, is_placed=True
+    )
+    engine = Engine(config, params, mesh=mesh, placement=placement)
     with CompileProgress(console) as progress:
         engine.compile(progress)
         compile_s = progress.elapsed_s
-    if placement is not None:
-        engine.place(placement)
     console.print(
         f"{config.name}: {config.num_devices} devices; compiled in {compile_s:.0f} s"
     )

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+import numpy as np
 from jax.sharding import Mesh
 
 from dualpipe_jax.deepseek.model import DeepSeekConfig, PlacementConfig
@@ -156,6 +157,16 @@ class ServeConfig:
     def num_physical_experts(self) -> int:
         """Physical experts of a layer."""
         return self.architecture.n_routed_experts + self.num_redundant
+
+    @property
+    def placement_in_order(self) -> np.ndarray:
+        """[MoE layers, physical experts]: physical expert i is expert i modulo theirs.
+
+        This is how experts are placed unless the engine is told otherwise.
+        """
+        expert_X = np.arange(self.num_physical_experts, dtype=np.int32)
+        expert_X %= self.architecture.n_routed_experts
+        return np.tile(expert_X, (self.num_moe_layers, 1))
 
     @property
     def num_moe_layers(self) -> int:

@@ -57,18 +57,25 @@ class Engine:
     """
 
     def __init__(
-        self, config: ServeConfig, params: ServeParams, *, mesh: Mesh | None = None
+        self,
+        config: ServeConfig,
+        params: ServeParams,
+        *,
+        mesh: Mesh | None = None,
+        placement: ArrayLike | None = None,
     ):
         """Puts the weights on the mesh; programs compile when they first run.
 
         Args:
           config: of the server.
-          params: weights; physical expert i has the weights of expert i modulo their
-            number. For another placement, see `place`.
+          params: weights.
           mesh: with the axis `ep`; by default the first devices that jax has.
+          placement: [layers, physical experts] int32, the expert whose weights each
+            physical expert has in `params`; None: physical expert i has those of expert
+            i modulo their number. `place` changes it.
 
         Raises:
-          ValueError: the mesh or the weights do not fit.
+          ValueError: the mesh, the weights or the placement do not fit.
         """
         self.config = config
         self.programs = make_serve_programs(config, mesh)
@@ -77,7 +84,10 @@ class Engine:
         placed: ServeParams = jax.tree.map(_put, params, like)
         # Copies, because these change in place; the caller's arrays stay as they are.
         self.params = placed._replace(experts=jax.tree.map(jnp.copy, placed.experts))
-        self.state = self.programs.init()
+        given = config.placement_in_order if placement is None else placement
+        self.state = self.programs.init(np.asarray(given))
+        if placement is not None:
+            self.state.balancer.tables.validate()
         self.num_prefills = self.num_decode_steps = self.num_tokens = 0
         self.seconds = 0.0
         self._measure = jax.jit(config.balancer.metrics)
@@ -86,7 +96,7 @@ class Engine:
         self._undelivered: collections.deque[Token] = collections.deque()
 
     def compile(self, progress: CompileProgress | None = None) -> None:
-        """Compiles all programs now; no step compiles anything after that.
+        """Compiles the steps' programs now; no step compiles anything after that.
 
         Args:
           progress: where to show what compiles.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dualpipe_jax import compat
@@ -42,7 +43,7 @@ class ServePrograms:
       abstract_state: the same of the state.
       abstract_prompts: the same of the prompts that `prefill` takes.
       abstract_idle: the same of `is_idle`, which `decode` takes.
-      init: () -> `ServeState` without requests.
+      init: placement [MoE layers, physical experts] -> `ServeState` without requests.
       prefill: (params, state, prompts of both microbatches) -> (state, tokens [2, B]
         that follow the prompts which end there).
       decode: (params, state, is_idle [2, B]) -> (state, tokens [2, B]).
@@ -65,10 +66,12 @@ class ServePrograms:
     def compile(self, progress: CompileProgress | None = None) -> ServePrograms:
         """Returns compiled programs; no step compiles anything after that.
 
+        `move`, which no step runs, compiles when it is first called.
+
         Args:
           progress: where to show what compiles.
         """
-        names = ("prefill", "decode", "rebalance", "move")
+        names = ("prefill", "decode", "rebalance")
         jobs = [
             Job(
                 name,
@@ -90,12 +93,10 @@ class ServePrograms:
         """Lowers a program, given by its name; None: the step of `config.phase`."""
         name = name or self.config.phase
         params, state = self.abstract_params, self.abstract_state
-        tables = state.balancer.tables
         arguments = {
             "prefill": (params, state, self.abstract_prompts),
             "decode": (params, state, self.abstract_idle),
             "rebalance": (params.experts, state.balancer),
-            "move": (params.experts, tables, tables),
         }
         return getattr(self, name).lower(*arguments[name])
 
@@ -135,7 +136,10 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
         )
         return jax.jit(run, **options)
 
-    abstract_state = _abstract(steps.init, state_specs, mesh)
+    shape = config.placement_in_order.shape
+    abstract_state = _abstract(
+        lambda: steps.init(jnp.zeros(shape, jnp.int32)), state_specs, mesh
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     return ServePrograms(
         config=config,

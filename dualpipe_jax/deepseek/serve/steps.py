@@ -198,8 +198,8 @@ class Steps:
     def _requests_per_half(self) -> int:
         return self.config.requests_per_device // HALVES * self.config.num_devices
 
-    def init(self) -> ServeState:
-        """Returns the state of a server without requests."""
+    def init(self, placement: jax.Array) -> ServeState:
+        """Returns the state of a server without requests, for a placement [L, X]."""
         c, num_requests = self.config, self._requests_per_half
         shape = (num_requests, c.context_length, c.latent_width)
         return ServeState(
@@ -213,7 +213,7 @@ class Steps:
                 ]
                 for _ in range(HALVES)
             ),
-            balancer=self.balancer.init(),
+            balancer=self.balancer.init(placement),
             overflow=jnp.zeros((), jnp.int32),
         )
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from dualpipe_jax.deepseek.model import (
     DeepSeek,
@@ -32,6 +33,7 @@ from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import Checkpoints
 from eplb_jax import ExpertWeights, rebalance_experts
 from eplb_jax.layer import ONE_DEVICE
+from eplb_jax.placement import take_or_zero
 
 P = PartitionSpec
 PyTree = Any
@@ -68,7 +70,11 @@ def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
 
 
 def trained_params(
-    config: ServeConfig, model: DeepSeekPipeline, params: PipelineParams, bias: Any
+    config: ServeConfig,
+    model: DeepSeekPipeline,
+    params: PipelineParams,
+    bias: Any,
+    placement: ArrayLike | None = None,
 ) -> ServeParams:
     """Returns trained weights, without the multi-token prediction module.
 
@@ -77,6 +83,7 @@ def trained_params(
       model: the model that the parameters are laid out for.
       params: of a `TrainState`.
       bias: [MoE layers, experts] float32, of its buffers.
+      placement: see `Engine`.
     """
     arch, layers = config.architecture, []
     for layer in range(arch.num_hidden_layers):
@@ -89,7 +96,7 @@ def trained_params(
             tree["moe"] = tree["moe"] | {"bias": own}
         layers.append(tree)
     head = {name: part for name, part in params.head.items() if name != "mtp"}
-    return _placed(config, params.embed, head, layers)
+    return _placed(config, params.embed, head, layers, placement)
 
 
 def load_checkpoint(
@@ -98,6 +105,7 @@ def load_checkpoint(
     *,
     mesh: Mesh | None = None,
     say: Callable[[str], Any] = print,
+    is_placed: bool = False,
 ) -> tuple[ServeParams, np.ndarray | None]:
     """Loads the latest checkpoint of a training run, for `Engine`.
 
@@ -108,11 +116,13 @@ def load_checkpoint(
       folder: the run's folder.
       mesh: where the weights go, with the axis `ep`; by default the first devices.
       say: called with a line of text for each damaged checkpoint.
+      is_placed: whether `params` are by the returned placement, which `Engine` must
+        then be told; False: physical expert i is expert i modulo their number.
 
     Returns:
       params: for `Engine`.
       placement: [layers, physical experts] int32 for the load observed in training, for
-        `Engine.place`; None if training observed none.
+        `Engine` or `Engine.place`; None if training observed none.
 
     Raises:
       ValueError: there is no checkpoint, none can be read, or it is of another model.
@@ -138,21 +148,33 @@ def load_checkpoint(
         raise ValueError(f"no checkpoint in {folder}; train a model there first.")
     with Checkpoints(checkpoints, say) as opened:
         _, state, _ = opened.restore(plan, partial=True)
-    model, buffers = found[-1], RouterState(**state["buffers"])
-    make = functools.partial(trained_params, config, model)
-    shardings = ServeParams(*(NamedSharding(mesh, spec) for spec in PARAM_SPECS))
-    params = jax.jit(make, out_shardings=shardings)(state["params"], buffers.bias)
-    if not float(buffers.loads.weight) > 0:
-        return params, None
-    loads_LE = model.balancer.estimate(buffers)[: arch.num_moe_layers]
-    placement = rebalance_experts(
-        loads_LE,
+    make = functools.partial(_of_a_server, config, found[-1], is_placed)
+    weights = ServeParams(*(NamedSharding(mesh, spec) for spec in PARAM_SPECS))
+    out_shardings = weights, NamedSharding(mesh, P())
+    params, placement = jax.jit(make, out_shardings=out_shardings)(state)
+    has_loads = float(state["buffers"]["loads"].weight) > 0
+    return params, np.asarray(placement) if has_loads else None
+
+
+def _of_a_server(
+    config: ServeConfig, model: DeepSeekPipeline, is_placed: bool, state: dict[str, Any]
+) -> tuple[ServeParams, jax.Array]:
+    """Returns what `load_checkpoint` does; without loads, experts are in order."""
+    arch, buffers = config.architecture, RouterState(**state["buffers"])
+    planned = rebalance_experts(
+        model.balancer.estimate(buffers)[: arch.num_moe_layers],
         config.num_physical_experts,
         arch.n_group,
         config.num_nodes,
         config.num_devices,
     )
-    return params, np.asarray(placement.physical_to_logical_map)
+    placement = jnp.where(
+        buffers.loads.weight > 0,
+        planned.physical_to_logical_map,
+        config.placement_in_order,
+    )
+    by = placement if is_placed else None
+    return trained_params(config, model, state["params"], buffers.bias, by), placement
 
 
 def _divided(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -166,19 +188,26 @@ def _divided(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def _placed(
-    config: ServeConfig, embed: jax.Array, head: PyTree, layers: list[PyTree]
+    config: ServeConfig,
+    embed: jax.Array,
+    head: PyTree,
+    layers: list[PyTree],
+    placement: ArrayLike | None = None,
 ) -> ServeParams:
     """Gathers physical experts, and casts weights to the dtype that they compute in."""
-    # As `ExpertBalancer.init` places them.
-    physical_X = jnp.arange(config.num_physical_experts, dtype=jnp.int32)
-    expert_X = physical_X % config.architecture.n_routed_experts
+    if placement is None:
+        placement = config.placement_in_order
+    placement_LX = jnp.asarray(placement, jnp.int32)
     rest, experts = [], []
     for tree in layers:
         if "moe" in tree:
             logical = tree["moe"]["experts"]
             moe = {name: v for name, v in tree["moe"].items() if name != "experts"}
             tree = tree | {"moe": moe}
-            physical = [logical[name][expert_X] for name in ExpertWeights._fields]
+            expert_X = placement_LX[len(experts)]
+            physical = [
+                take_or_zero(logical[name], expert_X) for name in ExpertWeights._fields
+            ]
             experts.append(ExpertWeights(*physical))
         rest.append(tree)
 
