@@ -20,8 +20,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from configs import profiles
 from dualpipe_jax import compile_overlapped, gpu_mesh, overlap_report, read_trace
+from dualpipe_jax.configs import profiles
 from dualpipe_jax.gpu.overlap import LoopReport, OverlapReport
 
 ROOT = Path(__file__).parent.parent

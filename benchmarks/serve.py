@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import numpy as np
 
-from configs import tiny_server
+from dualpipe_jax.configs import tiny_server
 from dualpipe_jax.deepseek.serve import Engine, initial_params
 
 ROUNDS, STEPS, OFTEN = 12, 16, 100

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from configs import tiny
+from dualpipe_jax.configs import tiny
 from dualpipe_jax.executor import PipelineAux
 from dualpipe_jax.train import load_text, make_programs, train
 from dualpipe_jax.train.data import train_batch

@@ -6,7 +6,7 @@ ranks of the pipeline) is our choice, and marked as such.
 
 import dataclasses
 
-from configs.deepseek_v3 import architecture
+from dualpipe_jax.configs.deepseek_v3 import architecture
 from dualpipe_jax.deepseek import DeepSeek, ServeConfig
 from dualpipe_jax.train import OptimizerConfig, TrainConfig
 

@@ -1,6 +1,6 @@
 """A server for the main job's model."""
 
-from configs import tiny
+from dualpipe_jax.configs import tiny
 from dualpipe_jax.deepseek.serve import RebalanceConfig, ServeConfig
 
 

@@ -24,6 +24,8 @@ from dualpipe_jax.train.model import ModelConfig
 from eplb_jax import lookup
 
 AXES = ("pp", "dp", "ep")
+# In a checkout a link to its folder configs/. Not imported: recipes import this room.
+_RECIPES = Path(__file__).parent.parent / "configs"
 Config = TypeVar("Config")
 
 
@@ -186,8 +188,9 @@ def load_config(name: str) -> TrainConfig:
     """Loads the configuration that a function of a file returns.
 
     Args:
-      name: a path to a Python file, or the name of a module of `configs`, or of any
-        module; `:function` after it names the function, `config` by default.
+      name: a path to a Python file, or the name of one that this package comes with
+        (`dualpipe_jax.configs`), or of any module; `:function` after it names the
+        function, `config` by default.
 
     Raises:
       ValueError: there is no such file or function, or it returns something else.
@@ -225,7 +228,7 @@ def load_as(kind: type[Config], name: str) -> Config:
 def _load(name: str) -> ModuleType:
     path = Path(name)
     if path.suffix != ".py":
-        path = _configs_folder() / f"{name}.py"
+        path = _RECIPES / f"{name}.py"
     if path.is_file():
         spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
         assert spec is not None and spec.loader is not None
@@ -239,16 +242,8 @@ def _load(name: str) -> ModuleType:
             # If the module itself fails to import another one, that is an error.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
-    known = sorted(
-        file.stem for file in _configs_folder().glob("[!_]*.py") if file.is_file()
-    )
+    known = sorted(file.stem for file in _RECIPES.glob("[!_]*.py"))
     raise ValueError(
         f"config {name!r} not found (looked for {path}); give a Python file that "
         f"defines config(), or one of {', '.join(known)}."
     )
-
-
-def _configs_folder() -> Path:
-    import configs
-
-    return Path(configs.__path__[0])

@@ -2,12 +2,18 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from dualpipe_jax.train import config as config_module
 from tests.train import tiny
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_by_path_and_by_name():
@@ -44,7 +50,8 @@ def test_a_function_of_another_name(tmp_path):
 def test_a_function_of_a_module():
     by_name = config_module.load_config("profiles:training")
     assert by_name.name == "profile_training"
-    assert config_module.load_config("configs.profiles:training") == by_name
+    of_module = config_module.load_config("dualpipe_jax.configs.profiles:training")
+    assert of_module == by_name
     with pytest.raises(ValueError, match=r"prefill\(\) of .* returns a ServeConfig"):
         config_module.load_config("profiles:prefill")
     # What can be compiled for a mesh is either.
@@ -54,6 +61,27 @@ def test_a_function_of_a_module():
         config_module.load_as(config_module.StepConfig, "tiny:architecture")
     with pytest.raises(ValueError, match=r"'no.such.module' not found"):
         config_module.load_config("no.such.module:config")
+
+
+def test_recipes_are_where_only_the_packages_are_installed(tmp_path):
+    # As a wheel has them: links are files there.
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert find["packages"]["find"]["include"] == ["dualpipe_jax*", "eplb_jax*"]
+    for name in ("dualpipe_jax", "eplb_jax"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    code = (
+        "from dualpipe_jax.train import config, load_as\n"
+        "for name in 'tiny', 'small', 'tiny_server:config', 'profiles:decode':\n"
+        "    print(load_as(object, name).name)\n"
+        "print(config.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    names = ["tiny", "small", "tiny_server", "profile_decode"]
+    file = str(tmp_path / "dualpipe_jax" / "train" / "config.py")
+    assert done.stdout.splitlines() == [*names, file], done.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-import configs.tiny
 from dualpipe_jax import dualpipe
 from dualpipe_jax.commands import main as cli
+from dualpipe_jax.configs import tiny
 from dualpipe_jax.pictures import show
 from dualpipe_jax.train.report import report_html
 from dualpipe_jax.train.report_sections import layer_names
@@ -365,7 +365,7 @@ def test_the_command_writes_the_page(tmp_path, capsys):
 
 
 def test_layers_have_the_names_that_the_config_gives_them():
-    config = json.loads(configs.tiny.config().to_json())
+    config = json.loads(tiny.config().to_json())
     assert layer_names(config, 5) == [f"layer {i}" for i in range(1, 6)]
     assert layer_names(config, 6)[-1] == "MTP"
     assert layer_names({}, 2) == ["0", "1"]

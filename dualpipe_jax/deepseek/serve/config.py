@@ -74,7 +74,7 @@ class ServeConfig:
       ValueError: sizes that do not fit each other.
 
     Examples:
-      >>> from configs import profiles
+      >>> from dualpipe_jax.configs import profiles
       >>> profiles.prefill().tokens_per_device, profiles.decode().tokens_per_device
       (16384, 128)
     """

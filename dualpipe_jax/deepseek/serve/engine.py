@@ -46,7 +46,7 @@ class Engine:
     """Serves requests; see `ServeConfig` for the sizes.
 
     Examples:
-      >>> from configs import tiny_server
+      >>> from dualpipe_jax.configs import tiny_server
       >>> from dualpipe_jax.deepseek.serve import initial_params
       >>> config = tiny_server.config()
       >>> engine = Engine(config, initial_params(config))

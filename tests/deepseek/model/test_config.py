@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import deepseek_v3
 from dualpipe_jax.backward.flop_count import flops
+from dualpipe_jax.configs import deepseek_v3
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig
 from dualpipe_jax.deepseek.model.config import layer_parameters
 from dualpipe_jax.deepseek.model.layers import Layer, MultiTokenPrediction

@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from configs import deepseek_v3, moe_16b, profiles, small, tiny
+from dualpipe_jax.configs import deepseek_v3, moe_16b, profiles, small, tiny
 
 TRAINING = [
     tiny.config,

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from configs import deepseek_v3, tiny_server
+from dualpipe_jax.configs import deepseek_v3, tiny_server
 from dualpipe_jax.deepseek.serve import RebalanceConfig, ServeConfig, prometheus
 
 SIZES = deepseek_v3.architecture()

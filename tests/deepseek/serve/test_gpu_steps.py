@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import pytest
 
-from configs import profiles
+from dualpipe_jax.configs import profiles
 from dualpipe_jax.deepseek.serve import ServeConfig, make_serve_programs
 from dualpipe_jax.gpu.overlap import compile_overlapped, overlap_report
 from dualpipe_jax.gpu.topology import gpu_mesh
