@@ -30,9 +30,11 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train a language model from a config", "train"),
     "serve": Command("complete prompts with a trained model", "train"),
-    "report": Command("write a training run as one HTML page"),
-    "overlap": Command("show which communication of a compiled step is hidden"),
-    "memory": Command("show what fills a GPU's memory in a train step"),
+    "report": Command("write a training run as one HTML page", "train"),
+    "overlap": Command(
+        "show which communication of a compiled step is hidden", "train"
+    ),
+    "memory": Command("show what fills a GPU's memory in a train step", "train"),
     "schedule": Command("draw a schedule, or export it"),
     "simulate": Command("compute makespan, bubbles and activations"),
     "trace": Command("show the overlap in a profile: PyTorch's, JAX's, or our own"),
@@ -73,13 +75,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, ImportError) as error:
         name = " ".join([parser.prog, *argv[:1]])
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        package = (missing or "").partition(".")[0]
-        if package and package != "dualpipe_jax":
+        if package := _missing_package(error):
             extra = COMMANDS[argv[0]].extra
             error = f"needs {package}; pip install 'dualpipe-jax[{extra}]'."
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _missing_package(error: BaseException | None) -> str:
+    """Returns which other package's absence has caused an error; empty: none."""
+    while error is not None:
+        # Other errors that say what to install do not know which command runs.
+        if isinstance(error, ModuleNotFoundError):
+            package = (error.name or "").partition(".")[0]
+            return "" if package in ("dualpipe_jax", "eplb_jax") else package
+        error = error.__cause__
+    return ""
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:

@@ -7,7 +7,11 @@ Imports: schedules, schedules.generators, lowering, pictures, executor, gpu.over
 profiles.
 """
 
+import importlib.util
+
 try:
+    if importlib.util.find_spec("matplotlib") is None:  # pictures import it late
+        raise ModuleNotFoundError(name="matplotlib")
     from dualpipe_jax.train import distributed as distributed
     from dualpipe_jax.train.checkpoint import Checkpoints as Checkpoints
     from dualpipe_jax.train.compilation_cache import (

@@ -217,15 +217,27 @@ def test_bad_input_is_one_line(args, message, tmp_path, capsys, monkeypatch):
     assert not out.exists()
 
 
-def test_what_is_not_installed_is_named():
+@pytest.mark.parametrize(
+    ("command", "module"),
+    # flax installs rich and orbax; matplotlib is first needed when all is prepared.
+    [("train", "rich.console"), ("train", "matplotlib"), ("report", "matplotlib")],
+)
+def test_what_is_not_installed_is_named(command, module, tmp_path):
     # None in sys.modules is how Python marks a module that must not be found.
     code = (
-        "import sys; sys.modules['rich.console'] = None\n"
+        f"import sys; sys.modules['{module}'] = None\n"
         "from dualpipe_jax.commands.main import main; "
-        "sys.exit(main(['train', 'bytes']))"
+        f"sys.exit(main(['{command}', 'tiny']))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
-    assert "needs rich; pip install 'dualpipe-jax[train]'" in done.stderr
+    package = module.partition(".")[0]
+    hint = f"needs {package}; pip install 'dualpipe-jax[train]'"
+    assert hint in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
