@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
+import statistics
 import sys
 import threading
 import traceback
@@ -95,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the job that `add_arguments` describes.
 
     Returns:
-      The exit status: 0, also if a signal stopped the run; 1 if the loss is no longer
-      finite, or the last checkpoint could not be written.
+      The exit status: 0, also if a signal stopped the run; 1 if the loss, gradient or
+      state is no longer finite, or the last checkpoint could not be written.
 
     Raises:
       ValueError: bad input, before anything is compiled.
@@ -179,29 +181,27 @@ def summary(
     lines = [
         f"{done} ({result.compile_s:.0f} s to compile, {result.train_s:.0f} s to train)"
     ]
-    if result.metrics:
-        first, last = result.metrics[0], result.metrics[-1]
-        rates = sorted(record["tokens_per_s"] for record in result.metrics)
+    series = functools.partial(_series, result.metrics)
+    if losses := series("loss"):
         lines.append(
-            f"loss           {last['loss']:.3f} nats per {unit} "
-            f"(first step {first['loss']:.3f})"
+            f"loss           {losses[-1]:.3f} nats per {unit} "
+            f"(first step {losses[0]:.3f})"
         )
-        if result.held_out_loss is not None:
-            lines.append(f"held-out loss  {result.held_out_loss:.3f} nats per {unit}")
-        if "balancedness_unplaced" in last:
-            recent = result.metrics[-10:]
-            now, without = (
-                sum(record[name] for record in recent) / len(recent)
-                for name in ("balancedness", "balancedness_unplaced")
-            )
-            lines.append(
-                f"balancedness   {now:.3f} with EPLB, {without:.3f} without "
-                f"(mean of the last {len(recent)} steps)"
-            )
-        lines += [
-            f"tokens/s       {rates[len(rates) // 2]:,.0f} (median)",
-            f"bubble         {last['pipeline_bubble_ratio']:.1%} of the schedule",
-        ]
+    if result.held_out_loss is not None:
+        lines.append(f"held-out loss  {result.held_out_loss:.3f} nats per {unit}")
+    if skipped := sum(series("skipped")):
+        lines.append(f"skipped        {skipped:.0f} steps that were not finite")
+    if without := series("balancedness_unplaced")[-10:]:
+        now = series("balancedness")[-10:]
+        lines.append(
+            f"balancedness   {statistics.fmean(now):.3f} with EPLB, "
+            f"{statistics.fmean(without):.3f} without "
+            f"(mean of the last {len(without)} steps)"
+        )
+    if rates := sorted(series("tokens_per_s")):
+        lines.append(f"tokens/s       {rates[len(rates) // 2]:,.0f} (median)")
+    if bubble := series("pipeline_bubble_ratio"):
+        lines.append(f"bubble         {bubble[-1]:.1%} of the schedule")
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     lines.append(f"files          {folder}: checkpoints, {', '.join(names)}")
     if result.save_failure:
@@ -214,6 +214,12 @@ def summary(
         lines += ["sample         held-out text | the model's continuation", ""]
         lines += [f"{prompt}|{new}"]
     return "\n".join(lines)
+
+
+def _series(metrics: list[dict[str, Any]], name: str) -> list[float]:
+    """The finite values of a metric, step by step."""
+    values = (record.get(name) for record in metrics)
+    return [value for value in values if value is not None]
 
 
 def _quieten_orbax() -> None:

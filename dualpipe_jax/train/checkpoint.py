@@ -16,7 +16,14 @@ from etils import epath
 
 from dualpipe_jax.train import distributed
 from dualpipe_jax.train.barrier import Barrier
-from dualpipe_jax.train.integrity import DamagedError, checksums, describe, seal, unseal
+from dualpipe_jax.train.integrity import (
+    DamagedError,
+    describe,
+    examine,
+    nonfinite,
+    seal,
+    unseal,
+)
 
 Plan = Callable[[dict[str, Any]], tuple[Any, Callable[[Any], Any]]]
 
@@ -86,15 +93,26 @@ class Checkpoints:
 
         A failure, now or later, is reported through `say`, and earlier checkpoints
         stay. The state's buffers may be reused when this returns.
+
+        Raises:
+          FloatingPointError: an array of the state is not finite. A run that resumed
+            from it could never go on.
         """
         self.wait()
         if step == self.latest_step:
             return
+        examined = examine(state)
+        if names := nonfinite(examined):
+            raise FloatingPointError(
+                f"the state after {step=} is not finite ({names}) and is not saved; "
+                "lower the learning rate, or resume from the last checkpoint with "
+                "other data."
+            )
         # Again: a failed save's threads may have continued for a moment.
         self._delete_half_written()
         arrays = describe(state)
-        for name, checksum in checksums(state).items():
-            arrays[name]["checksum"] = checksum
+        for name, found in examined.items():
+            arrays[name]["checksum"] = found.checksum
         sealed = seal({"info": info, "arrays": arrays})
         self._writing, self._error = step, None
         try:
@@ -154,7 +172,7 @@ class Checkpoints:
     def restore(
         self, plan: Plan, *, partial: bool = False
     ) -> tuple[int, Any, dict[str, Any]]:
-        """Reads the latest checkpoint that is not damaged.
+        """Reads the latest checkpoint that is not damaged, and whose arrays are finite.
 
         Newer, damaged ones are reported, and moved out of the way.
 
@@ -224,9 +242,12 @@ class Checkpoints:
             )
             state = handler.restore(folder / "state", args=arguments)
             jax.block_until_ready(state)
-        for name, checksum in checksums(state).items():
-            if checksum != body["arrays"][name]["checksum"]:
+        examined = examine(state)
+        for name, found in examined.items():
+            if found.checksum != body["arrays"][name]["checksum"]:
                 raise DamagedError(f"{name} does not have its checksum")
+        if names := nonfinite(examined):
+            raise DamagedError(f"not finite: {names}")
         return convert(state), body["info"]
 
     def _move_aside(self, damaged: dict[int, str], step: int) -> None:

@@ -90,6 +90,9 @@ class TrainConfig:
       optimizer: see `OptimizerConfig`.
       eval_every: steps between evaluations on held-out text.
       checkpoint_every: steps between checkpoints; the last step writes one too.
+      max_skipped_steps: how many steps in a row may be skipped because their loss or
+        gradient is not finite, as loss scaling does: the state stays as it is, and the
+        next step has the next data. One more of them ends the run; at 0 the first does.
       held_out_fraction: part of the text that is never trained on.
       seed: of the parameters and of the data order.
       shard_at_rest: divides parameters and optimizer state over `dp` and `ep` too,
@@ -111,6 +114,7 @@ class TrainConfig:
     optimizer: OptimizerConfig
     eval_every: int = 50
     checkpoint_every: int = 100
+    max_skipped_steps: int = 0
     held_out_fraction: float = 0.05
     seed: int = 0
     shard_at_rest: bool = False
@@ -128,6 +132,8 @@ class TrainConfig:
         ):
             if (value := getattr(self, field)) < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"{self.max_skipped_steps=} must be at least 0.")
         if "pp" not in self.mesh or not set(self.mesh) <= set(AXES):
             raise ValueError(
                 f"mesh={dict(self.mesh)} must have the axis pp, and may have dp and ep."

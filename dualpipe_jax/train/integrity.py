@@ -1,4 +1,4 @@
-"""Checks that the arrays read from a checkpoint are those that were written.
+"""Checks that a checkpoint's arrays are finite, and those that were written.
 
 Orbax's files carry checksums of their index but none of the arrays' bytes: a bit that
 flipped on a disk is restored silently. So a checkpoint's info has the checksum of each
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,21 +39,35 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """A checksum of every array, the same however the array is laid out.
+class Examined(NamedTuple):
+    """What an array is found to be.
 
-    It is a sum of the elements' bits modulo 2^32, each times an odd hash of its
-    position: the order of summation does not matter, and any change of one element
-    changes it.
+    Attributes:
+      checksum: a sum of the elements' bits modulo 2^32, each times an odd hash of its
+        position: the order of summation does not matter, and any change of one element
+        changes it.
+      is_finite: whether all elements are; integers are.
+    """
+
+    checksum: int
+    is_finite: bool
+
+
+def examine(tree: Any) -> dict[str, Examined]:
+    """Examines every array; the results do not depend on how arrays are laid out.
+
+    All processes that hold a part of the arrays call this, and get the same.
 
     Args:
       tree: arrays of integers, floats or booleans, of any sharding.
 
     Examples:
       >>> x = np.arange(6, dtype=np.float32)
-      >>> checksums({"x": x}) == checksums({"x": x})
+      >>> examine({"x": x}) == examine({"x": x})
       True
-      >>> checksums({"x": x}) == checksums({"x": x[::-1]})
+      >>> examine({"x": x}) == examine({"x": x[::-1]})
+      False
+      >>> examine({"x": 1 / (1 + x), "y": x - np.inf})["y"].is_finite
       False
     """
     leaves = names_of(tree)
@@ -61,35 +75,55 @@ def checksums(tree: Any) -> dict[str, int]:
         return {}
     arrays = [jnp.asarray(leaf) for leaf in leaves.values()]
     if all(d.platform == "cpu" for array in arrays for d in array.devices()):
-        sums = _on_host(arrays)  # compiling would take longer than summing
+        found = _on_host(arrays)  # compiling would take longer than summing
     else:
-        sums = _on_devices(arrays)
-    return dict(zip(leaves, sums, strict=True))
+        found = _on_devices(arrays)
+    return {
+        name: Examined(int(checksum), not number)
+        for name, checksum, number in zip(leaves, *found, strict=True)
+    }
 
 
-def _on_devices(arrays: list[jax.Array]) -> list[int]:
+def nonfinite(examined: dict[str, Examined]) -> str:
+    """Names the arrays that are not finite; empty if all are.
+
+    Examples:
+      >>> nonfinite({n: Examined(0, n == "w") for n in "uvwxyz"})
+      'u, v, x and 2 others'
+    """
+    return few([name for name, each in examined.items() if not each.is_finite])
+
+
+def few(names: list[str]) -> str:
+    """The first of some names, and how many others there are."""
+    others = f" and {len(names) - 3} others" if len(names) > 4 else ""
+    return ", ".join(names[:3] if others else names) + others
+
+
+def _on_devices(arrays: list[jax.Array]) -> np.ndarray:
+    """Checksums, and numbers of elements that are not finite: [2, arrays] uint32."""
     meshes = [a.sharding.mesh for a in arrays if isinstance(a.sharding, NamedSharding)]
     # Whole on every process, so that each can read it.
     out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    return np.asarray(jax.jit(_checksums, out_shardings=out)(arrays)).tolist()
+    return np.asarray(jax.jit(_examine, out_shardings=out)(arrays))
 
 
-def _on_host(arrays: list[jax.Array]) -> list[int]:
-    sums = np.zeros((1, len(arrays)), np.uint32)
+def _on_host(arrays: list[jax.Array]) -> np.ndarray:
+    """The same, with numbers of blocks that are not finite."""
+    found = np.zeros((2, len(arrays)), np.uint32)
     for i, array in enumerate(arrays):
-        blocks = [
-            _block_checksum(
-                np.asarray(shard.data),
-                [part.start or 0 for part in shard.index],
-                array.shape,
-            )
-            for shard in array.addressable_shards
-            if shard.replica_id == 0  # each element once, over all processes
-        ]
-        sums[0, i] = np.sum(blocks, dtype=np.uint32)
+        blocks = []
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:  # each element once, over all processes
+                block = np.asarray(shard.data)
+                starts = [part.start or 0 for part in shard.index]
+                checksum = _block_checksum(block, starts, array.shape)
+                blocks.append((checksum, not np.all(_is_finite(block))))
+        found[:, i] = np.sum(blocks, axis=0, dtype=np.uint32)
     if jax.process_count() > 1:
-        sums = np.asarray(multihost_utils.process_allgather(sums[0]))
-    return sums.sum(axis=0, dtype=np.uint32).tolist()
+        found = np.asarray(multihost_utils.process_allgather(found))
+        found = found.sum(axis=0, dtype=np.uint32)
+    return found
 
 
 def _block_checksum(
@@ -140,8 +174,18 @@ def _crc32(body: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(leaf) for leaf in leaves])
+def _examine(leaves: list[jax.Array]) -> jax.Array:
+    numbers = [jnp.sum(~_is_finite(leaf), dtype=jnp.uint32) for leaf in leaves]
+    return jnp.stack([jnp.stack([*map(_checksum, leaves)]), jnp.stack(numbers)])
+
+
+def _is_finite(x: Any) -> Any:
+    """Which elements are finite, of a numpy or jax array."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return np.ones(x.shape, bool)
+    # Not every library knows what is finite in eight bits.
+    x = x.astype(np.float32) if x.dtype.itemsize == 1 else x
+    return jnp.isfinite(x) if isinstance(x, jax.Array) else np.isfinite(x)
 
 
 def _checksum(x: jax.Array) -> jax.Array:

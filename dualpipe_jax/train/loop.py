@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.console import Console
 from dualpipe_jax.train import data, distributed
 from dualpipe_jax.train.compiling import CompileProgress
 from dualpipe_jax.train.config import TrainConfig
+from dualpipe_jax.train.nonfinite import Watch
 from dualpipe_jax.train.outputs import RunOutputs
 from dualpipe_jax.train.profiler import StepProfiler
 from dualpipe_jax.train.programs import Programs
@@ -84,7 +85,8 @@ def train(
     Raises:
       ValueError: `profile_steps` is negative, the config fits neither the devices
         nor the model, or there is nothing to resume from; before anything is compiled.
-      FloatingPointError: the loss is no longer finite.
+      FloatingPointError: a step's loss, gradient or state is not finite, and the config
+        does not skip it. That state is not saved; earlier checkpoints stay.
     """
     if profile_steps < 0:
         raise ValueError(f"{profile_steps=} must be >= 0; 0 profiles nothing.")
@@ -119,9 +121,11 @@ def train(
                 ) as profiler,
             ):
                 steps = _steps(config, programs, state, position, text, profiler)
-                for state, position, metrics in steps:
+                for state, position, metrics, fault in steps:
                     step = metrics["step"]
                     record(metrics)
+                    if fault:
+                        raise FloatingPointError(fault)
                     if step % config.checkpoint_every == 0:
                         outputs.save(state, position)
                     stopped_by = distributed.first_text(next(iter(received), None))
@@ -143,6 +147,22 @@ def train(
         )
 
 
+class _Step(NamedTuple):
+    """What a step has done.
+
+    Attributes:
+      state: after the step.
+      position: sequences seen.
+      record: what it measured.
+      fault: why the run must end here, without saving; or empty.
+    """
+
+    state: TrainState
+    position: int
+    record: dict[str, Any]
+    fault: str
+
+
 def _steps(
     config: TrainConfig,
     programs: Programs,
@@ -150,10 +170,11 @@ def _steps(
     position: int,
     text: data.Text,
     profiler: StepProfiler,
-) -> Iterator[tuple[TrainState, int, dict[str, Any]]]:
-    """Yields, after each step left: state, sequences seen, what the step measured."""
+) -> Iterator[_Step]:
+    """Yields what each step left to do has done."""
     shape = (config.num_microbatches, config.microbatch_size)
     held_out = data.held_out_batch(text.held_out, shape, config.sequence_length)
+    watch = Watch(config.max_skipped_steps)
     for step in range(int(state.step) + 1, config.num_steps + 1):
         started = time.perf_counter()
         batch = data.train_batch(
@@ -165,20 +186,18 @@ def _steps(
         )
         with profiler.around(step):
             state, metrics = programs.train_step(state, *batch)
+            grads_finite = metrics.pop("grads_finite", None)
             record: dict[str, Any] = {"step": step}
             record |= {k: _plain(v) for k, v in metrics.items()}
         position += math.prod(shape)
         seconds = time.perf_counter() - started
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"loss={record['loss']} at {step=}; lower the learning rate, or resume "
-                "from the last checkpoint with other data."
-            )
         record["tokens_per_s"] = config.tokens_per_step / seconds
-        if step % config.eval_every == 0 or step == config.num_steps:
+        fault = watch.fault(record, programs.grad_names, grads_finite)
+        is_due = step % config.eval_every == 0 or step == config.num_steps
+        if is_due and not fault:
             loss = programs.held_out_loss(state, *held_out)
             record["held_out_loss"] = float(loss)
-        yield state, position, record
+        yield _Step(state, position, record, fault)
 
 
 def _plain(value: Any) -> float | list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from eplb_jax import style
 class MetricsLog:
     """Appends one JSON object per step to a file, without buffering.
 
-    A kill at any moment loses at most the line being written, which `read_metrics`
-    leaves out. Records that cannot be written, as on a full disk, are kept and tried
-    again with the next one.
+    Numbers that are not finite are written as null. A kill at any moment loses at most
+    the line being written, which `read_metrics` leaves out. Records that cannot be
+    written, as on a full disk, are kept and tried again with the next one.
 
     Args:
       path: the file.
@@ -26,9 +27,9 @@ class MetricsLog:
       >>> import tempfile
       >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> with MetricsLog(path) as log:
-      ...     log.write({"step": 1, "loss": 5.5})
+      ...     log.write({"step": 1, "loss": 5.5, "grad_norm": float("nan")})
       >>> read_metrics(path)
-      [{'step': 1, 'loss': 5.5}]
+      [{'step': 1, 'loss': 5.5, 'grad_norm': None}]
     """
 
     def __init__(self, path: Path, keep_until: int = 0):
@@ -61,11 +62,23 @@ class MetricsLog:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    return json.dumps(_strict(record), allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """The same with None, JSON's null, for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _strict(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut off is left out."""
+    """The records of a metrics.jsonl; a last line that was cut off is left out.
+
+    What was not finite is None.
+    """
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -90,5 +103,5 @@ def draw_loss(records: list[dict[str, Any]], path: Path, *, unit: str = "byte") 
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    having = [record for record in records if name in record]
+    having = [record for record in records if record.get(name) is not None]
     return [r["step"] for r in having], [r[name] for r in having]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
@@ -18,6 +20,15 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         # A run that is shorter than its warm-up never reaches the peak.
         decay_steps=max(num_steps, config.warmup_steps + 1),
         end_value=config.final_fraction * config.learning_rate,
+    )
+
+
+def num_updates(opt_state: Any) -> jax.Array:
+    """How many updates an optimizer of `make_optimizer` has made: [] int32."""
+    return optax.tree.get(
+        opt_state,
+        "count",
+        filtering=lambda path, _: path[-1].tuple_name == "ScaleByScheduleState",
     )
 
 

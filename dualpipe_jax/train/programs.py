@@ -28,7 +28,8 @@ class Programs:
       abstract_tokens: the same for a batch's inputs, and for its targets.
       init: () -> TrainState.
       train_step: (state, inputs, targets) -> (state, metrics); reuses the state's
-        buffers for its result.
+        buffers for its result. Beside what is logged, metrics has `grads_finite`: bool,
+        one for each of `grad_names`.
       held_out_loss: (state, inputs, targets) -> mean loss.
       buffers: () -> what the train step keeps on one device from tick to tick.
       lower_costliest_task: () -> its costliest task alone, lowered; see `PipelineStep`.
@@ -36,6 +37,7 @@ class Programs:
       restore_plan: `checkpoint_info` of the programs that wrote a checkpoint ->
         (the abstract state to read, the function from that to this run's state).
         Raises ValueError for another model.
+      grad_names: the parameters that have a gradient, by their path.
       sample: (state, prompt tokens [n] int32) -> new tokens, or None.
       vocab_size: see `PipelineModel`.
       description: see `PipelineModel`.
@@ -53,6 +55,7 @@ class Programs:
     lower_costliest_task: Callable[[], Any]
     checkpoint_info: dict[str, Any]
     restore_plan: Callable[[dict[str, Any]], tuple[TrainState, Callable]]
+    grad_names: tuple[str, ...]
     sample: Callable[..., np.ndarray] | None
     vocab_size: int | None
     description: str

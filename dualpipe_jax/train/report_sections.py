@@ -86,6 +86,8 @@ def summary(config: Record, facts: Record, records: list[Record]) -> dict[str, s
         ]
         rows["tokens"] = f"{per_step * records[-1]['step']:,} so far"
         rows["time in steps"] = _duration(sum(seconds))
+    if any(skipped := series(records, "skipped")[1]):
+        rows["skipped steps"] = f"{sum(skipped):.0f}, not finite"
     if is_number(facts.get("compile_s")):
         rows["compilation"] = _duration(facts["compile_s"])
     for name in ("devices", "processes", "data"):

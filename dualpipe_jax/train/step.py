@@ -20,9 +20,10 @@ from dualpipe_jax.executor import (
 )
 from dualpipe_jax.schedules import Schedule
 from dualpipe_jax.train.config import TrainConfig
+from dualpipe_jax.train.integrity import names_of
 from dualpipe_jax.train.mesh import BATCH, DATA_AXES, make_mesh
 from dualpipe_jax.train.model import PipelineModel
-from dualpipe_jax.train.optimizer import learning_rate, make_optimizer
+from dualpipe_jax.train.optimizer import learning_rate, make_optimizer, num_updates
 from dualpipe_jax.train.programs import Programs
 from dualpipe_jax.train.state import TrainState, abstract_state, rest_specs
 
@@ -133,6 +134,7 @@ class _Builder:
             checkpoint_info=self.model.checkpoint_info,
             restore_plan=self.restore_plan,
             sample=self.sample if self.config.sample_tokens else None,
+            grad_names=tuple(names_of(self.abstract_state.params)),
             vocab_size=self.model.vocab_size,
             description=self.model.description,
         )
@@ -154,7 +156,8 @@ class _Builder:
             updates, opt_state = self.optimizer.update(
                 grads, state.opt_state, state.params
             )
-            rate = learning_rate(config.optimizer, config.num_steps)(step)
+            count = num_updates(state.opt_state)
+            rate = learning_rate(config.optimizer, config.num_steps)(count + 1)
         params = optax.apply_updates(state.params, updates)
         buffers, observed = model.observe(state.buffers, aux, step)
         metrics = {
@@ -162,7 +165,13 @@ class _Builder:
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate,
         }
-        return TrainState(step, params, opt_state, buffers), metrics | observed
+        new = TrainState(step, params, opt_state, buffers)
+        if config.max_skipped_steps:
+            new, metrics["skipped"] = _unless_finite(metrics, new, state)
+        # The sums of which `grad_norm` is made.
+        norms = [optax.tree.norm(leaf, squared=True) for leaf in jax.tree.leaves(grads)]
+        metrics["grads_finite"] = jnp.isfinite(jnp.stack(norms))
+        return new, metrics | observed
 
     def held_out_loss(
         self, state: TrainState, inputs: jax.Array, targets: jax.Array
@@ -263,6 +272,19 @@ class _Builder:
         if mine == {name: info.get(name) for name in mine}:
             return saved, lambda state: state
         return saved, jax.jit(convert, out_shardings=self.shardings)
+
+
+def _unless_finite(
+    metrics: dict[str, jax.Array], new: TrainState, old: TrainState
+) -> tuple[TrainState, jax.Array]:
+    """The state after a step, and whether the step is skipped: 1 or 0.
+
+    As `optax.apply_if_finite`, for the buffers too, and without a counter in the state:
+    so a checkpoint can be read with the option and without.
+    """
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
+    return kept._replace(step=new.step), 1 - is_finite.astype(jnp.int32)
 
 
 def _is_params(node: Any) -> bool:

@@ -179,6 +179,24 @@ def test_the_summary_tells_what_was_not_saved_and_shows_the_sample(tmp_path):
     assert lines[-1] == "def f(|x):"
 
 
+def test_the_summary_is_of_what_is_finite(tmp_path):
+    record = {"tokens_per_s": 9.0, "skipped": 0.0}
+    for metrics, line in [
+        (
+            [{"loss": 3.0}, {"loss": 2.0}, {"loss": None, "skipped": 1.0}],
+            "loss   .* 2.0",
+        ),
+        (
+            [{"loss": None, "skipped": 1.0}],
+            "skipped        1 steps that were not finite",
+        ),
+    ]:
+        metrics = [record | each for each in metrics]
+        result = Result(3, metrics, stopped_by=None, compile_s=1.0, train_s=2.0)
+        printed = train_cli.summary(tiny.config(), result, tmp_path)
+        assert re.search(line, printed) and "None" not in printed
+
+
 def test_the_flags_in_the_documents_exist():
     parser = argparse.ArgumentParser()
     train_cli.add_arguments(parser)

@@ -49,6 +49,7 @@ class CheapPrograms:
         self.schedule = dualpipe(2, 4)
         self.checkpoint_info = {"tokens": size}
         self.sample = None
+        self.grad_names = ("table",)
         self.description = "a table of bytes"
         self.compiled = None
         split, whole = (

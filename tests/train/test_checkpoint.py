@@ -9,6 +9,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -303,18 +304,50 @@ def test_checksums_see_every_bit_and_no_layout():
             bits &= 1
         x = bits if dtype in ("uint8", "bool") else bits.view(jax.numpy.dtype(dtype))
         x = x.astype(bool) if dtype == "bool" else x
-        before = _integrity.checksums({"x": x})
+        before = _integrity.examine({"x": x})
         for axes in [(), ("x",), (None, None)]:
             laid_out = jax.device_put(x, sharding(*axes))
-            assert _integrity.checksums({"x": laid_out}) == before
+            assert _integrity.examine({"x": laid_out}) == before
             # On accelerators, where this is compiled.
-            assert _integrity._on_devices([laid_out]) == [before["x"]]
+            (checksum,), (number,) = _integrity._on_devices([laid_out])
+            assert (checksum, not number) == before["x"]
+        assert before["x"].is_finite == np.isfinite(x.astype("f")).all()
         raw = x.view(np.uint8)
         for _ in range(3):
             place = tuple(int(rng.integers(n)) for n in raw.shape)
             old = raw[place]
             raw[place] ^= 1 if dtype == "bool" else 1 << rng.integers(8)
-            assert _integrity.checksums({"x": x}) != before
+            assert _integrity.examine({"x": x}) != before
             raw[place] = old
-        assert _integrity.checksums({"x": np.ascontiguousarray(x[::-1])}) != before
-    assert _integrity.checksums({}) == {}
+        assert _integrity.examine({"x": np.ascontiguousarray(x[::-1])}) != before
+    assert _integrity.examine({}) == {}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["split", "half"])
+def test_what_is_not_finite_is_not_saved(name, value, folder, said):
+    state = make_state(10)
+    state[name] = state[name].at[3].set(value)
+    with Checkpoints(folder, said.append) as checkpoints:
+        with pytest.raises(FloatingPointError, match=rf"step=10 is not .* \({name}\)"):
+            checkpoints.save(10, state, {})
+        checkpoints.save(12, make_state(12), {})
+    assert sorted(path.name for path in folder.iterdir()) == ["12", "8"]
+    assert not said
+
+
+def test_the_one_before_is_used_where_the_newest_is_not_finite(folder, said):
+    state = make_state(10)
+    state["split"] = state["split"].at[3].set(np.nan)
+    arrays = _integrity.describe(state)
+    for array, found in _integrity.examine(state).items():
+        arrays[array]["checksum"] = found.checksum
+    with ocp.CheckpointManager(folder) as manager:  # as versions before wrote it
+        info = _integrity.seal({"info": {"position": 100}, "arrays": arrays})
+        state_args, info_args = ocp.args.StandardSave(state), ocp.args.JsonSave(info)
+        manager.save(10, args=ocp.args.Composite(state=state_args, info=info_args))
+    with Checkpoints(folder, said.append) as checkpoints:
+        step, state, info = checkpoints.restore(as_it_was)
+    assert (step, info) == (8, {"position": 80})
+    assert_is(state, 8)
+    assert "checkpoint of step 10 is damaged (not finite: split); that of st" in said[0]

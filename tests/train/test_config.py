@@ -90,6 +90,7 @@ def test_recipes_are_where_only_the_packages_are_installed(tmp_path):
         ({"num_steps": 0}, r"num_steps=0 must be at least 1"),
         ({"sequence_length": 0}, r"sequence_length=0 must be at least 1"),
         ({"eval_every": -1}, r"eval_every=-1 must be at least 1"),
+        ({"max_skipped_steps": -1}, r"max_skipped_steps=-1 must be at least 0"),
         ({"mesh": {"dp": 2}}, r"mesh=\{'dp': 2\} must have the axis pp"),
         (
             {"mesh": {"pp": 2, "tp": 2}},

@@ -204,14 +204,69 @@ def test_a_signal_saves_and_stops(tmp_path, after_step):
     assert [r["step"] for r in result.metrics] == [1, 2, 3]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
-    class Diverging(cheap.CheapPrograms):
-        def train_step(self, state, inputs, targets):
-            return state, {"loss": float("nan")}
+def spoil(monkeypatch, steps, **values):
+    """In some steps replaces metrics, and adds `table` to the table."""
 
-    monkeypatch.setattr(loop, "make_programs", Diverging)
-    with pytest.raises(FloatingPointError, match=r"loss=nan at step=1; lower the"):
+    class Spoilt(cheap.CheapPrograms):
+        def train_step(self, state, inputs, targets):
+            state, metrics = super().train_step(state, inputs, targets)
+            if int(state.step) not in steps:
+                return state, metrics
+            found = dict(values)
+            table = state.table + np.float32(found.pop("table", 0))
+            return state._replace(table=table), metrics | found
+
+    monkeypatch.setattr(loop, "make_programs", Spoilt)
+
+
+def strictly(text):
+    """What JSON's grammar makes of it: it knows no NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"loss": NAN, "grad_norm": NAN}, r"loss=nan, grad_norm=nan at step=6; lower"),
+        ({"grad_norm": float("inf"), "table": NAN}, r"^grad_norm=inf at step=6; lower"),
+        ({"grad_norm": NAN, "grads_finite": [False]}, r"\(the gradient of table\); lo"),
+        # An update that overflows; the next loss would tell, after it is saved.
+        ({"table": NAN}, r"^the state after step=6 is not finite \(table\) and is not"),
+    ],
+)
+def test_nothing_that_is_not_finite_is_saved(values, message, tmp_path, monkeypatch):
+    spoil(monkeypatch, [6], **values)
+    with pytest.raises(FloatingPointError, match=message):
         run(tmp_path)
+    # Of which the sixth would have been one.
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    lines = [
+        strictly(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [record["step"] for record in lines] == [1, 2, 3, 4, 5, 6]
+    for name in values.keys() & {"loss", "grad_norm"}:
+        assert lines[-1][name] is None and lines[-2][name] > 0
+    assert strictly((tmp_path / "run.json").read_text())["state"].startswith("ended by")
+    # As without it, once the cause is gone.
+    monkeypatch.setattr(loop, "make_programs", cheap.CheapPrograms)
+    result, _ = run(tmp_path, resume=True)
+    assert [record["step"] for record in result.metrics] == list(range(1, 9))
+
+
+def test_steps_that_are_not_finite_may_be_skipped(tmp_path, monkeypatch):
+    spoil(monkeypatch, [2, 3, 5, 8], loss=NAN, skipped=1)
+    result, printed = run(tmp_path, max_skipped_steps=2)
+    losses = [record["loss"] for record in result.metrics]
+    assert [i for i, loss in enumerate(losses, 1) if loss is None] == [2, 3, 5, 8]
+    assert "step 8/8" in printed and result.held_out_loss > 0
+    page = (tmp_path / "report.html").read_text()
+    assert "skipped steps</td><td>4, not finite" in page
+    spoil(monkeypatch, [2, 3, 4, 8], loss=NAN)
+    with pytest.raises(FloatingPointError, match=r"step=4; .* skipped before it: 2; "):
+        run(tmp_path, max_skipped_steps=2)
 
 
 def test_what_cannot_be_resumed_is_refused_before_compiling(

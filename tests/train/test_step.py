@@ -50,6 +50,59 @@ def test_training_is_that_of_the_unpipelined_model(monkeypatch):
     np.testing.assert_allclose(held_out, expected_held_out, rtol=1e-4)
 
 
+SPOILT = 255  # a token after which no gradient is finite
+
+
+class Spoilt(tiny.Toy):
+    def loss(self, params, x, targets):
+        # The derivative of the root at 0 is infinite; times 0 it is NaN.
+        root = jnp.sqrt(0 * params.sum() + jnp.all(targets != SPOILT).astype("f"))
+        return super().loss(params, x, targets) + root
+
+    def init_buffers(self):
+        return jnp.zeros(())
+
+    def observe(self, buffers, aux, step):
+        return buffers + 1, {"seen": buffers}
+
+
+class SpoiltConfig(tiny.ToyConfig):
+    def build(self, schedule, mesh, *, microbatch_size, sequence_length):
+        return Spoilt(self.width, schedule.num_stages)
+
+
+def test_a_step_that_is_not_finite_is_skipped_whole():
+    config = dataclasses.replace(
+        tiny.config(),
+        model=SpoiltConfig(4),
+        mesh={"pp": 1},
+        schedule="1f1b",
+        num_microbatches=1,
+        max_skipped_steps=1,
+    )
+    programs = make_programs(config)
+    (inputs, targets), after = batch_of(config, 0), batch_of(config, 1)
+    targets[0, 0, 0] = SPOILT
+
+    def after_two(*batches):
+        state, found = programs.init(), []
+        for batch in batches:
+            state, metrics = programs.train_step(state, *batch)
+            found.append(jax.device_get(metrics))
+        return jax.device_get(state), found
+
+    state, (spoilt, last) = after_two((inputs, targets), after)
+    assert np.isfinite(spoilt["loss"]) and np.isnan(spoilt["grad_norm"])
+    assert (spoilt["skipped"], last["skipped"]) == (1, 0)
+    named = dict(zip(programs.grad_names, spoilt["grads_finite"], strict=True))
+    assert not named["head"] and last["grads_finite"].all()
+    # As if it had not been, but for the number of steps.
+    want, (only,) = after_two(after)
+    assert (state.step, want.step) == (2, 1)
+    jax.tree.map(np.testing.assert_array_equal, state[1:], want[1:])
+    assert last["learning_rate"] == only["learning_rate"] > 0
+
+
 def test_stages_and_their_optimizer_state_lie_on_their_ranks():
     state = make_programs(tiny.config()).abstract_state
     adam = state.opt_state[1][0]
