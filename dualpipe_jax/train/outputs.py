@@ -19,6 +19,7 @@ from dualpipe_jax.train import distributed
 from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.data import Text
+from dualpipe_jax.train.data_order import data_order, differences
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from dualpipe_jax.train.profiler import StepProfiler
 from dualpipe_jax.train.programs import Programs
@@ -76,6 +77,7 @@ class RunOutputs:
         _prepare(folder, resume, console)
         self._folder, self._console = folder, console
         self._config, self._programs, self._text = config, programs, text
+        self._order = data_order(config, text)
         # The lowered program at structural costs: virtual devices that share a few
         # cores cannot show their bubble by a clock.
         self._timeline = simulate(lower(programs.schedule))
@@ -97,15 +99,26 @@ class RunOutputs:
         """The state of the latest checkpoint, and how many sequences it has seen."""
 
         def plan(info: dict[str, Any]):
-            info = {name: each for name, each in info.items() if name != "position"}
+            own = ("position", "order")
+            info = {name: each for name, each in info.items() if name not in own}
             return self._programs.restore_plan(info)
 
-        _, state, info = self._checkpoints.restore(plan)
+        step, state, info = self._checkpoints.restore(plan)
+        if found := differences(info.get("order", self._order), self._order):
+            self._console.print(
+                f"the run resumes after {step=} with {'; '.join(found)}: from here on "
+                "the data comes in another order",
+                markup=False,
+            )
         return state, info["position"]
 
     def save(self, state: TrainState, position: int, *, wait: bool = False) -> None:
         """Starts to write a checkpoint; `wait` until it is written, or has failed."""
-        info = {"position": position, **self._programs.checkpoint_info}
+        info = {
+            "position": position,
+            "order": self._order,
+            **self._programs.checkpoint_info,
+        }
         self._checkpoints.save(int(state.step), state, info)
         if wait:
             self._checkpoints.wait()

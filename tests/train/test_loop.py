@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import resource
+import shutil
 import signal
 
 import jax
@@ -41,12 +42,12 @@ def _cheap_programs():
         yield
 
 
-def run(folder, *, resume=False, profile_steps=0, **changes):
+def run(folder, *, resume=False, profile_steps=0, text=TEXT, **changes):
     config = dataclasses.replace(cheap.config(), **changes)
     console = Console(file=io.StringIO(), width=200, soft_wrap=True)
     result = train(
         config,
-        TEXT,
+        text,
         folder,
         resume=resume,
         console=console,
@@ -267,6 +268,28 @@ def test_steps_that_are_not_finite_may_be_skipped(tmp_path, monkeypatch):
     spoil(monkeypatch, [2, 3, 4, 8], loss=NAN)
     with pytest.raises(FloatingPointError, match=r"step=4; .* skipped before it: 2; "):
         run(tmp_path, max_skipped_steps=2)
+
+
+def test_another_seed_and_other_data_are_told_on_resuming(tmp_path):
+    run(tmp_path, num_steps=1)
+    others = {
+        "seed=1, not 0": {"seed": 1},
+        "sequence_length=8, not 16": {"sequence_length": 8},
+        "other data: other, not counting": {
+            "text": dataclasses.replace(TEXT, train=TEXT.train[::-1], source="other")
+        },
+    }
+    for turn, (told, change) in enumerate(others.items()):
+        folder = tmp_path / str(turn)
+        shutil.copytree(tmp_path / "checkpoints", folder / "checkpoints")
+        _, printed = run(folder, resume=True, num_steps=2, **change)
+        assert f"resumes after step=1 with {told}: from here on" in printed
+        # That run is of the other order from now on.
+        _, printed = run(folder, resume=True, num_steps=3, **change)
+        assert "order" not in printed
+    same = dataclasses.replace(TEXT, train=TEXT.train.astype(np.int64), source="moved")
+    _, printed = run(tmp_path, resume=True, num_steps=2, text=same)
+    assert "order" not in printed
 
 
 def test_what_cannot_be_resumed_is_refused_before_compiling(
