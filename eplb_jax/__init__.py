@@ -27,7 +27,7 @@ size 1.
 
 from typing import TYPE_CHECKING
 
-from eplb_jax import lookup
+from eplb_jax import lookup, plugins
 
 if TYPE_CHECKING:
     from eplb_jax.layer import (
@@ -104,6 +104,7 @@ __all__ = [
     "update_bias",
 ]
 
+plugins.skip_cuda_check()  # before jax loads them
 __getattr__, __dir__ = lookup.attach(
     __name__,
     {

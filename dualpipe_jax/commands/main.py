@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from eplb_jax import plugins
+
 
 class Command(NamedTuple):
     """What a command does, and what it needs.
@@ -64,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparser = commands.add_parser(name, help=command.help)
             if argv[:1] == [name]:
                 subparser.description = f"{command.help[0].upper()}{command.help[1:]}."
-                add_arguments(subparser, name)
+                with plugins.without_messages():
+                    add_arguments(subparser, name)
+                    plugins.load()
         args = parser.parse_args(argv)
         status = args.handler(args)
         sys.stdout.flush()
