@@ -55,7 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue from the last checkpoint in the run's folder",
+        help="continue from the last checkpoint in the run's folder, if there is one, "
+        "else begin",
+    )
+    parser.add_argument(
+        "--resume=must",
+        dest="resume",
+        action="store_const",
+        const="must",
+        help="the same, but without a checkpoint it is an error",
     )
     parser.add_argument(
         "--profile",

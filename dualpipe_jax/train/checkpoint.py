@@ -192,7 +192,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             raise ValueError(
-                f"no checkpoint in {self.folder}; start a run there without --resume."
+                f"no checkpoint in {self.folder}; train a run there first."
             )
         damaged: dict[int, str] = {}
         for step in steps:

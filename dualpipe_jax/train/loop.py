@@ -16,6 +16,7 @@ from rich.console import Console
 from dualpipe_jax.train import data, distributed
 from dualpipe_jax.train.compiling import CompileProgress
 from dualpipe_jax.train.config import TrainConfig
+from dualpipe_jax.train.folder import Resume
 from dualpipe_jax.train.nonfinite import Watch
 from dualpipe_jax.train.outputs import RunOutputs
 from dualpipe_jax.train.profiler import StepProfiler
@@ -62,7 +63,7 @@ def train(
     text: data.Text,
     folder: str | os.PathLike[str],
     *,
-    resume: bool = False,
+    resume: Resume = False,
     console: Console | None = None,
     profile_steps: int = 0,
 ) -> Result:
@@ -76,15 +77,17 @@ def train(
       config: the run.
       text: what to train on; see `load_text`.
       folder: gets config.json, metrics.jsonl, pictures and checkpoints. An earlier
-        run's files there are moved into a subfolder, unless it is resumed.
-      resume: continue from the folder's latest checkpoint that is whole.
+        run's files there are moved into a subfolder, unless it is continued.
+      resume: continue from the folder's latest checkpoint that is whole, if there is
+        one; else begin. With `"must"` a folder without a checkpoint is an error.
       console: where progress is shown.
       profile_steps: how many steps to profile into the folder's `profile`, after the
         first two; `read_trace` reads it.
 
     Raises:
       ValueError: `profile_steps` is negative, the config fits neither the devices
-        nor the model, or there is nothing to resume from; before anything is compiled.
+        nor the model, or there is no checkpoint that can be read; before anything is
+        compiled.
       FloatingPointError: a step's loss, gradient or state is not finite, and the config
         does not skip it. That state is not saved; earlier checkpoints stay.
     """
@@ -99,7 +102,7 @@ def train(
     with RunOutputs(
         Path(folder), console, config, programs, text, resume=resume
     ) as outputs:
-        state, position = outputs.restore() if resume else (None, 0)
+        state, position = outputs.restore()
         outputs.describe()
         with stop_signals() as received:
             with CompileProgress(console) as progress:

@@ -20,6 +20,7 @@ from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.data import Text
 from dualpipe_jax.train.data_order import data_order, differences
+from dualpipe_jax.train.folder import DONE, STOPPED, Resume, prepare
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from dualpipe_jax.train.profiler import StepProfiler
 from dualpipe_jax.train.programs import Programs
@@ -27,20 +28,6 @@ from dualpipe_jax.train.progress import TrainProgress
 from dualpipe_jax.train.report import LiveReport
 from dualpipe_jax.train.state import TrainState
 
-# What a run writes into its folder. Nothing else there is ever touched.
-ARTEFACTS = (
-    "config.json",
-    "metrics.jsonl",
-    "schedule.svg",
-    "schedule.png",
-    "loss.png",
-    "sample.txt",
-    "run.json",
-    "report.html",
-    "profile",
-    "overlap.json",
-    "checkpoints",
-)
 Record = dict[str, Any]
 
 
@@ -51,17 +38,16 @@ class RunOutputs:
     them, everything else by process 0.
 
     Args:
-      folder: made if it is not there. An earlier run's files in it are moved into a
-        subfolder, unless that run is resumed.
+      folder: see `folder.prepare`.
       console: where progress is shown.
       config: the run.
       programs: not compiled yet.
       text: what the run trains on.
-      resume: whether the folder's latest checkpoint is to be read.
+      resume: see `train`.
 
     Raises:
-      ValueError: there is nothing to resume from, or some process does not see the
-        folder.
+      ValueError: there must be a checkpoint and is none, or some process does not see
+        the folder.
     """
 
     def __init__(
@@ -72,9 +58,9 @@ class RunOutputs:
         programs: Programs,
         text: Text,
         *,
-        resume: bool,
+        resume: Resume,
     ):
-        _prepare(folder, resume, console)
+        self._continues = prepare(folder, resume, console.print)
         self._folder, self._console = folder, console
         self._config, self._programs, self._text = config, programs, text
         self._order = data_order(config, text)
@@ -95,8 +81,13 @@ class RunOutputs:
         """Why the last checkpoint could not be written, or None."""
         return self._checkpoints.failure
 
-    def restore(self) -> tuple[TrainState, int]:
-        """The state of the latest checkpoint, and how many sequences it has seen."""
+    def restore(self) -> tuple[TrainState | None, int]:
+        """The state of the latest checkpoint, and how many sequences it has seen.
+
+        None, and 0, for a run that begins.
+        """
+        if not self._continues:
+            return None, 0
 
         def plan(info: dict[str, Any]):
             own = ("position", "order")
@@ -104,12 +95,12 @@ class RunOutputs:
             return self._programs.restore_plan(info)
 
         step, state, info = self._checkpoints.restore(plan)
+        line = f"the run continues after {step=}"
         if found := differences(info.get("order", self._order), self._order):
-            self._console.print(
-                f"the run resumes after {step=} with {'; '.join(found)}: from here on "
-                "the data comes in another order",
-                markup=False,
-            )
+            line += f" with {'; '.join(found)}: the data comes in another order now"
+        if step >= self._config.num_steps:
+            line += f"; num_steps={self._config.num_steps} leaves nothing to do"
+        self._console.print(line, markup=False)
         return state, info["position"]
 
     def save(self, state: TrainState, position: int, *, wait: bool = False) -> None:
@@ -195,7 +186,7 @@ class RunOutputs:
                 (self._folder / "sample.txt").write_text("".join(sample))
         except OSError as error:  # a full disk must not end a run that is done
             self._console.print(f"not everything could be written: {error}")
-        ended = f"stopped by {stopped_by}; --resume continues" if stopped_by else "done"
+        ended = f"{STOPPED} {stopped_by}; --resume continues" if stopped_by else DONE
         self._report.finish(ended)
         if failure := self._report.failure:
             self._console.print(f"the report could not be written: {failure}")
@@ -216,35 +207,3 @@ class RunOutputs:
             "model": self._programs.description,
             "versions": {"python": platform.python_version(), **versions},
         }
-
-
-def _prepare(folder: Path, resume: bool, console: Console) -> None:
-    """Makes the run's folder, and checks that all processes see it."""
-    checkpoints, problem = folder / "checkpoints", None
-    if resume and not checkpoints.is_dir():
-        problem = f"no checkpoint in {folder}; start a run there without --resume."
-    elif distributed.is_main():
-        if not resume:
-            _move_earlier_run(folder, console)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    problem = distributed.first_text(problem)
-    if problem is None and not checkpoints.is_dir():
-        problem = (
-            f"{folder} is not seen by every process; use an --out on a file system "
-            "that all of them share."
-        )
-    if problem := distributed.first_text(problem):
-        raise ValueError(problem)
-
-
-def _move_earlier_run(folder: Path, console: Console) -> None:
-    found = [folder / name for name in ARTEFACTS if (folder / name).exists()]
-    if not (folder / "config.json").exists():
-        return
-    number = 1
-    while (aside := folder / f"previous-{number}").exists():
-        number += 1
-    aside.mkdir()
-    for path in found:
-        path.rename(aside / path.name)
-    console.print(f"the earlier run's files are now in {aside}")

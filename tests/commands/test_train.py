@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -88,26 +89,50 @@ def test_a_run_stopped_by_sigterm_and_resumed_is_one_run(tmp_path):
     assert len(losses(parts)) == len(before) + 2
 
 
+def documented(*args):
+    """The line with which the documents start a run under Slurm, here without it."""
+    (line,) = re.findall(r"^srun .*", (ROOT / "docs" / "training.md").read_text(), re.M)
+    script = line.replace("config.py", CHEAP).replace("--distributed", shlex.join(args))
+    return f"""srun() {{ shift; "$@"; }}; python() {{
+        shift 2; exec {sys.executable} -m tests.train.cheap "$@"; }}; {script}"""
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_and_resumed_is_one_run(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    steps = ["--steps", 80]
-    finish(start_cheap("--out", whole, *steps))
+    finish(start_cheap("--out", whole, "--steps", 80))
+    script = documented("--steps", "80")
+    env = os.environ | {"OUT": str(parts), "CHEAP_STEP_SECONDS": "0.05"}
+    del env["XLA_FLAGS"]
     rng = np.random.default_rng(0)
-    resume = []
+
+    def start_documented():
+        return subprocess.Popen(
+            ["bash", "-c", script],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    # In the first checkpoint, so that there is nothing yet to continue from.
+    run = start_documented()
+    wait_for(run, lambda: any(parts.glob("checkpoints/*tmp*")))
+    run.kill()
+    assert "the run begins" in run.communicate()[1]
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        before = len(losses(parts)) if resume else 6
-        run = start_cheap("--out", parts, *steps, *resume, CHEAP_STEP_SECONDS="0.05")
-        # A save begins every third step; so the kill comes in the midst of one, or
-        # not. Before the first checkpoint there would be nothing to resume.
+        before = len(losses(parts))
+        run = start_documented()
+        # A save begins every third step; so the kill comes in the midst of one, or not.
         wait_for_a_step(run, parts, more_than=before)
         time.sleep(rng.uniform(0, 0.6))
         run.send_signal(number)
         run.communicate()
         assert run.returncode == (0 if number == signal.SIGTERM else -number)
         assert 0 < len(losses(parts)) < 80
-        resume = ["--resume"]
-    finish(start_cheap("--out", parts, *steps, *resume))
+    _, errors = finish(start_documented())
+    assert "the run continues after step=" in errors
     records = [read_metrics(folder / "metrics.jsonl") for folder in (whole, parts)]
     for record in (*records[0], *records[1]):
         del record["tokens_per_s"]  # the one field that a clock has a part in
@@ -211,8 +236,10 @@ def test_the_flags_in_the_documents_exist():
     # Each launch line by itself, whatever the shell would put in place of a variable.
     lines = re.findall(r"dualpipe_jax train (.*?)(?:\s[#&].*)?$", text, re.M)
     for line in lines:
-        words = line.replace("$RESUME", "--resume").split()
-        assert parser.parse_args(words).config in ("configs/tiny.py", "config.py")
+        assert parser.parse_args(line.split()).config in (
+            "configs/tiny.py",
+            "config.py",
+        )
     assert len(lines) == 8
 
 
@@ -223,7 +250,7 @@ def test_the_flags_in_the_documents_exist():
         ([TINY, "--data", "no-such"], "data path no-such is not a file or folder"),
         ([TINY, "--data", os.devnull], "null is not a file or folder"),
         ([TINY, "--steps", "0"], "num_steps=0 must be at least 1"),
-        ([TINY, "--resume"], "no checkpoint in"),
+        ([TINY, "--resume=must"], "no checkpoint in"),
     ],
 )
 def test_bad_input_is_one_line(args, message, tmp_path, capsys, monkeypatch):

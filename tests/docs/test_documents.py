@@ -102,7 +102,7 @@ def of_the_command_line():
 
 @pytest.mark.parametrize("text", list(of_the_command_line()))
 def test_arguments_of_commands_that_are_not_run_are_parsed(text):
-    values = {"$RESUME": "--resume", "$JOB_COMPLETION_INDEX": "3", "$PROCESS": "3"}
+    values = {"$JOB_COMPLETION_INDEX": "3", "$PROCESS": "3"}
     words = [values.get(word, word) for word in text.rstrip("&").split()][3:]
     parser = cli._Parser()
     cli.add_arguments(parser, words[0])

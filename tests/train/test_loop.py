@@ -17,7 +17,7 @@ from rich.console import Console
 from dualpipe_jax import lower, read_trace, simulate
 from dualpipe_jax.profiles.events import read_events
 from dualpipe_jax.profiles.reading import find_trace
-from dualpipe_jax.train import Text, data, loop, train
+from dualpipe_jax.train import Text, data, folder as folder_module, loop, train
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from tests.train import cheap
 
@@ -180,6 +180,61 @@ def test_another_batch_size_goes_on_behind_the_last_sequence(tmp_path, monkeypat
     assert seen[2][1] == 3 * size and seen[3][1] - seen[3][0] != size
 
 
+def test_a_run_that_may_resume_begins_where_there_is_no_checkpoint(
+    tmp_path, after_step
+):
+    # As a kill during the first checkpoint leaves it.
+    def interrupt(step):
+        if step == 2:
+            raise SystemExit
+
+    after_step(interrupt)
+    with pytest.raises(SystemExit):
+        run(tmp_path, resume=True)
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "checkpoints" / "damaged-3-1").mkdir()
+    (tmp_path / "run.json").write_text('{"state": "running"}')
+    after_step(lambda step: None)
+    result, printed = run(tmp_path, resume=True, num_steps=3)
+    assert f"no checkpoint in {tmp_path} yet: the run begins" in printed
+    assert [record["step"] for record in result.metrics] == [1, 2, 3]
+    assert not (tmp_path / "previous-1").exists()
+    result, printed = run(tmp_path, resume="must", num_steps=2)
+    assert "continues after step=3; num_steps=2 leaves nothing to do" in printed
+    assert result.step == 3
+    # The record of a run that has ended is kept, whatever became of its checkpoints.
+    shutil.rmtree(tmp_path / "checkpoints")
+    _, printed = run(tmp_path, resume=True, num_steps=1)
+    assert f"the earlier run's files are now in {tmp_path / 'previous-1'}" in printed
+    assert len(read_metrics(tmp_path / "previous-1" / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_kill_while_an_earlier_run_is_moved_mixes_nothing(number, tmp_path):
+    def write(what):
+        for name in folder_module.ARTEFACTS:
+            (tmp_path / name).mkdir() if name == "checkpoints" else None
+            path = tmp_path / name / "8" if name == "checkpoints" else tmp_path / name
+            path.write_text(json.dumps({"state": "done", "run": what}))
+
+    write("first")
+    # Ended by a kill after so many files.
+    (tmp_path / "previous-1").mkdir()
+    for name in folder_module.ARTEFACTS[:number]:
+        (tmp_path / name).rename(tmp_path / "previous-1" / name)
+    said = []
+    resume = number > 0  # a cluster's manager starts it again; before, it would go on
+    assert not folder_module.prepare(tmp_path, resume, said.append)
+    assert said[-1].endswith("are now in " + str(tmp_path / "previous-1"))
+    shutil.rmtree(tmp_path / "checkpoints")
+    write("second")
+    assert not folder_module.prepare(tmp_path, False, said.append)
+    for name, what in ("previous-1", "first"), ("previous-2", "second"):
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert len(files) == len(folder_module.ARTEFACTS)
+        assert {json.loads(path.read_text())["run"] for path in files} == {what}
+
+
 def test_an_earlier_run_is_moved_aside(finished, tmp_path):
     (tmp_path / "mine.txt").write_text("not a run's file")
     run(tmp_path, num_steps=1)
@@ -283,7 +338,7 @@ def test_another_seed_and_other_data_are_told_on_resuming(tmp_path):
         folder = tmp_path / str(turn)
         shutil.copytree(tmp_path / "checkpoints", folder / "checkpoints")
         _, printed = run(folder, resume=True, num_steps=2, **change)
-        assert f"resumes after step=1 with {told}: from here on" in printed
+        assert f"continues after step=1 with {told}: the data comes in anoth" in printed
         # That run is of the other order from now on.
         _, printed = run(folder, resume=True, num_steps=3, **change)
         assert "order" not in printed
@@ -301,11 +356,13 @@ def test_what_cannot_be_resumed_is_refused_before_compiling(
 
     monkeypatch.setattr(cheap.CheapPrograms, "compile", None)
     with pytest.raises(ValueError, match=r"no checkpoint in .*nothing; start a run"):
-        run(tmp_path / "nothing", resume=True)
+        run(tmp_path / "nothing", resume="must")
     assert not (tmp_path / "nothing").exists()
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"no checkpoint in .*empty.*; start a run"):
-        run(tmp_path / "empty", resume=True)
+        run(tmp_path / "empty", resume="must")
+    with pytest.raises(ValueError, match=r"resume='no' must be False, True or 'must'"):
+        run(tmp_path / "nothing", resume="no")
     config_before = (finished[0] / "config.json").read_text()
     monkeypatch.setattr(loop, "make_programs", Other)
     with pytest.raises(ValueError, match=r"the checkpoint is of 256 tokens"):
