@@ -7,6 +7,9 @@ each of them returns at once.
 from __future__ import annotations
 
 import functools
+import itertools
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +23,7 @@ PyTree = Any
 
 TIMEOUT_S = 60.0
 _TEXT_BYTES = 256
+_agreements = itertools.count()  # all processes count alike
 
 
 def connect(
@@ -105,6 +109,47 @@ def _of_cluster(timeout: float) -> tuple:
             "TPU); give --coordinator, --num-processes and --process-id."
         )
     return found
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Checks that all processes have the same facts, without using their devices.
+
+    Args:
+      facts: for each name the value, in words.
+
+    Raises:
+      ValueError: they do not, or one of them does not call this; in all processes.
+
+    Examples:
+      >>> agree({"num_steps": "8"})
+    """
+    number, client = num_processes(), distributed.global_state.client
+    if number == 1 or client is None:
+        return
+    folder = f"dualpipe_jax/agree/{next(_agreements)}"
+    own = distributed.global_state.process_id
+    client.key_value_set(f"{folder}/{own}", json.dumps(dict(facts)))
+    try:
+        client.wait_at_barrier(folder, round(1000 * TIMEOUT_S))
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"not all of {number} processes began to train within {TIMEOUT_S:g} s; see "
+            "what the others say."
+        ) from error
+    first, *others = (
+        json.loads(client.blocking_key_value_get(f"{folder}/{i}", 1000))
+        for i in range(number)
+    )
+    for i, other in enumerate(others, 1):
+        if differ := [n for n in first | other if first.get(n) != other.get(n)]:
+            one, zero = (
+                ", ".join(f"{name}={each.get(name)}" for name in differ[:3])
+                for each in (other, first)
+            )
+            raise ValueError(
+                f"process {i} was started with {one}, but process 0 with {zero}; start "
+                "all with the same config, options, data and versions."
+            )
 
 
 def num_processes() -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from dualpipe_jax.train import data, distributed
+from dualpipe_jax.train.agreement import check_agreement
 from dualpipe_jax.train.compiling import CompileProgress
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.folder import Resume
@@ -85,14 +86,15 @@ def train(
         first two; `read_trace` reads it.
 
     Raises:
-      ValueError: `profile_steps` is negative, the config fits neither the devices
-        nor the model, or there is no checkpoint that can be read; before anything is
-        compiled.
+      ValueError: `profile_steps` is negative, the processes were not started alike,
+        the config fits neither the devices nor the model, or there is no checkpoint
+        that can be read; before anything is compiled.
       FloatingPointError: a step's loss, gradient or state is not finite, and the config
         does not skip it. That state is not saved; earlier checkpoints stay.
     """
     if profile_steps < 0:
         raise ValueError(f"{profile_steps=} must be >= 0; 0 profiles nothing.")
+    check_agreement(config, text, resume)
     programs = make_programs(config)
     for tokens in (text.held_out, text.train[:CHECKED_TOKENS]):
         programs.check_tokens(tokens)

@@ -29,9 +29,16 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(*args, module="dualpipe_jax", num_processes=2, **env):
+def start(
+    *args,
+    module="dualpipe_jax",
+    num_processes=2,
+    process_ids=None,
+    address=None,
+    **env,
+):
     """Starts the processes of one run, each with four of its eight devices."""
-    coordinator = f"127.0.0.1:{free_port()}"
+    coordinator = address or f"127.0.0.1:{free_port()}"
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} "
         "--xla_backend_optimization_level=0",  # most of the time goes into compiling
@@ -49,7 +56,7 @@ def start(*args, module="dualpipe_jax", num_processes=2, **env):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for process_id in range(num_processes)
+        for process_id in process_ids or range(num_processes)
     ]
 
 
@@ -135,6 +142,33 @@ def test_what_happens_to_one_process_happens_to_all(tmp_path):
     assert max(saved) == steps
     finish(run(parts, "--resume"))
     assert records(parts) == records(whole)
+
+
+def refused(processes, timeout=60):
+    """The one line that all processes end with."""
+    try:
+        printed = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2], printed
+    (line,) = {
+        line for text in printed for line in text.splitlines() if " error: " in line
+    }
+    return line
+
+
+def test_processes_that_were_not_started_alike_touch_nothing(tmp_path):
+    options = {"address": f"127.0.0.1:{free_port()}", "module": "tests.train.cheap"}
+    args = [CHEAP, "--out", tmp_path / "run"]
+    processes = [
+        *start(*args, "--steps", 8, process_ids=[0], **options),
+        *start(*args, "--steps", 9, "--resume", process_ids=[1], **options),
+    ]
+    line = refused(processes)
+    assert "process 1 was started with num_steps=9, resume=true, but process" in line
+    assert "process 0 with num_steps=8, resume=false; start all with the same" in line
+    assert not (tmp_path / "run").exists()
 
 
 def meet(address, num_processes, process_ids, timeout):
