@@ -210,7 +210,7 @@ def summary(
         lines.append(f"tokens/s       {rates[len(rates) // 2]:,.0f} (median)")
     if bubble := series("pipeline_bubble_ratio"):
         lines.append(f"bubble         {bubble[-1]:.1%} of the schedule")
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    names = sorted(path.name for path in folder.glob("[!.]*") if path.is_file())
     lines.append(f"files          {folder}: checkpoints, {', '.join(names)}")
     if result.save_failure:
         lines.append(

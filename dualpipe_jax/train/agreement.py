@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import re
 import zlib
 from typing import Any
 
-import dualpipe_jax
 from dualpipe_jax.train import distributed
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.data import Text
@@ -16,7 +17,9 @@ from dualpipe_jax.train.data_order import digest
 from dualpipe_jax.train.folder import Resume
 
 
-def check_agreement(config: TrainConfig, text: Text, resume: Resume) -> None:
+def check_agreement(
+    config: TrainConfig, text: Text, folder: str | os.PathLike[str], resume: Resume
+) -> None:
     """Checks that all processes were started alike; processes that were not would hang.
 
     Raises:
@@ -26,11 +29,13 @@ def check_agreement(config: TrainConfig, text: Text, resume: Resume) -> None:
         return
     facts: dict[str, Any] = json.loads(config.to_json())
     facts |= {
+        "out": os.fspath(folder),
         "resume": resume,
         "data": [digest(text.train), digest(text.held_out)],
-        "jax": importlib.metadata.version("jax"),
-        "dualpipe_jax": dualpipe_jax.__version__,
     }
+    for name in ("dualpipe-jax", "jax", "jaxlib"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            facts[name] = importlib.metadata.version(name)
     distributed.agree({name: _in_words(value) for name, value in facts.items()})
 
 

@@ -64,7 +64,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._max_to_keep,
             create=True,
-            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier),
+            # Threads that wait for folders which a failed save never makes would keep
+            # the process for twenty minutes.
+            async_options=ocp.AsyncOptions(
+                barrier_sync_fn=barrier, create_directories_asynchronously=False
+            ),
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 barrier_sync_key_prefix=prefix
             ),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualpipe_jax.train import distributed
+from dualpipe_jax.train.lock import Lock
 
 # What a run writes into its folder; nothing else there is ever touched. In the order
 # in which they are moved aside: after a kill in between, no run continues from what is
@@ -33,14 +34,17 @@ DONE, STOPPED = "done", "stopped by"
 Resume = bool | Literal["must"]
 
 
-def prepare(folder: Path, resume: Resume, say: Callable[[str], Any]) -> bool:
-    """Makes the folder, and decides whether the run continues from a checkpoint.
+def prepare(
+    folder: Path, lock: Lock, resume: Resume, say: Callable[[str], Any]
+) -> bool:
+    """Makes and locks the folder, and decides whether the run continues there.
 
     An earlier run's files in it are moved into a subfolder if this run begins, except
     for those of a run that was killed before its first checkpoint and resumes.
 
     Args:
       folder: the run's.
+      lock: of the folder; process 0 takes it.
       resume: see `train`.
       say: called with a line of text.
 
@@ -48,26 +52,32 @@ def prepare(folder: Path, resume: Resume, say: Callable[[str], Any]) -> bool:
       Whether there is a checkpoint to continue from.
 
     Raises:
-      ValueError: `resume` is unknown, there must be a checkpoint and is none, or some
-        process does not see the folder.
+      ValueError: `resume` is unknown, there must be a checkpoint and is none, another
+        run is in the folder, or some process does not see it.
     """
     if resume not in (False, True, "must"):
         raise ValueError(f"{resume=} must be False, True or 'must'.")
     checkpoints = folder / "checkpoints"
     choice = problem = None
     if distributed.is_main():
-        choice = "continue" if resume and _has_checkpoint(checkpoints) else "begin"
-        if choice == "begin" and resume == "must":
+        if resume == "must" and not _has_checkpoint(checkpoints):
             problem = (
                 f"no checkpoint in {folder}; start a run there without --resume=must."
             )
-    choice = distributed.first_text(choice)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            if holder := lock.acquire():
+                problem = (
+                    f"{folder} is in use by another run ({holder}); end that one, or "
+                    "use another --out."
+                )
+        if problem is None:
+            choice = "continue" if resume and _has_checkpoint(checkpoints) else "begin"
+            if choice == "begin":
+                _begin(folder, bool(resume), say)
+            checkpoints.mkdir(parents=True, exist_ok=True)
     problem = distributed.first_text(problem)
-    if problem is None and distributed.is_main():
-        if choice == "begin":
-            _begin(folder, bool(resume), say)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    distributed.barrier("the folder is made")
+    choice = distributed.first_text(choice)
     if problem is None and not checkpoints.is_dir():
         problem = (
             f"{folder} is not seen by every process; use an --out on a file system "

@@ -94,7 +94,7 @@ def train(
     """
     if profile_steps < 0:
         raise ValueError(f"{profile_steps=} must be >= 0; 0 profiles nothing.")
-    check_agreement(config, text, resume)
+    check_agreement(config, text, folder, resume)
     programs = make_programs(config)
     for tokens in (text.held_out, text.train[:CHECKED_TOKENS]):
         programs.check_tokens(tokens)
@@ -107,11 +107,7 @@ def train(
         state, position = outputs.restore()
         outputs.describe()
         with stop_signals() as received:
-            with CompileProgress(console) as progress:
-                programs = programs.compile(progress)
-                if state is None:
-                    state = programs.init()
-                compile_s = progress.elapsed_s
+            programs, state, compile_s = _compile(programs, state, console)
             console.print(
                 f"{config.name}: {programs.schedule.kind} on "
                 f"{' x '.join(f'{a}={n}' for a, n in config.mesh.items())}, "
@@ -150,6 +146,16 @@ def train(
             save_failure=outputs.save_failure,
             sample=sample,
         )
+
+
+def _compile(
+    programs: Programs, state: TrainState | None, console: Console
+) -> tuple[Programs, TrainState, float]:
+    """Compiled programs, the state to begin with, and the seconds that it took."""
+    with CompileProgress(console) as progress:
+        programs = programs.compile(progress)
+        state = programs.init() if state is None else state
+        return programs, state, progress.elapsed_s
 
 
 class _Step(NamedTuple):

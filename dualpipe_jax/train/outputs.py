@@ -21,6 +21,7 @@ from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.data import Text
 from dualpipe_jax.train.data_order import data_order, differences
 from dualpipe_jax.train.folder import DONE, STOPPED, Resume, prepare
+from dualpipe_jax.train.lock import Lock
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from dualpipe_jax.train.profiler import StepProfiler
 from dualpipe_jax.train.programs import Programs
@@ -46,8 +47,7 @@ class RunOutputs:
       resume: see `train`.
 
     Raises:
-      ValueError: there must be a checkpoint and is none, or some process does not see
-        the folder.
+      ValueError: see `folder.prepare`.
     """
 
     def __init__(
@@ -60,21 +60,27 @@ class RunOutputs:
         *,
         resume: Resume,
     ):
-        self._continues = prepare(folder, resume, console.print)
         self._folder, self._console = folder, console
         self._config, self._programs, self._text = config, programs, text
         self._order = data_order(config, text)
         # The lowered program at structural costs: virtual devices that share a few
         # cores cannot show their bubble by a clock.
         self._timeline = simulate(lower(programs.schedule))
-        self._checkpoints = Checkpoints(folder / "checkpoints", console.print)
         self._report: LiveReport | None = None
+        with contextlib.ExitStack() as stack:
+            lock = Lock(folder)
+            stack.callback(lock.release)
+            self._continues = prepare(folder, lock, resume, console.print)
+            self._checkpoints = stack.enter_context(
+                Checkpoints(folder / "checkpoints", console.print)
+            )
+            self._held = stack.pop_all()
 
     def __enter__(self) -> RunOutputs:
         return self
 
     def __exit__(self, *error) -> None:
-        self._checkpoints.__exit__(*error)
+        self._held.__exit__(*error)
 
     @property
     def save_failure(self) -> str | None:

@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import io
 import json
+import os
 import resource
 import shutil
 import signal
+import socket
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from dualpipe_jax import lower, read_trace, simulate
 from dualpipe_jax.profiles.events import read_events
 from dualpipe_jax.profiles.reading import find_trace
 from dualpipe_jax.train import Text, data, folder as folder_module, loop, train
+from dualpipe_jax.train.lock import Lock
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
 from tests.train import cheap
 
@@ -223,16 +227,52 @@ def test_a_kill_while_an_earlier_run_is_moved_mixes_nothing(number, tmp_path):
     for name in folder_module.ARTEFACTS[:number]:
         (tmp_path / name).rename(tmp_path / "previous-1" / name)
     said = []
+    lock = Lock(tmp_path)
     resume = number > 0  # a cluster's manager starts it again; before, it would go on
-    assert not folder_module.prepare(tmp_path, resume, said.append)
+    assert not folder_module.prepare(tmp_path, lock, resume, said.append)
+    lock.release()
     assert said[-1].endswith("are now in " + str(tmp_path / "previous-1"))
     shutil.rmtree(tmp_path / "checkpoints")
     write("second")
-    assert not folder_module.prepare(tmp_path, False, said.append)
+    assert not folder_module.prepare(tmp_path, lock, False, said.append)
+    lock.release()
     for name, what in ("previous-1", "first"), ("previous-2", "second"):
         files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
         assert len(files) == len(folder_module.ARTEFACTS)
         assert {json.loads(path.read_text())["run"] for path in files} == {what}
+
+
+def test_a_folder_in_use_is_refused_and_nothing_is_touched(tmp_path, after_step):
+    def intrude(step):
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        for resume in (False, True):
+            with pytest.raises(
+                ValueError, match=rf"in use by .*\(process {os.getpid()}"
+            ):
+                run(tmp_path, resume=resume)
+        assert before == {p: p.read_bytes() for p in before}
+
+    after_step(intrude)
+    assert run(tmp_path, num_steps=1)[0].step == 1
+    # A lock that a killed process has left holds nobody up.
+    (tmp_path / ".lock").write_text('{"pid": 1, "host": "another"}\n')
+    after_step(lambda step: None)
+    assert run(tmp_path, num_steps=2, resume="must")[0].step == 2
+
+
+def test_where_files_cannot_be_locked_the_living_process_counts(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    lock, other = Lock(tmp_path), Lock(tmp_path)
+    assert lock.acquire() is None
+    assert other.acquire().startswith(f"process {os.getpid()} on ")
+    lock.release()
+    for left in (f'{{"pid": {2**22 + 1}, "host": "{socket.gethostname()}"}}', "[", "1"):
+        (tmp_path / ".lock").write_text(left)  # of no process: above Linux's largest
+        assert lock.acquire() is None
+        lock.release()
 
 
 def test_an_earlier_run_is_moved_aside(finished, tmp_path):
