@@ -162,11 +162,12 @@ def _by_gather(
     me = axis_index(axis_name)
     all_rows = all_gather(rows, axis_name)
     row_M = jnp.arange(num_received, dtype=jnp.int32)
-    offset_D = segments.output_offsets[:, me]
-    # An empty segment shares its offset with the next one, which is the one to find.
-    from_M = jnp.searchsorted(offset_D, row_M, side="right").astype(jnp.int32) - 1
-    inside_M = row_M - offset_D[from_M]
-    is_sent_M = (from_M >= 0) & (inside_M < segments.send_sizes[:, me][from_M])
-    index_M = from_M * rows.shape[0] + segments.input_offsets[:, me][from_M]
-    index_M = jnp.where(is_sent_M, index_M + inside_M, -1)
+    first_D = segments.output_offsets[:, me]
+    end_D = first_D + segments.send_sizes[:, me]
+    # From a row that is received to the same one among the rows of all devices.
+    of_D = jnp.arange(len(all_rows), dtype=jnp.int32) * len(rows)
+    shift_D = of_D + segments.input_offsets[:, me] - first_D
+    is_from_MD = (first_D[None] <= row_M[:, None]) & (row_M[:, None] < end_D[None])
+    shift_M = jnp.where(is_from_MD, shift_D[None], 0).sum(axis=1, dtype=jnp.int32)
+    index_M = jnp.where(is_from_MD.any(axis=1), row_M + shift_M, -1)
     return take_or_zero(lax.collapse(all_rows, 0, 2), index_M)
