@@ -10,6 +10,7 @@ Shape suffixes: see `eplb_jax`; here V values of an expert, flat.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -29,6 +30,10 @@ from eplb_jax.placement import ExpertTables, divisor_from
 PyTree = Any
 
 
+# Traced once for all layers of a server.
+@functools.partial(
+    jax.jit, static_argnames=("num_devices", "axis_name", "num_slices", "transport")
+)
 def migrate(
     weights: PyTree,
     old_tables: ExpertTables,
