@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
       The exit status: 0, also if a signal stopped the run; 1 if the loss, gradient or
-      state is no longer finite, or the last checkpoint could not be written.
+      state is no longer finite, or the last checkpoint or record could not be written.
 
     Raises:
       ValueError: bad input, before anything is compiled.
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if result.metrics:
         print(summary(config, result, folder, text.unit))
-    return 1 if result.save_failure else 0
+    return 1 if result.save_failure or result.num_unwritten else 0
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -216,6 +216,11 @@ def summary(
         lines.append(
             f"NOT SAVED      the last checkpoint could not be written: "
             f"{result.save_failure}"
+        )
+    if result.num_unwritten:
+        lines.append(
+            f"NOT SAVED      the last {result.num_unwritten} records could not be "
+            "written to metrics.jsonl"
         )
     if result.sample is not None:
         prompt, new = result.sample

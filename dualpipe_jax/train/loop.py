@@ -37,12 +37,13 @@ class Result:
 
     Attributes:
       step: optimizer steps done, over all resumptions.
-      metrics: the records of metrics.jsonl.
+      metrics: the records of metrics.jsonl, and those that could not be written.
       stopped_by: the signal that ended it early, such as `"SIGTERM"`, or None.
       compile_s: seconds that compiling took.
       train_s: seconds of this call's steps, evaluations and checkpoints.
       save_failure: why the last checkpoint could not be written, or None.
       sample: a prompt of held-out text and the model's continuation, or None.
+      num_unwritten: how many records could not be written to metrics.jsonl.
     """
 
     step: int
@@ -52,6 +53,7 @@ class Result:
     train_s: float
     save_failure: str | None = None
     sample: tuple[str, str] | None = None
+    num_unwritten: int = 0
 
     @property
     def held_out_loss(self) -> float | None:
@@ -145,6 +147,7 @@ def train(
             train_s=train_s,
             save_failure=outputs.save_failure,
             sample=sample,
+            num_unwritten=outputs.num_unwritten,
         )
 
 

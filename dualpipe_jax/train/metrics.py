@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import collections
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+from dualpipe_jax.train.files import replace_text
 from eplb_jax import style
 
 
@@ -16,49 +19,91 @@ class MetricsLog:
 
     Numbers that are not finite are written as null. A kill at any moment loses at most
     the line being written, which `read_metrics` leaves out. Records that cannot be
-    written, as on a full disk, are kept and tried again with the next one.
+    written, as on a full disk, are kept and tried again with the next one, and when the
+    log is closed.
 
     Args:
       path: the file.
       keep_until: records of later steps are dropped; a run that resumes from step
         n writes them again.
 
+    Attributes:
+      gap: steps up to `keep_until` that have no record, in words; or empty.
+      failure: why the last record could not be written, or None.
+
     Examples:
       >>> import tempfile
       >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> with MetricsLog(path) as log:
       ...     log.write({"step": 1, "loss": 5.5, "grad_norm": float("nan")})
-      >>> read_metrics(path)
+      >>> log.records()
       [{'step': 1, 'loss': 5.5, 'grad_norm': None}]
+      >>> MetricsLog(path, keep_until=4).gap
+      '2 to 4'
     """
 
     def __init__(self, path: Path, keep_until: int = 0):
         kept = []
         if keep_until and path.exists():
             kept = [r for r in read_metrics(path) if r["step"] <= keep_until]
-        # Replaced in one go: a kill here must not cost the records of before.
-        aside = path.with_name(path.name + ".new")
-        aside.write_text("".join(map(_line, kept)))
-        aside.replace(path)
-        self._file = path.open("ab", buffering=0)
-        self._unwritten = b""
+        self.gap = _ranges(set(range(1, keep_until + 1)) - {r["step"] for r in kept})
+        self.failure: str | None = None
+        # At once: a kill here must not cost the records of before.
+        replace_text(path, "".join(map(_line, kept)))
+        self._path, self._size = path, path.stat().st_size
+        self._pending: collections.deque[bytes] = collections.deque()
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_) -> None:
         self._flush()
-        self._file.close()
+
+    @property
+    def num_unwritten(self) -> int:
+        """How many records are not in the file."""
+        return len(self._pending)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._unwritten += _line(record).encode()
+        """Writes a record, and those before it that could not be written."""
+        self._pending.append(_line(record).encode())
         self._flush()
 
+    def records(self) -> list[dict[str, Any]]:
+        """All records: those in the file, and those that could not be written."""
+        written = read_metrics(self._path) if self._path.exists() else []
+        return [*written, *map(json.loads, self._pending)]
+
     def _flush(self) -> None:
-        with contextlib.suppress(OSError):
-            while self._unwritten:
-                written = self._file.write(self._unwritten)
-                self._unwritten = self._unwritten[written:]
+        self.failure = None
+        if not self._pending:
+            return
+        try:
+            with self._path.open("r+b", buffering=0) as file:
+                file.seek(self._size)  # behind the last whole line
+                while self._pending:
+                    line = self._pending[0]
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    self._size += len(line)
+                    self._pending.popleft()
+        except OSError as error:
+            self.failure = str(error)
+
+
+def _ranges(steps: set[int]) -> str:
+    """Numbers in words.
+
+    Examples:
+      >>> _ranges({3, 4, 5, 8})
+      '3 to 5, 8'
+    """
+    starts = sorted(step for step in steps if step - 1 not in steps)
+    ends = sorted(step for step in steps if step + 1 not in steps)
+    return ", ".join(
+        f"{start} to {end}" if start < end else str(start)
+        for start, end in zip(starts, ends, strict=True)
+    )
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -20,9 +20,10 @@ from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.data import Text
 from dualpipe_jax.train.data_order import data_order, differences
+from dualpipe_jax.train.files import replace_text
 from dualpipe_jax.train.folder import DONE, STOPPED, Resume, prepare
 from dualpipe_jax.train.lock import Lock
-from dualpipe_jax.train.metrics import MetricsLog, draw_loss, read_metrics
+from dualpipe_jax.train.metrics import MetricsLog, draw_loss
 from dualpipe_jax.train.profiler import StepProfiler
 from dualpipe_jax.train.programs import Programs
 from dualpipe_jax.train.progress import TrainProgress
@@ -66,6 +67,7 @@ class RunOutputs:
         # The lowered program at structural costs: virtual devices that share a few
         # cores cannot show their bubble by a clock.
         self._timeline = simulate(lower(programs.schedule))
+        self._log: MetricsLog | None = None
         self._report: LiveReport | None = None
         with contextlib.ExitStack() as stack:
             lock = Lock(folder)
@@ -125,8 +127,7 @@ class RunOutputs:
         if self._programs.description:
             self._console.print(self._programs.description)
         if distributed.is_main():
-            config = self._folder / "config.json"
-            config.write_text(self._config.to_json() + "\n")
+            replace_text(self._folder / "config.json", self._config.to_json() + "\n")
             for suffix in ("svg", "png"):
                 pictures.save(self._timeline, self._folder / f"schedule.{suffix}")
 
@@ -140,25 +141,36 @@ class RunOutputs:
         """
         config = self._config
         with contextlib.ExitStack() as stack:
-            log = None
             if distributed.is_main():
-                log = MetricsLog(self._folder / "metrics.jsonl", step)
+                self._log = MetricsLog(self._folder / "metrics.jsonl", step)
                 self._report = LiveReport(self._folder, self._facts(compile_s))
-                stack.enter_context(log)
+                stack.enter_context(self._log)
                 stack.enter_context(self._report)
+                if gap := self._log.gap:
+                    self._console.print(f"metrics.jsonl has no record of step {gap}")
             progress = TrainProgress(self._console, config.num_steps, step)
             stack.enter_context(progress)
 
             def record(metrics: Record) -> None:
                 ratio = self._timeline.bubble_ratio
                 metrics = metrics | {"pipeline_bubble_ratio": ratio}
-                if log is not None and self._report is not None:
-                    log.write(metrics)
+                if self._log is not None and self._report is not None:
+                    self._write(self._log, metrics)
                     self._report.update()
                 progress.update(metrics)
                 self._checkpoints.poll()
 
             yield record
+
+    def _write(self, log: MetricsLog, metrics: Record) -> None:
+        """Writes a record; says once for each time that it cannot."""
+        failed_before = log.failure is not None
+        log.write(metrics)
+        if log.failure and not failed_before:
+            self._console.print(
+                f"metrics.jsonl could not be written ({log.failure}); training "
+                "continues, and its records are written when there is room"
+            )
 
     def profiler(self, num_steps: int, first: int, compiled: Any) -> StepProfiler:
         """Profiles some of the steps from `first` on, in process 0."""
@@ -171,6 +183,11 @@ class RunOutputs:
             say=self._console.print,
         )
 
+    @property
+    def num_unwritten(self) -> int:
+        """How many records could not be written to metrics.jsonl."""
+        return 0 if self._log is None else self._log.num_unwritten
+
     def finish(
         self, sample: tuple[str, str] | None, stopped_by: str | None
     ) -> list[Record]:
@@ -181,11 +198,11 @@ class RunOutputs:
           stopped_by: the signal that ended the run early, or None.
 
         Returns:
-          The records of metrics.jsonl; none in processes other than process 0.
+          The records of all steps; none in processes other than process 0.
         """
-        if self._report is None:
+        if self._report is None or self._log is None:
             return []
-        metrics = read_metrics(self._folder / "metrics.jsonl")
+        metrics = self._log.records()
         try:
             draw_loss(metrics, self._folder / "loss.png", unit=self._text.unit)
             if sample is not None:

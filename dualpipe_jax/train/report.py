@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dualpipe_jax.train import page as _page, report_overlap, report_sections
+from dualpipe_jax.train.files import replace_text
 from dualpipe_jax.train.metrics import read_metrics
 from dualpipe_jax.train.report_sections import RUNNING, Record, is_number
 
@@ -94,7 +94,7 @@ class LiveReport:
     def _tell(self, state: str) -> None:
         facts = json.dumps(self._facts | {"state": state}, indent=2) + "\n"
         with contextlib.suppress(OSError):
-            _replace(self._folder / FACTS, facts)
+            replace_text(self._folder / FACTS, facts)
 
     def _write(self, *, live: bool) -> None:
         self.failure = None
@@ -116,21 +116,8 @@ def write_report(
       live: as for `report_html`.
     """
     path = Path(out) if out is not None else Path(folder) / FILE
-    _replace(path, report_html(folder, live=live))
+    replace_text(path, report_html(folder, live=live))
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replaces a file, whose readers see the old text or the new one, never a part."""
-    # The `report` command may write it at the same time.
-    aside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
 
 
 def report_html(folder: str | Path, *, live: bool = False) -> str:

@@ -502,10 +502,38 @@ def test_a_disk_that_is_full_ends_no_run(finished, tmp_path, fill_the_disk):
     fill_the_disk(0, first=3, last=5)  # what step 3 saves, and two steps record
     result, printed = run(tmp_path)
     assert "the checkpoint of step 3 could not be written (OSError: " in printed
-    assert result.save_failure is None and printed.count("could not") == 1
-    # Nothing of the record is lost.
+    # Once each, and nothing of the record is lost.
+    assert result.save_failure is None and result.num_unwritten == 0
+    assert printed.count("metrics.jsonl could not be written (") == 1
+    assert printed.count("could not") == 2
     assert without_clock(result.metrics) == without_clock(finished[1].metrics)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
+
+
+@leaves_errors
+def test_records_that_cannot_be_written_are_counted_and_shown(
+    finished, tmp_path, fill_the_disk, after_step
+):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # It is full in the middle of a line.
+    line = len((finished[0] / "metrics.jsonl").read_bytes().splitlines()[0])
+    fill_the_disk(4 * line, first=5)
+    result, printed = run(tmp_path, num_steps=5, checkpoint_every=9)
+    assert result.num_unwritten >= 1 and result.save_failure
+    # The result is of all steps.
+    assert without_clock(result.metrics)[:4] == without_clock(finished[1].metrics)[:4]
+    assert [record["step"] for record in result.metrics] == [1, 2, 3, 4, 5]
+    assert printed.count("metrics.jsonl could not be written (") == 1
+    written = len(read_metrics(tmp_path / "metrics.jsonl"))
+    assert written == 5 - result.num_unwritten
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # A checkpoint that was written then has no records before it.
+    after_step(lambda step: None)
+    shutil.copytree(
+        finished[0] / "checkpoints", tmp_path / "checkpoints", dirs_exist_ok=True
+    )
+    _, printed = run(tmp_path, resume=True)
+    assert f"metrics.jsonl has no record of step {written + 1} to 8" in printed
 
 
 @leaves_errors
