@@ -93,6 +93,12 @@ class TrainConfig:
       max_skipped_steps: how many steps in a row may be skipped because their loss or
         gradient is not finite, as loss scaling does: the state stays as it is, and the
         next step has the next data. One more of them ends the run; at 0 the first does.
+      ignore_index: a token that is no target, such as the padding of a .npy file: the
+        loss is the mean over the other targets of a step, and the model's loss must
+        take their weights (see `PipelineModel.loss`). None: all tokens are targets.
+      trainable: which parameters are trained: see `pipeline_value_and_grad`. The others
+        stay as they are, without gradients and optimizer state; so do integers. None:
+        all others.
       held_out_fraction: part of the text that is never trained on.
       seed: of the parameters and of the data order.
       shard_at_rest: divides parameters and optimizer state over `dp` and `ep` too,
@@ -115,6 +121,8 @@ class TrainConfig:
     eval_every: int = 50
     checkpoint_every: int = 100
     max_skipped_steps: int = 0
+    ignore_index: int | None = None
+    trainable: Any = None
     held_out_fraction: float = 0.05
     seed: int = 0
     shard_at_rest: bool = False
@@ -134,6 +142,11 @@ class TrainConfig:
                 raise ValueError(f"{field}={value} must be at least 1.")
         if self.max_skipped_steps < 0:
             raise ValueError(f"{self.max_skipped_steps=} must be at least 0.")
+        if self.ignore_index is not None and self.ignore_index < 0:
+            raise ValueError(
+                f"{self.ignore_index=} must be a token of the data, which are at least "
+                "0; give padding a token of its own."
+            )
         if "pp" not in self.mesh or not set(self.mesh) <= set(AXES):
             raise ValueError(
                 f"mesh={dict(self.mesh)} must have the axis pp, and may have dp and ep."

@@ -157,8 +157,8 @@ def _compile(
     """Compiled programs, the state to begin with, and the seconds that it took."""
     with CompileProgress(console) as progress:
         programs = programs.compile(progress)
-        state = programs.init() if state is None else state
-        return programs, state, progress.elapsed_s
+        begun: TrainState = programs.init() if state is None else state
+        return programs, begun, progress.elapsed_s
 
 
 class _Step(NamedTuple):

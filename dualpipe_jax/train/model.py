@@ -47,7 +47,9 @@ class PipelineModel(abc.ABC):
     """A model laid over the stages of one schedule, on one mesh.
 
     All methods are pure and may be traced. `embed`, `stage`, `loss` and `evaluate` see
-    one microbatch and run inside `jax.shard_map`: see `pipeline_value_and_grad`.
+    one microbatch and run inside `jax.shard_map`: see `pipeline_value_and_grad`. The
+    first three may have a parameter `key=None`, for dropout: each of their calls in a
+    train step gets a key of its own, and none in evaluations.
 
     Attributes:
       description: how the model is laid out, for the reader of a log; may be empty.
@@ -84,13 +86,27 @@ class PipelineModel(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, params: PyTree, x: PyTree, targets: jax.Array) -> Any:
-        """Mean loss of targets [batch, sequence] in nats, or (that, aux)."""
+        """Mean loss of targets [batch, sequence] in nats, or (that, aux).
+
+        May have a parameter `weights=None`, which the config's `ignore_index` needs:
+        [batch, sequence] float32, 0 for targets that are ignored; for the others one
+        number, such that the mean of all weights of a step is 1. So the mean of the
+        weighted losses, `(losses * weights).mean()`, is right however the others are
+        spread over microbatches and devices. Or the loss is a `Weighted` sum, of what
+        the model itself counts.
+        """
 
     def evaluate(
-        self, embed: PyTree, head: PyTree, x: PyTree, targets: jax.Array
-    ) -> jax.Array:
+        self,
+        embed: PyTree,
+        head: PyTree,
+        x: PyTree,
+        targets: jax.Array,
+        weights: jax.Array | None = None,
+    ) -> Any:
         """The loss on held-out text: that of the next token, without other terms."""
-        loss = self.loss((embed, head) if self.tied else head, x, targets)
+        given = {} if weights is None else {"weights": weights}
+        loss = self.loss((embed, head) if self.tied else head, x, targets, **given)
         return loss[0] if isinstance(loss, tuple) else loss
 
     def init_buffers(self) -> PyTree:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,9 +22,11 @@ from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.integrity import names_of
 from dualpipe_jax.train.mesh import BATCH, DATA_AXES, make_mesh
 from dualpipe_jax.train.model import PipelineModel
+from dualpipe_jax.train.objective import Objective
 from dualpipe_jax.train.optimizer import learning_rate, make_optimizer, num_updates
 from dualpipe_jax.train.programs import Programs
-from dualpipe_jax.train.state import TrainState, abstract_state, rest_specs
+from dualpipe_jax.train.state import States, TrainState
+from dualpipe_jax.train.trained import filled, prepared_flags, trained_flags
 
 P = PartitionSpec
 
@@ -57,25 +58,15 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         microbatch_size=config.microbatch_size,
         sequence_length=config.sequence_length,
     )
-    layout: dict[str, Any] = {
-        "schedule": schedule,
-        "mesh": mesh,
-        "axis_name": "pp",
-        "embed_fn": model.embed,
-        "data_axes": DATA_AXES,
-        "param_specs": model.prepared_specs or model.param_specs,
-        "overlap": config.overlap,
-    }
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
     builder = _Builder(
         config=config,
         schedule=schedule,
         mesh=mesh,
         model=model,
-        optimizer=make_optimizer(config.optimizer, config.num_steps),
-        value_and_grad=pipeline_value_and_grad(
-            model.stage_fns, model.loss, tied=model.tied, **layout
-        ),
-        forward=pipeline_forward(model.stage_fns, **layout),
+        objective=Objective.of(config, model),
+        optimizer=optimizer,
+        states=States(config, model, optimizer, mesh),
     )
     return builder.programs()
 
@@ -96,29 +87,75 @@ class _Builder:
       schedule: the pipeline's.
       mesh: the devices.
       model: laid over the schedule's stages on that mesh.
+      objective: the model's loss, as the config wants it.
       optimizer: of the parameters as the model lays them out.
-      value_and_grad: the pipeline's, from prepared parameters and a batch.
-      forward: the pipeline's outputs of the last stage, for evaluation.
+      states: the run's, before it begins and in checkpoints.
     """
 
     config: TrainConfig
     schedule: Schedule
     mesh: Mesh
     model: PipelineModel
+    objective: Objective
     optimizer: optax.GradientTransformation
-    value_and_grad: Any
-    forward: Any
+    states: States
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Arguments that the pipeline's two functions share."""
+        return {
+            "schedule": self.schedule,
+            "mesh": self.mesh,
+            "axis_name": "pp",
+            "embed_fn": self.model.embed,
+            "data_axes": DATA_AXES,
+            "param_specs": self.model.prepared_specs or self.model.param_specs,
+            "overlap": self.config.overlap,
+        }
+
+    @functools.cached_property
+    def value_and_grad(self) -> Any:
+        """The pipeline's, from prepared parameters and a batch."""
+        return pipeline_value_and_grad(
+            self.model.stage_fns,
+            self.objective.loss_fn,
+            tied=self.model.tied,
+            trainable=self.prepared_flags,
+            **self.layout,
+        )
+
+    @functools.cached_property
+    def forward(self) -> Any:
+        """The pipeline's outputs of the last stage, for evaluation."""
+        return pipeline_forward(self.model.stage_fns, **self.layout)
+
+    @functools.cached_property
+    def abstract_prepared(self) -> PipelineParams:
+        """Shapes of the parameters that the pipeline runs with."""
+        state = self.states.abstract
+        return jax.eval_shape(self.model.prepare_params, state.params, state.buffers)
+
+    @functools.cached_property
+    def prepared_flags(self) -> PipelineParams | None:
+        """Which of them are trained; None: all."""
+        state = self.states.abstract
+        flags = trained_flags(self.config.trainable, state.params)
+        if flags is None:
+            return None
+        prepare = self.model.prepare_params
+        return prepared_flags(prepare, flags, state.params, state.buffers)
 
     def programs(self) -> Programs:
         """The functions, jitted."""
-        shardings = self.shardings
+        states, shardings = self.states, self.states.shardings
+        _ = self.value_and_grad, self.forward  # raises now if they do not fit
         return Programs(
             schedule=self.schedule,
             mesh=self.mesh,
-            abstract_state=self.abstract_state,
+            abstract_state=states.abstract,
             abstract_tokens=self.abstract_tokens,
             init=jax.jit(
-                functools.partial(self.init_with, self.model), out_shardings=shardings
+                functools.partial(states.init_with, self.model), out_shardings=shardings
             ),
             train_step=jax.jit(
                 self.train_step,
@@ -132,9 +169,9 @@ class _Builder:
                 self.about_step, "lower_costliest_task"
             ),
             checkpoint_info=self.model.checkpoint_info,
-            restore_plan=self.restore_plan,
+            restore_plan=states.restore_plan,
             sample=self.sample if self.config.sample_tokens else None,
-            grad_names=tuple(names_of(self.abstract_state.params)),
+            grad_names=tuple(names_of(states.trained(states.abstract.params))),
             vocab_size=self.model.vocab_size,
             description=self.model.description,
         )
@@ -145,33 +182,42 @@ class _Builder:
         self, state: TrainState, inputs: jax.Array, targets: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step: the next state, and what to log."""
-        model, config = self.model, self.config
+        model, config, step = self.model, self.config, state.step + 1
         prepared = model.prepare_params(state.params, state.buffers)
+        batch = self.pipelined(inputs, targets, step)
         grads: Any
-        (losses, aux), grads = self.value_and_grad(prepared, inputs, targets)
-        grads = model.unprepare_grads(grads, state.buffers)
-        step = state.step + 1
+        (losses, aux), grads = self.value_and_grad(prepared, *batch)
+        if self.prepared_flags is not None:
+            grads = filled(grads, prepared)
+        grads = self.states.trained(model.unprepare_grads(grads, state.buffers))
+        trained, frozen = self.states.split(state.params)
         # optax mixes floats with its int32 counts; all else here is strict.
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = self.optimizer.update(
-                grads, state.opt_state, state.params
-            )
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
             count = num_updates(state.opt_state)
             rate = learning_rate(config.optimizer, config.num_steps)(count + 1)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(trained, updates)
         buffers, observed = model.observe(state.buffers, aux, step)
         metrics = {
             "loss": losses.mean(),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate,
         }
-        new = TrainState(step, params, opt_state, buffers)
+        new = TrainState(step, params.combine(frozen), opt_state, buffers)
         if config.max_skipped_steps:
             new, metrics["skipped"] = _unless_finite(metrics, new, state)
         # The sums of which `grad_norm` is made.
         norms = [optax.tree.norm(leaf, squared=True) for leaf in jax.tree.leaves(grads)]
         metrics["grads_finite"] = jnp.isfinite(jnp.stack(norms))
         return new, metrics | observed
+
+    def pipelined(
+        self, inputs: jax.Array, targets: jax.Array, step: jax.Array
+    ) -> tuple[Any, ...]:
+        """What the pipelined part of a step takes after the parameters."""
+        key = self.objective.key(step)
+        batch = (inputs, self.objective.weighted(targets))
+        return batch if key is None else (*batch, key)
 
     def held_out_loss(
         self, state: TrainState, inputs: jax.Array, targets: jax.Array
@@ -180,21 +226,15 @@ class _Builder:
         prepared = self.model.prepare_params(state.params, state.buffers)
         outputs = self.forward(prepared, inputs)
 
-        def mean_loss(embed, head, outputs, targets):
-            losses = jax.lax.map(
-                lambda batch: self.model.evaluate(embed, head, *batch),
-                (outputs, targets),
-            )
-            return jax.lax.pmean(losses.mean(), DATA_AXES)
-
         specs = self.model.prepared_specs or self.model.param_specs
         evaluate = jax.shard_map(
-            mean_loss,
+            self.objective.evaluate,
             mesh=self.mesh,
             in_specs=(specs.embed or P(), specs.head or P(), BATCH, BATCH),
             out_specs=P(),
             check_vma=False,
         )
+        targets = self.objective.weighted(targets)
         return evaluate(prepared.embed, prepared.head, outputs, targets)
 
     def sample(self, state: TrainState, prompt: np.ndarray) -> np.ndarray:
@@ -205,39 +245,9 @@ class _Builder:
 
     def about_step(self, method: str) -> Any:
         """What a method of the train step's pipelined part reports about it."""
-        state, tokens = self.abstract_state, self.abstract_tokens
-        prepared = jax.eval_shape(
-            self.model.prepare_params, state.params, state.buffers
-        )
-        return getattr(self.value_and_grad, method)(prepared, tokens, tokens)
-
-    # States: the first one, their shapes, and those of checkpoints.
-
-    def init_with(self, model: PipelineModel) -> TrainState:
-        """The state before the first step, for this model in one of its layouts."""
-        params: Any = model.init(jax.random.key(self.config.seed))
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=self.optimizer.init(params),
-            buffers=model.init_buffers(),
-        )
-
-    def abstract_with(self, model: PipelineModel) -> TrainState:
-        """Shapes and shardings of `init_with`."""
-        state = jax.eval_shape(functools.partial(self.init_with, model))
-        specs = rest_specs(
-            state.params, model.param_specs, self.mesh, self.config.shard_at_rest
-        )
-        return abstract_state(state, specs, self.optimizer, self.mesh)
-
-    @functools.cached_property
-    def abstract_state(self) -> TrainState:
-        return self.abstract_with(self.model)
-
-    @functools.cached_property
-    def shardings(self) -> TrainState:
-        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        tokens, step = self.abstract_tokens, self.states.abstract.step
+        batch = jax.eval_shape(self.pipelined, tokens, tokens, step)
+        return getattr(self.value_and_grad, method)(self.abstract_prepared, *batch)
 
     @property
     def abstract_tokens(self) -> jax.ShapeDtypeStruct:
@@ -247,31 +257,6 @@ class _Builder:
             np.int32,
             sharding=NamedSharding(self.mesh, BATCH),
         )
-
-    def restore_plan(
-        self, info: dict[str, Any]
-    ) -> tuple[TrainState, Callable[[TrainState], TrainState]]:
-        """How to read a checkpoint; see `Programs`."""
-        model = self.model
-        old = model.from_checkpoint_info(info)
-        saved = self.abstract_with(old)
-
-        def convert(state: TrainState) -> TrainState:
-            # Parameters, and what the optimizer keeps for each of them.
-            params, opt_state = jax.tree.map(
-                lambda tree: (
-                    model.convert_params(tree, old) if _is_params(tree) else tree
-                ),
-                (state.params, state.opt_state),
-                is_leaf=_is_params,
-            )
-            buffers = model.convert_buffers(state.buffers, old)
-            return TrainState(state.step, params, opt_state, buffers)
-
-        mine = model.checkpoint_info
-        if mine == {name: info.get(name) for name in mine}:
-            return saved, lambda state: state
-        return saved, jax.jit(convert, out_shardings=self.shardings)
 
 
 def _unless_finite(
@@ -285,7 +270,3 @@ def _unless_finite(
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
     return kept._replace(step=new.step), 1 - is_finite.astype(jnp.int32)
-
-
-def _is_params(node: Any) -> bool:
-    return isinstance(node, PipelineParams)

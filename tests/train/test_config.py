@@ -91,6 +91,7 @@ def test_recipes_are_where_only_the_packages_are_installed(tmp_path):
         ({"sequence_length": 0}, r"sequence_length=0 must be at least 1"),
         ({"eval_every": -1}, r"eval_every=-1 must be at least 1"),
         ({"max_skipped_steps": -1}, r"max_skipped_steps=-1 must be at least 0"),
+        ({"ignore_index": -100}, r"ignore_index=-100 must be a token of the data"),
         ({"mesh": {"dp": 2}}, r"mesh=\{'dp': 2\} must have the axis pp"),
         (
             {"mesh": {"pp": 2, "tp": 2}},

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dualpipe_jax import PipelineParams
+from dualpipe_jax.executor import microbatch_key
 from dualpipe_jax.train import make_programs, step as step_module
 from dualpipe_jax.train.config import OptimizerConfig
 from tests import reference
@@ -101,6 +102,116 @@ def test_a_step_that_is_not_finite_is_skipped_whole():
     assert (state.step, want.step) == (2, 1)
     jax.tree.map(np.testing.assert_array_equal, state[1:], want[1:])
     assert last["learning_rate"] == only["learning_rate"] > 0
+
+
+PADDING = 255
+
+
+class Special(tiny.Toy):
+    """With dropout, weights of targets, and a quantized matrix that stays as it is."""
+
+    def init(self, key):
+        params = super().init(key)
+        shape = (self.num_stages, self.width, self.width)
+        params.stages["quantized"] = jax.random.randint(key, shape, -99, 99, jnp.int8)
+        return params
+
+    def stage(self, params, x, key=None):
+        if key is not None:
+            x = jnp.where(jax.random.bernoulli(key, 0.75, x.shape), x / 0.75, 0)
+        return super().stage(params, x) + x @ (params["quantized"].astype("f") / 999)
+
+    def loss(self, params, x, targets, weights=None):
+        losses = optax.softmax_cross_entropy_with_integer_labels(x @ params, targets)
+        return (losses if weights is None else losses * weights).mean()
+
+
+class SpecialConfig(tiny.ToyConfig):
+    def build(self, schedule, mesh, *, microbatch_size, sequence_length):
+        return Special(self.width, schedule.num_stages)
+
+
+def special_config():
+    return dataclasses.replace(
+        tiny.config(),
+        model=SpecialConfig(4),
+        num_microbatches=4,
+        sequence_length=8,
+        ignore_index=PADDING,
+        trainable=PipelineParams(embed=False),
+        seed=3,
+    )
+
+
+def special_batch(config):
+    """Of which the second half is padding in some microbatches, all in one."""
+    inputs, targets = batch_of(config, 0)
+    for microbatch, start in enumerate((8, 5, 2, 0)):
+        targets[microbatch, :, start:] = PADDING
+    return inputs, targets
+
+
+def test_weights_keys_and_frozen_parameters_are_those_of_the_unpipelined_model():
+    config = special_config()
+    model = Special(4, 2)
+    programs = make_programs(config)
+    assert programs.grad_names == ("stages/kernel", "stages/scale", "head")
+    inputs, targets = special_batch(config)
+    state = programs.init()
+    before = jax.tree.map(np.array, state)  # the step reuses the buffers
+    held_out = programs.held_out_loss(state, inputs, targets)
+    state, metrics = programs.train_step(state, inputs, targets)
+
+    def loss_of(trained, key):
+        params = trained.combine(frozen)
+        total = 0.0
+        for m in range(config.num_microbatches):
+            x = params.embed[inputs[m]]
+            for stage in range(2):
+                own = jax.tree.map(lambda leaf, s=stage: leaf[s], params.stages)
+                of = None if key is None else microbatch_key(key, stage, m)
+                x = model.stage(own, x, of)
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                x @ params.head, targets[m]
+            )
+            total += jnp.where(targets[m] == PADDING, 0, losses).sum()
+        return total / np.float32((targets != PADDING).sum())
+
+    trained, frozen = before.params.partition(
+        PipelineParams({"kernel": True, "quantized": False, "scale": True}, False)
+    )
+    key = jax.random.key(config.seed)
+    for number in (2**31, 1, 0):  # apart from parameters, the step, the data shard
+        key = jax.random.fold_in(key, number)
+    loss, grads = jax.jit(jax.value_and_grad(loss_of))(trained, key)
+    # f32: another order of sums.
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    np.testing.assert_allclose(held_out, jax.jit(loss_of)(trained, None), rtol=1e-5)
+    # Without optimizer state, and as they were.
+    assert state.opt_state[1][0].mu.embed is None
+    assert state.opt_state[1][0].mu.stages["quantized"] is None
+    new, kept = state.params.partition(PipelineParams(None, False))
+    np.testing.assert_array_equal(kept.embed, before.params.embed)
+    quantized = before.params.stages["quantized"]
+    np.testing.assert_array_equal(new.stages["quantized"], quantized)
+    assert np.abs(new.head - before.params.head).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainable": False}, r"trainable=False selects no floating parameter"),
+        ({"trainable": {"kernl": True}}, r"trainable.* is not a prefix of the param"),
+        (
+            {"model": tiny.ToyConfig(4)},
+            r"ignore_index=255 needs a model whose loss takes the weights .* Toy.loss",
+        ),
+    ],
+)
+def test_what_the_model_has_not_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_programs(dataclasses.replace(special_config(), **change))
 
 
 def test_stages_and_their_optimizer_state_lie_on_their_ranks():

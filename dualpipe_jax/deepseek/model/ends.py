@@ -39,17 +39,23 @@ class ModelEnds:
         return look_up(embed, tokens, self.mesh)
 
     def loss(
-        self, embed: jax.Array | None, head: PyTree, x: jax.Array, targets: jax.Array
+        self,
+        embed: jax.Array | None,
+        head: PyTree,
+        x: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array | None = None,
     ) -> tuple[jax.Array, PyTree]:
         """Returns the training loss, and its terms."""
         kernel = self._output_matrix(embed, head)
-        sets, stats = [(self._norm(head, x), targets)], None
+        sets, stats = [(self._norm(head, x), targets, weights)], None
         if self.modules.arch.num_nextn_predict_layers:
             assert embed is not None
             hidden, stats = self._predict_further(embed, head, x, targets)
             # The token after the next is the target of the next position; a sequence's
             # last position has none.
-            sets.append((hidden[:, :-1], targets[:, 1:]))
+            further = None if weights is None else weights[:, 1:]
+            sets.append((hidden[:, :-1], targets[:, 1:], further))
         (loss, z_loss), *more = cross_entropies(sets, kernel)
         aux = {"loss": loss, "z_loss": z_loss}
         total = loss + self.options.z_loss * z_loss
@@ -61,11 +67,16 @@ class ModelEnds:
         return total, aux
 
     def evaluate(
-        self, embed: jax.Array | None, head: PyTree, x: jax.Array, targets: jax.Array
+        self,
+        embed: jax.Array | None,
+        head: PyTree,
+        x: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the mean cross-entropy of the next tokens alone."""
         kernel = self._output_matrix(embed, head)
-        return cross_entropy(self._norm(head, x), kernel, targets)[0]
+        return cross_entropy(self._norm(head, x), kernel, targets, weights)[0]
 
     def logits(self, embed: jax.Array | None, head: PyTree, x: jax.Array) -> jax.Array:
         """Returns [batch, sequence, vocabulary] float32."""

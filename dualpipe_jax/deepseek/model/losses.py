@@ -48,6 +48,7 @@ def cross_entropy(
     hidden: jax.Array,
     kernel: jax.Array,
     targets: jax.Array,
+    weights: jax.Array | None = None,
     *,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[jax.Array, jax.Array]:
@@ -57,16 +58,18 @@ def cross_entropy(
       hidden: [batch, sequence, D], normalized activations.
       kernel: [D, vocabulary].
       targets: [batch, sequence] int32.
+      weights: [batch, sequence] float32, factors of the terms of the means.
       max_logits: see `cross_entropies`.
 
     Returns:
       Two [] float32.
     """
-    return cross_entropies([(hidden, targets)], kernel, max_logits=max_logits)[0]
+    sets = [(hidden, targets, weights)]
+    return cross_entropies(sets, kernel, max_logits=max_logits)[0]
 
 
 def cross_entropies(
-    sets: Sequence[tuple[jax.Array, jax.Array]],
+    sets: Sequence[tuple[jax.Array, jax.Array, jax.Array | None]],
     kernel: jax.Array,
     *,
     max_logits: int = MAX_LOGITS,
@@ -77,7 +80,8 @@ def cross_entropies(
     each until they are added: 1.7 GiB each for DeepSeek-V3, in bfloat16.
 
     Args:
-      sets: pairs (hidden [batch, sequence, D], targets [batch, sequence]).
+      sets: (hidden [batch, sequence, D], targets [batch, sequence], weights of the
+        targets [batch, sequence] or None).
       kernel: [D, vocabulary].
       max_logits: how many logits to compute at a time; beyond one chunk, the backward
         pass recomputes them. DeepSeek-V3's logits for one sequence are 2 GiB.
@@ -85,13 +89,19 @@ def cross_entropies(
     Returns:
       For each set two [] float32; zeros for a set without tokens.
     """
-    numbers = [targets.size for _, targets in sets]
+    numbers = [targets.size for _, targets, _ in sets]
     num_tokens, width = sum(numbers), kernel.shape[0]
-    hidden = jnp.concatenate([hidden.reshape(-1, width) for hidden, _ in sets])
-    targets = jnp.concatenate([targets.reshape(-1) for _, targets in sets])
-    # [tokens, sets], 1 for the tokens of a set.
+    hidden = jnp.concatenate([hidden.reshape(-1, width) for hidden, _, _ in sets])
+    targets = jnp.concatenate([targets.reshape(-1) for _, targets, _ in sets])
+    # [tokens, sets], 1 (or the weights) for the tokens of a set.
     owner = np.repeat(np.arange(len(sets)), numbers)
     weights = jnp.asarray(owner[:, None] == np.arange(len(sets)), jnp.float32)
+    if any(given is not None for *_, given in sets):
+        factors = [
+            jnp.ones(number) if given is None else given.reshape(-1)
+            for number, (*_, given) in zip(numbers, sets, strict=True)
+        ]
+        weights = weights * jnp.concatenate(factors)[:, None]
 
     def sums(hidden: jax.Array, targets: jax.Array, weights: jax.Array):
         logits = logits_of(hidden[None], kernel)[0]

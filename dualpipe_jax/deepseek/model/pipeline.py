@@ -151,13 +151,13 @@ class DeepSeekPipeline(PipelineModel):
         of = {row: functools.partial(self._stage.run, row) for row in set(rows)}
         return tuple(of[row] for row in rows)
 
-    def loss(self, params: PyTree, x: jax.Array, targets: jax.Array):
+    def loss(self, params: PyTree, x: jax.Array, targets: jax.Array, weights=None):
         """Returns the training loss, and its terms."""
         embed, head = params if self.tied else (None, params)
-        return self._ends.loss(embed, head, x, targets)
+        return self._ends.loss(embed, head, x, targets, weights)
 
-    def evaluate(self, embed, head, x, targets) -> jax.Array:
-        return self._ends.evaluate(embed, head, x, targets)
+    def evaluate(self, embed, head, x, targets, weights=None) -> jax.Array:
+        return self._ends.evaluate(embed, head, x, targets, weights)
 
     def logits(self, embed: jax.Array, head: PyTree, x: jax.Array) -> jax.Array:
         """Returns [batch, sequence, vocabulary] float32."""

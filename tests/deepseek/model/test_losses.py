@@ -53,6 +53,17 @@ def test_cross_entropy_and_z(dtype, scale):
     np.testing.assert_allclose(got, in_numpy(hidden, kernel, targets), rtol=1e-5)
 
 
+@pytest.mark.parametrize("max_logits", [22, 2**20])
+def test_weights_are_factors_of_the_terms(max_logits):
+    hidden, kernel = normal(0, 2, 5, 6), normal(1, 6, 11)
+    targets = np.random.default_rng(2).integers(11, size=(2, 5), dtype=np.int32)
+    weights = np.float32([[0, 2, 2, 0, 0], [2, 2, 2, 0, 0]])
+    counted = hidden[weights > 0][None], kernel, targets[weights > 0][None]
+    # Their mean is 1, so that the mean over all is that of the others.
+    got = cross_entropy(hidden, kernel, targets, weights, max_logits=max_logits)
+    np.testing.assert_allclose(got, in_numpy(*counted), rtol=1e-5)  # f32 sums
+
+
 @pytest.mark.parametrize("max_logits", [1, 22, 54, 55])
 def test_a_few_logits_at_a_time_are_the_same(max_logits):
     hidden, kernel = normal(0, 2, 5, 6), normal(1, 6, 11)
