@@ -115,14 +115,14 @@ def run(args: argparse.Namespace) -> None:
             plan.capacity,
         )
         figure.savefig(args.figure, dpi=150)
-    print(json.dumps(_summary(plan)) if args.json else _table(plan))
+    print(json.dumps(_summary(plan), allow_nan=False) if args.json else _table(plan))
 
 
 def _plan(args: argparse.Namespace) -> _Plan:
-    weight = _weight(read_loads(args.loads), args.window).astype(np.float32)
+    weight = _weight(read_loads(args.loads), args.window)
     sizes = sizes_of(args, weight.shape[1])
     _, num_groups, num_nodes, num_gpus = sizes
-    loaded = np.flatnonzero(weight.sum(axis=1) > 0)
+    loaded = np.flatnonzero((weight > 0).any(axis=1))
     if not loaded.size:
         raise ValueError(f"{args.loads} records no load at all.")
     layer = args.layer
@@ -131,6 +131,12 @@ def _plan(args: argparse.Namespace) -> _Plan:
     if args.out and args.out.suffix not in (".npz", ".json"):
         raise ValueError(f"--out {args.out} must end in .npz or .json.")
     capacity = None if args.capacity is None else np.asarray(args.capacity)
+    if args.out and args.out.suffix == ".json" and 0 in (args.capacity or []):
+        raise ValueError(
+            f"--out {args.out} is for servers that take -1, an empty physical expert, "
+            "for the last expert, and a GPU with --capacity 0 has only such; use .npz, "
+            "or plan for the GPUs that are alive."
+        )
     tables = rebalance_experts(
         weight, *sizes, policy=args.policy, device_capacity=capacity
     )

@@ -36,14 +36,16 @@ def run(args: argparse.Namespace) -> None:
     outcomes = recordings.replay(
         recording.counts, *sizes, policy=args.policy, max_moves=args.max_moves
     )
+    names = recordings.with_load(recording).names
     if args.figure:
-        figure = pictures.replay_figure(recording.names, outcomes)
+        figure = pictures.replay_figure(names, outcomes)
         figure.savefig(args.figure, dpi=150)
     if args.json:
         strategies = {
             name: {field: row.tolist() for field, row in outcome._asdict().items()}
             for name, outcome in outcomes.items()
         }
-        print(json.dumps({"windows": recording.names, "strategies": strategies}))
+        result = {"windows": names, "strategies": strategies}
+        print(json.dumps(result, allow_nan=False))
     else:
-        print(pictures.replay_text(recording.names, outcomes))
+        print(pictures.replay_text(names, outcomes))

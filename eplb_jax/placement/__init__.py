@@ -6,10 +6,16 @@ Imports: nothing.
 """
 
 from eplb_jax.placement.arrays import (
+    add_saturating as add_saturating,
     divisor_from as divisor_from,
+    put_like as put_like,
     take_or_zero as take_or_zero,
 )
-from eplb_jax.placement.checks import as_capacity as as_capacity, is_traced as is_traced
+from eplb_jax.placement.checks import (
+    as_capacity as as_capacity,
+    is_count as is_count,
+    is_traced as is_traced,
+)
 from eplb_jax.placement.hashing import mix_bits as mix_bits
 from eplb_jax.placement.load import (
     LoadEstimator,
@@ -24,11 +30,16 @@ from eplb_jax.placement.quality import (
     balancedness_bound,
     count_duplicates as count_duplicates,
     count_moves as count_moves,
-    device_loads as device_loads,
+    device_uses as device_uses,
     physical_expert_loads as physical_expert_loads,
     remote_share as remote_share,
+    score_placement as score_placement,
 )
-from eplb_jax.placement.refine import refine_placement
+from eplb_jax.placement.refine import (
+    refine_and_look_ahead as refine_and_look_ahead,
+    refine_placement,
+)
+from eplb_jax.placement.scale import as_loads as as_loads
 from eplb_jax.placement.soft import home_nodes as home_nodes
 from eplb_jax.placement.tables import ExpertTables
 

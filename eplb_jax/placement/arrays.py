@@ -1,4 +1,4 @@
-"""Gathers and scatters of known indices, and divisions that round alike everywhere.
+"""Gathers and scatters of known indices, and arithmetic that is safe everywhere.
 
 Shape suffixes: see `eplb_jax`; here also Y entries of another row.
 """
@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
 def take(value: jax.Array, index: jax.Array) -> jax.Array:
@@ -152,6 +153,42 @@ def divide(load: jax.Array, count: jax.Array) -> jax.Array:
     with jax.enable_x64(True):
         quotient = load.astype(jnp.float64) / count.astype(jnp.float64)
         return quotient.astype(jnp.float32)
+
+
+def add_saturating(total: jax.Array, more: jax.Array) -> jax.Array:
+    """Adds to a counter that stays at its largest value instead of wrapping.
+
+    Args:
+      total: [] int32, not negative.
+      more: [] int32, not negative.
+
+    Returns:
+      [] int32.
+
+    Examples:
+      >>> int(add_saturating(jnp.int32(2**31 - 3), jnp.int32(5)))
+      2147483647
+    """
+    return total + jnp.minimum(more, jnp.iinfo(total.dtype).max - total)
+
+
+def put_like(value: ArrayLike, like: jax.Array) -> jax.Array:
+    """Puts values where another array is, so that it can take its place in a program.
+
+    Args:
+      value: of any shape; known.
+      like: an array, known.
+
+    Returns:
+      An array like `value`, with the sharding of `like` if that is committed to it.
+
+    Examples:
+      >>> put_like(jnp.ones(2), like=jnp.zeros(2)).committed
+      False
+    """
+    if like.committed:
+        return jax.device_put(value, like.sharding)
+    return jnp.asarray(value)
 
 
 def in_rows(index_AX: jax.Array, row_size: int) -> jax.Array:

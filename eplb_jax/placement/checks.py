@@ -2,6 +2,8 @@
 
 Shapes and sizes are static and always checked. Values are checked outside jit; inside
 jit only if `check_values=True`, through `jax.experimental.checkify`.
+
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations
@@ -13,51 +15,66 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-_LOADS = "weight must be finite and not negative"
 
-
-def as_loads(weight: Any, check_values: bool = False) -> jax.Array:
-    """Converts loads to float32 [layers, experts] and checks what can be checked.
+def as_placement(
+    placement: Any, num_experts: int | None = None, of: str = "weight has"
+) -> jax.Array:
+    """Converts a placement to int32 and checks what can be checked.
 
     Args:
-      weight: [layers, experts] loads, such as token counts.
-      check_values: also check traced values, with checkify.
+      placement: [layers, physical experts] or [physical experts], -1 if empty.
+      num_experts: logical experts; None if unknown.
+      of: begins the message's statement of their number.
 
     Returns:
-      [layers, experts] float32.
+      The same as int32.
 
     Raises:
-      ValueError: for a wrong rank, and outside jit for a NaN, an infinity or a
-        negative load.
+      ValueError: for numbers that are no integers, and outside jit for those of no
+        expert.
 
     Examples:
-      >>> as_loads([[1, -2]])
+      >>> as_placement([[0, 2.5]])
       Traceback (most recent call last):
         ...
-      ValueError: weight must be finite and not negative, but weight[0, 1] is -2.0; ...
+      ValueError: physical_to_logical_map is float64[1, 2], but experts are ...
     """
-    if not isinstance(weight, jax.Array):
-        weight = np.asarray(weight)
-    if weight.ndim != 2:
+    if not isinstance(placement, jax.Array):
+        placement = np.asarray(placement)
+    if not jnp.issubdtype(placement.dtype, jnp.integer):
         raise ValueError(
-            f"weight has shape {weight.shape}, but it must be [layers, experts]; use "
-            "weight[None] for one layer, or sum windows over their axis first."
+            f"physical_to_logical_map is {placement.dtype}{list(placement.shape)}, but "
+            "experts are integers; convert it with astype(int)."
         )
-    if is_traced(weight):
-        if check_values:
-            is_good = jnp.all(jnp.isfinite(weight) & (weight >= 0))
-            checkify.check(is_good, f"{_LOADS}; check the counts that made it.")
-        return weight.astype(jnp.float32)
-    with np.errstate(over="ignore"):
-        values = np.asarray(weight).astype(np.float32)
-    is_bad = ~(np.isfinite(values) & (values >= 0))
-    if is_bad.any():
-        layer, expert = np.argwhere(is_bad)[0]
-        raise ValueError(
-            f"{_LOADS}, but weight[{layer}, {expert}] is {values[layer, expert]}; "
-            "check the counts that made it."
-        )
-    return jnp.asarray(weight if isinstance(weight, jax.Array) else values, jnp.float32)
+    if not is_traced(placement) and placement.size:
+        values = np.asarray(placement)
+        low, high = int(values.min()), int(values.max())
+        if low < -1 or (num_experts is not None and high >= num_experts):
+            raise ValueError(
+                f"physical_to_logical_map holds {low if low < -1 else high}, but "
+                f"{of} {num_experts} experts, and -1 is an empty physical expert; "
+                "pass the placement of the same model."
+            )
+    return jnp.asarray(placement, jnp.int32)
+
+
+def count_held(placement: np.ndarray, num_experts: int) -> np.ndarray:
+    """Counts the experts that have a replica.
+
+    Args:
+      placement: [layers, physical experts], -1 if empty.
+      num_experts: logical experts.
+
+    Returns:
+      [layers].
+
+    Examples:
+      >>> count_held(np.array([[0, 2, 2, -1]]), 3).tolist()
+      [2]
+    """
+    is_held_LE = np.zeros((len(placement), num_experts + 1), bool)
+    np.put_along_axis(is_held_LE, placement, True, axis=1)  # -1 is the column beyond
+    return is_held_LE[:, :num_experts].sum(axis=1)
 
 
 def as_capacity(
@@ -89,6 +106,47 @@ def as_capacity(
         ...
       ValueError: device_capacity leaves 1 of 2 devices alive, with 4 physical ...
     """
+    speeds = as_speeds(device_capacity, num_devices)
+    per_device = num_physical_experts // num_devices
+    if is_traced(speeds):
+        if check_values:
+            alive = (speeds > 0).sum() * per_device
+            is_good = jnp.all(jnp.isfinite(speeds) & (speeds >= 0))
+            checkify.check(
+                is_good & (alive >= num_experts),
+                "device_capacity must be finite, not negative, and leave a physical "
+                f"expert for each of {num_experts} experts.",
+            )
+        return speeds
+    alive = int((np.asarray(speeds) > 0).sum())
+    if alive * per_device < num_experts:
+        raise ValueError(
+            f"device_capacity leaves {alive} of {num_devices} devices alive, with "
+            f"{alive * per_device} physical experts for {num_experts} experts, and "
+            "every expert needs one; use more replicas or fewer dead devices."
+        )
+    return speeds
+
+
+def as_speeds(device_capacity: Any, num_devices: int) -> jax.Array:
+    """Converts relative speeds to float32 and checks what can be checked.
+
+    Args:
+      device_capacity: [num_devices] relative speeds, 0 for a dead device; None: all 1.
+      num_devices: devices.
+
+    Returns:
+      [num_devices] float32.
+
+    Raises:
+      ValueError: for a wrong shape, and outside jit for bad values and if all are zero.
+
+    Examples:
+      >>> as_speeds([1, -1], 2)
+      Traceback (most recent call last):
+        ...
+      ValueError: device_capacity must be finite and not negative, but it is [ 1. ...
+    """
     if device_capacity is None:
         return jnp.asarray(np.ones(num_devices, np.float32))
     if not isinstance(device_capacity, jax.Array):
@@ -98,16 +156,7 @@ def as_capacity(
             f"device_capacity has shape {device_capacity.shape}, but there are "
             f"{num_devices} devices; give one speed per device."
         )
-    per_device = num_physical_experts // num_devices
     if is_traced(device_capacity):
-        if check_values:
-            alive = (device_capacity > 0).sum() * per_device
-            is_good = jnp.all(jnp.isfinite(device_capacity) & (device_capacity >= 0))
-            checkify.check(
-                is_good & (alive >= num_experts),
-                "device_capacity must be finite, not negative, and leave a physical "
-                f"expert for each of {num_experts} experts.",
-            )
         return device_capacity.astype(jnp.float32)
     values = np.asarray(device_capacity)
     if not (np.isfinite(values) & (values >= 0)).all():
@@ -115,14 +164,34 @@ def as_capacity(
             f"device_capacity must be finite and not negative, but it is {values}; "
             "use 0 for a dead device."
         )
-    alive = int((values > 0).sum())
-    if alive * per_device < num_experts:
+    if not values.any():
         raise ValueError(
-            f"device_capacity leaves {alive} of {num_devices} devices alive, with "
-            f"{alive * per_device} physical experts for {num_experts} experts, and "
-            "every expert needs one; use more replicas or fewer dead devices."
+            f"device_capacity leaves 0 of {num_devices} devices alive; give those that "
+            "serve their speeds, such as 1 to each."
         )
     return jnp.asarray(values, jnp.float32)
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises ValueError unless all are positive ints.
+
+    Args:
+      **counts: by their names.
+
+    Raises:
+      ValueError: naming the first that is not.
+
+    Examples:
+      >>> check_counts(num_gpus=8, every=2.5)
+      Traceback (most recent call last):
+        ...
+      ValueError: every=2.5 must be a positive int; under jit, make it static.
+    """
+    for name, count in counts.items():
+        if not is_count(count):
+            raise ValueError(
+                f"{name}={count!r} must be a positive int; under jit, make it static."
+            )
 
 
 def check_sizes(
@@ -146,17 +215,12 @@ def check_sizes(
         ...
       ValueError: num_gpus=5 must be a multiple of num_nodes=2; ...
     """
-    sizes = {
-        "num_replicas": num_replicas,
-        "num_groups": num_groups,
-        "num_nodes": num_nodes,
-        "num_gpus": num_gpus,
-    }
-    for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(
-                f"{name}={size!r} must be a positive int; under jit, make it static."
-            )
+    check_counts(
+        num_replicas=num_replicas,
+        num_groups=num_groups,
+        num_nodes=num_nodes,
+        num_gpus=num_gpus,
+    )
     if num_replicas < num_experts:
         raise ValueError(
             f"{num_replicas=} is less than the number of experts {num_experts}, and "
@@ -178,6 +242,23 @@ def check_sizes(
             f"{num_groups=} must divide the number of experts {num_experts}; use "
             "num_groups=1 if the router has no groups."
         )
+
+
+def is_count(value: Any) -> bool:
+    """Tells whether a value is a positive int.
+
+    Args:
+      value: anything.
+
+    Returns:
+      False for floats and bools, too.
+
+    Examples:
+      >>> is_count(8), is_count(0), is_count(2.5)
+      (True, False, False)
+    """
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return is_int and value >= 1
 
 
 def is_traced(value: Any) -> bool:

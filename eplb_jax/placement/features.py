@@ -1,4 +1,4 @@
-"""What the search computes before each move: loads, duplicates, homes, budget.
+"""What the search computes before each move: loads, duplicates, homes, effects.
 
 Shape suffixes, for one layer: see `eplb_jax`; here also J physical experts of the
 hottest device. Tables are [I, D]: the long axis is the minor one.
@@ -11,12 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eplb_jax.placement.problem import Limits, PlacementProblem, Rules, SearchState
+from eplb_jax.placement.problem import PlacementProblem, Rules, SearchState
 
 _DOUBLINGS = 4
 POWER = 1 << _DOUBLINGS
 # Above any difference of two objectives: for defects to repair before balancing.
 URGENT = 1e3
+# A move that cools the hottest device makes no other as hot; less a rounding of sums.
+COOLER = 1 - 1e-6
 
 
 class SearchFeatures(NamedTuple):
@@ -26,13 +28,14 @@ class SearchFeatures(NamedTuple):
     is_filled_ID: jax.Array
     load_ID: jax.Array  # of the replica
     replicas_here_ID: jax.Array  # of its expert, on the same device
-    per_share_D: jax.Array  # scaled so that the hottest device is at 1
+    per_share_D: jax.Array  # scaled so that the hottest device is at 1, or would be
     used_D: jax.Array
     phi_D: jax.Array
     hot: jax.Array  # the device that the next move is for
     peak: jax.Array  # use of the hottest device, 1 being its fair share
     num_duplicates: jax.Array  # replicas that share their device with another
     num_missing: jax.Array  # experts without a replica
+    num_vacant: jax.Array  # empty physical experts of devices alive
     expert_J: jax.Array  # of the hottest device; or an expert without a replica
     load_J: jax.Array
     is_filled_J: jax.Array
@@ -40,6 +43,7 @@ class SearchFeatures(NamedTuple):
     scale: jax.Array  # from a change of sum(phi) to one of the objective
     is_missing: jax.Array
     to_separate: jax.Array
+    to_fill: jax.Array
 
 
 class Homes(NamedTuple):
@@ -60,23 +64,20 @@ class Effects(NamedTuple):
 
     one_more_E: jax.Array  # load of each replica if there were one more
     relief_E: jax.Array  # fall of sum(phi) where the expert is, if so
+    may_gain_E: jax.Array  # whether there may be one more
     harm_ID: jax.Array  # rise of sum(phi) elsewhere if this replica were removed
+    more_ID: jax.Array  # rise of the load of each other replica, if so
+    freed_ID: jax.Array  # fall of its device's load, if so
     is_free_ID: jax.Array  # whether the replica may be removed
-
-
-class Budget(NamedTuple):
-    """Physical experts that have changed, and may; for `Rules.has_budget`."""
-
-    original_ID: jax.Array
-    changed_ID: jax.Array
-    left: jax.Array
+    is_cooler_ID: jax.Array  # whether no device becomes as hot as the hottest, if so
 
 
 def featurize(problem: PlacementProblem, state: SearchState) -> SearchFeatures:
     """Computes the loads, and picks the device that the next move is for.
 
-    That is the hottest one, unless replicas on one device are to be separated. The
-    expert to copy is one of that device, unless another has no replica at all.
+    That is the hottest one, unless replicas on one device are to be separated, or empty
+    physical experts to be filled. The expert to copy is one of that device, unless
+    another has no replica at all.
 
     Args:
       problem: of one layer.
@@ -92,21 +93,27 @@ def featurize(problem: PlacementProblem, state: SearchState) -> SearchFeatures:
     load_ID = jnp.where(is_filled_ID, load_E[expert_ID], 0.0)
     load_D = load_ID.sum(axis=0)
     peak = jnp.max(load_D * problem.per_share)
-    per_share_D = problem.per_share / jnp.maximum(peak, 1e-30)
+    is_missing_E = state.count_E == 0
+    num_missing = is_missing_E.sum(dtype=jnp.int32)
+    is_missing = num_missing > 0
+    lost = jnp.argmax(jnp.where(is_missing_E, problem.weight, -1.0)).astype(jnp.int32)
+    # An expert without a replica may be heavier than all that any device has.
+    lost_peak = problem.weight[lost] * problem.per_share.max()
+    highest = jnp.where(is_missing, jnp.maximum(peak, lost_peak), peak)
+    per_share_D = problem.per_share / jnp.maximum(highest, 1e-30)
     used_D = load_D * per_share_D
     phi_D = phi(used_D)
     is_same_IID = (expert_ID[:, None] == expert_ID[None]) & is_filled_ID[None]
     replicas_here_ID = is_same_IID.sum(axis=0, dtype=jnp.int32)
 
     has_duplicates_D = (replicas_here_ID > 1).any(axis=0)
-    is_missing_E = state.count_E == 0
-    num_missing = is_missing_E.sum(dtype=jnp.int32)
-    is_missing = num_missing > 0
     to_separate = has_duplicates_D.any() & ~state.is_separated & ~is_missing
-    hot = jnp.argmax(
-        jnp.where(to_separate, has_duplicates_D.astype(jnp.float32), used_D)
-    )
-    lost = jnp.argmax(jnp.where(is_missing_E, problem.weight, -1.0)).astype(jnp.int32)
+    is_vacant_ID = ~is_filled_ID & (problem.per_share > 0)[None]
+    has_room_D = is_vacant_ID.any(axis=0)
+    to_fill = has_room_D.any() & ~state.is_filled & ~is_missing & ~to_separate
+    urgency_D = jnp.where(to_separate, has_duplicates_D.astype(jnp.float32), used_D)
+    coolness_D = jnp.where(has_room_D, -used_D, -jnp.inf)
+    hot = jnp.argmax(jnp.where(to_fill, coolness_D, urgency_D))
     expert_J = jnp.where(is_missing, lost, expert_ID[:, hot])
     same_IJD = expert_ID[:, None] == expert_J[None, :, None]
     return SearchFeatures(
@@ -121,13 +128,15 @@ def featurize(problem: PlacementProblem, state: SearchState) -> SearchFeatures:
         peak=peak,
         num_duplicates=(replicas_here_ID > 1).sum(dtype=jnp.int32),
         num_missing=num_missing,
+        num_vacant=is_vacant_ID.sum(dtype=jnp.int32),
         expert_J=expert_J,
         load_J=jnp.where(is_missing, 0.0, load_ID[:, hot]),
         is_filled_J=expert_J >= 0,
         replicas_there_JD=same_IJD.sum(axis=0, dtype=jnp.int32),
-        scale=1.0 / (POWER * phi_D.sum()),
+        scale=1.0 / (POWER * jnp.maximum(phi_D.sum(), 0.5)),
         is_missing=is_missing,
         to_separate=to_separate,
+        to_fill=to_fill,
     )
 
 
@@ -185,17 +194,19 @@ def find_effects(
     state: SearchState,
     features: SearchFeatures,
     homes: Homes | None,
+    max_replicas: jax.Array,
 ) -> Effects:
     """Finds what one replica more or less of each expert would do.
 
-    Both sums go replica by replica, as if no two of the replicas concerned were on
-    one device.
+    The sums go replica by replica, as if no device had replicas of both experts of a
+    move.
 
     Args:
       problem: of one layer.
       state: where it is now.
       features: from `featurize`.
       homes: from `find_homes`, or None.
+      max_replicas: [] int32, see `Limits`.
 
     Returns:
       An `Effects`.
@@ -205,41 +216,37 @@ def find_effects(
     one_more_E = problem.weight / (count_E + 1)
     one_less_E = problem.weight / jnp.maximum(count_E - 1, 1)
     used_1D, per_share_1D = features.used_D[None], features.per_share_D[None]
+    here_ID = jnp.maximum(features.replicas_here_ID, 1).astype(jnp.float32)
 
-    def change(load_E: jax.Array) -> jax.Array:
-        """Returns the rise of phi on each replica's device, if it had another load."""
-        more_ID = load_E[expert_ID] - features.load_ID
-        rise_ID = phi(used_1D + more_ID * per_share_1D) - features.phi_D[None]
-        return jnp.where(is_filled_ID, rise_ID, 0.0)
+    def change(load_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns each replica's rise, its device's use, and its part of phi's rise."""
+        more_ID = jnp.where(is_filled_ID, load_E[expert_ID] - features.load_ID, 0.0)
+        use_ID = used_1D + more_ID * here_ID * per_share_1D
+        rise_ID = (phi(use_ID) - features.phi_D[None]) / here_ID
+        return more_ID, use_ID, jnp.where(is_filled_ID, rise_ID, 0.0)
 
-    zeros_E = jnp.zeros_like(count_E)
-    rise_ID = change(one_less_E)
-    rise_E = zeros_E.at[expert_ID].add(rise_ID)
-    harm_ID = jnp.where(is_filled_ID, rise_E[expert_ID] - rise_ID, 0.0)
+    more_ID, use_ID, rise_ID = change(one_less_E)
+    _, _, fall_ID = change(one_more_E)
+    device_D = jnp.arange(expert_ID.shape[1], dtype=jnp.int32)
+    is_hottest_ID = is_filled_ID & (use_ID >= COOLER) & (device_D != features.hot)[None]
+    hottest_ID = is_hottest_ID.astype(jnp.float32)
+    # One scatter for three sums: each is a program of its own.
+    parts_ID3 = jnp.stack([rise_ID, -fall_ID, hottest_ID], axis=-1)
+    sum_E3 = jnp.zeros((len(count_E), 3), jnp.float32).at[expert_ID].add(parts_ID3)
+    rise_E, relief_E, hottest_E = sum_E3[:, 0], sum_E3[:, 1], sum_E3[:, 2]
     is_free_ID = ~is_filled_ID | (state.count_E[expert_ID] > 1)
     if homes is not None:
         is_free_ID &= ~homes.is_last_ID
-    relief_E = zeros_E.at[expert_ID].add(-change(one_more_E))
-    return Effects(one_more_E, relief_E, harm_ID, is_free_ID)
-
-
-def find_budget(
-    problem: PlacementProblem, features: SearchFeatures, limits: Limits
-) -> Budget:
-    """Finds what may still change.
-
-    Args:
-      problem: of one layer.
-      features: from `featurize`.
-      limits: settings.
-
-    Returns:
-      A `Budget`.
-    """
-    num_devices = features.expert_ID.shape[1]
-    original_ID = problem.original.reshape(num_devices, -1).T
-    changed_ID = (features.expert_ID != original_ID).astype(jnp.int32)
-    return Budget(original_ID, changed_ID, limits.max_moves - changed_ID.sum())
+    return Effects(
+        one_more_E=one_more_E,
+        relief_E=relief_E,
+        may_gain_E=state.count_E < max_replicas,
+        harm_ID=jnp.where(is_filled_ID, rise_E[expert_ID] - rise_ID * here_ID, 0.0),
+        more_ID=more_ID,
+        freed_ID=features.load_ID - (here_ID - 1) * more_ID,
+        is_free_ID=is_free_ID,
+        is_cooler_ID=~is_filled_ID | (hottest_E[expert_ID] == hottest_ID * here_ID),
+    )
 
 
 def phi(used: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from eplb_jax.placement.checks import is_count
+
 
 class LoadEstimator(NamedTuple):
     """An estimator of loads; made by `sum_of_last` or `moving_average`.
@@ -25,7 +27,8 @@ class LoadEstimator(NamedTuple):
     Attributes:
       init: (num_layers, num_experts) -> state.
       observe: (state, counts [layers, experts]) -> state, after one more step. Sum the
-        counts over the devices first, so that all devices agree.
+        counts over the devices first, so that all devices agree. Counts are added in
+        float32, and their sums have to stay within its range.
       estimate: state -> [layers, experts] float32 loads; zeros before the first step.
     """
 
@@ -39,7 +42,7 @@ class WindowState(NamedTuple):
 
     Attributes:
       counts: [num_steps, layers, experts] float32, a ring buffer.
-      num_seen: [] int32, steps observed; modulo num_steps, where to write next.
+      num_seen: [] int32, steps observed, modulo num_steps: where to write next.
     """
 
     counts: jax.Array
@@ -79,8 +82,10 @@ def sum_of_last(num_steps: int) -> LoadEstimator:
       >>> window.estimate(state).tolist()
       [[5.0, 1.0, 2.0]]
     """
-    if num_steps < 1:
-        raise ValueError(f"{num_steps=} must be at least 1; 1 is the last step only.")
+    if not is_count(num_steps):
+        raise ValueError(
+            f"{num_steps=} must be at least 1, an int; 1 is the last step only."
+        )
 
     def init(num_layers: int, num_experts: int) -> WindowState:
         counts_WLE = jnp.zeros((num_steps, num_layers, num_experts), jnp.float32)
@@ -90,7 +95,7 @@ def sum_of_last(num_steps: int) -> LoadEstimator:
         counts_LE = _as_counts(counts, state.counts.shape[1:])
         at = state.num_seen % num_steps
         counts_WLE = lax.dynamic_update_index_in_dim(state.counts, counts_LE, at, 0)
-        return WindowState(counts_WLE, state.num_seen + 1)
+        return WindowState(counts_WLE, (at + 1) % num_steps)
 
     def estimate(state: WindowState) -> jax.Array:
         return state.counts.sum(axis=0)
@@ -205,5 +210,9 @@ def _as_counts(counts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         raise ValueError(
             f"counts has shape {jnp.shape(counts)}, but the state was made for "
             f"{shape}, [layers, experts]; pass counts of the same model."
+        )
+    if jnp.iscomplexobj(counts):
+        raise ValueError(
+            f"counts is {jnp.asarray(counts).dtype}, but they are real numbers."
         )
     return jnp.asarray(counts, jnp.float32)

@@ -18,9 +18,15 @@ import numpy as np
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from eplb_jax.placement.checks import as_capacity, as_loads, check_sizes, is_traced
+from eplb_jax.placement.checks import (
+    as_capacity,
+    check_counts,
+    check_sizes,
+    is_traced,
+)
 from eplb_jax.placement.greedy import greedy_placement
 from eplb_jax.placement.maps import replicas_by_expert
+from eplb_jax.placement.scale import as_loads
 from eplb_jax.placement.soft import soft_placement
 from eplb_jax.placement.tables import ExpertTables
 
@@ -48,7 +54,8 @@ def rebalance_experts(
       - `"hierarchical"`: upstream's. Groups are packed to nodes, and no expert leaves
         its node: the fewest bytes between nodes, the worst balance.
       - `"global"`: upstream's. Replicas are packed to GPUs, regardless of nodes.
-      - `"auto"`: upstream's choice: hierarchical if the nodes divide the groups.
+      - `"auto"`: upstream's choice: hierarchical if the nodes divide the groups, else
+        global.
       - `"soft"`: every expert keeps a replica on its home node; further replicas may
         go anywhere, at a price. Replicas are then swapped as long as that helps.
       - `"swaps"`: the same without homes: the best balance.
@@ -63,12 +70,14 @@ def rebalance_experts(
       weight: [layers, experts] loads, such as token counts.
       num_replicas: physical experts per layer; a multiple of `num_gpus`.
       num_groups: groups of experts, each a run of consecutive experts; divides the
-        number of experts. `"global"` and `"swaps"` ignore it.
+        number of experts. `"global"` (also if `"auto"` chooses it) and `"swaps"` ignore
+        it.
       num_nodes: nodes; GPUs are numbered node by node.
       num_gpus: GPUs; a multiple of `num_nodes`.
       max_replicas: width of the second map; None: always sufficient, num_replicas -
         experts + 1. That is mostly padding, and with many redundant experts most of
-        the time goes into writing it.
+        the time goes into writing it. `"soft"` and `"swaps"` give no expert more
+        replicas than that, if there are enough experts.
       policy: see above.
       device_capacity: [num_gpus] relative speeds; 0 for a dead device: nothing is
         placed there, and its physical experts are -1.
@@ -128,13 +137,14 @@ def _choose_policy(
     num_replicas, num_groups, num_nodes, num_gpus = sizes
     if policy not in get_args(Policy):
         raise ValueError(f"{policy=} must be one of {', '.join(get_args(Policy))}.")
-    if policy in ("global", "swaps"):
-        num_groups = 1
-    check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
+    check_counts(num_groups=num_groups, num_nodes=num_nodes)
     is_nested = num_groups % num_nodes == 0
     if policy == "auto":
         policy = "hierarchical" if is_nested else "global"
-    elif policy in ("hierarchical", "soft") and not is_nested:
+    if policy in ("global", "swaps"):
+        num_groups = 1
+    check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
+    if policy in ("hierarchical", "soft") and not is_nested:
         raise ValueError(
             f"{policy=} packs whole groups to nodes, so {num_nodes=} must divide "
             f"{num_groups=}; use policy='global' or 'swaps'."
@@ -197,6 +207,7 @@ def _soft(
         num_devices,
         capacity_D,
         remote_price,
+        width,
     )
     return ExpertTables.from_placement(expert_LS, weight_LE.shape[1], width)
 

@@ -1,7 +1,11 @@
 """What each kind of move is worth: a swap, a copy, a replacement.
 
 A score is the fall of the objective per physical expert that the move changes: -inf
-where the move is not allowed, above `URGENT` where it repairs a defect.
+where the move is not allowed, above `URGENT` where it repairs a defect. It depends on
+the present placement only, not on what has moved before: so a search with a small
+budget makes the first moves of one with a large budget, and the next search goes on.
+Without homes, a move that repairs nothing makes no device as hot as the hottest: so
+every placement on the way has a peak that is no higher than the one before.
 
 Shape suffixes, for one layer: see `eplb_jax`; here also J physical experts of the
 hottest device. Tables are [I, D]: the long axis is the minor one.
@@ -9,13 +13,15 @@ hottest device. Tables are [I, D]: the long axis is the minor one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.placement.features import (
+    COOLER,
     URGENT,
-    Budget,
     Effects,
     Homes,
     SearchFeatures,
@@ -28,17 +34,13 @@ _NOT_PREFERRED = 1 << 30
 
 
 def score_swaps(
-    features: SearchFeatures,
-    homes: Homes | None,
-    budget: Budget | None,
-    remote_price: jax.Array,
+    features: SearchFeatures, homes: Homes | None, remote_price: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Scores swaps of each replica j of the hottest device with the best of device d.
 
     Args:
       features: from `featurize`.
       homes: from `find_homes`, or None.
-      budget: from `find_budget`, or None.
       remote_price: [] float32.
 
     Returns:
@@ -89,23 +91,19 @@ def score_swaps(
 
     load_JD = pick(features.load_ID)
     moved_JD = features.load_J[:, None] - load_JD
-    gain_JD = phi_hot - phi(used_hot - moved_JD * per_share_hot)
-    phi_JD = phi(features.used_D[None] + moved_JD * features.per_share_D[None])
-    score_JD = (gain_JD + features.phi_D[None] - phi_JD) * features.scale
-    if homes is not None:
+    hot_JD = used_hot - moved_JD * per_share_hot
+    used_JD = features.used_D[None] + moved_JD * features.per_share_D[None]
+    gain_JD = phi_hot - phi(hot_JD)
+    score_JD = (gain_JD + features.phi_D[None] - phi(used_JD)) * features.scale
+    if homes is None:
+        is_cooler_JD = (hot_JD < COOLER) & (used_JD < COOLER)
+        is_valid_JD &= is_cooler_JD | features.to_separate
+    else:
         more_j_JD = homes.away_there_JD - homes.away_ID[:, hot][:, None]
         more_i_JD = pick(homes.away_hot_ID - homes.away_ID)
         remote_JD = more_j_JD * features.load_J[:, None] + more_i_JD * load_JD
         score_JD -= remote_price * remote_JD
-    changes_JD = 2
-    if budget is not None:
-        new_j_JD = pick(features.expert_ID) != budget.original_ID[:, hot][:, None]
-        new_i_JD = features.expert_J[:, None] != pick(budget.original_ID)
-        changes_JD = new_j_JD.astype(jnp.int32) + new_i_JD.astype(jnp.int32)
-        was_JD = budget.changed_ID[:, hot][:, None] + pick(budget.changed_ID)
-        changes_JD -= was_JD
-        is_valid_JD &= changes_JD <= budget.left
-    score_JD /= jnp.maximum(changes_JD, 1).astype(jnp.float32)
+    score_JD /= 2.0  # physical experts that a swap changes
     separates_JD = features.to_separate & (parts_JD + pick(parts_ID) > 0)
     score_JD += jnp.where(separates_JD, URGENT, 0.0)
     return jnp.where(is_valid_JD, score_JD, -jnp.inf), partner_JD
@@ -115,7 +113,6 @@ def score_copies(
     features: SearchFeatures,
     effects: Effects,
     homes: Homes | None,
-    budget: Budget | None,
     remote_price: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores copies of each expert j over the least needed replica of device d.
@@ -124,7 +121,6 @@ def score_copies(
       features: from `featurize`.
       effects: from `find_effects`.
       homes: from `find_homes`, or None.
-      budget: from `find_budget`, or None.
       remote_price: [] float32.
 
     Returns:
@@ -133,30 +129,66 @@ def score_copies(
     """
     used_1D, per_share_1D = features.used_D[None], features.per_share_D[None]
     one_more_J = effects.one_more_E[features.expert_J]
-    kept_ID = used_1D + (one_more_J.max() - features.load_ID) * per_share_1D
-    rise_ID = jnp.where(effects.is_free_ID, effects.harm_ID + phi(kept_ID), jnp.inf)
+    kept_ID = used_1D + (one_more_J.max() - effects.freed_ID) * per_share_1D
+    is_free_ID = effects.is_free_ID
+    if homes is None:
+        is_free_ID &= effects.is_cooler_ID | features.is_missing
+    rise_ID = jnp.where(is_free_ID, effects.harm_ID + phi(kept_ID), jnp.inf)
     overwritten_1D = jnp.argmin(rise_ID, axis=0, keepdims=True).astype(jnp.int32)
 
     def pick(value_ID: jax.Array) -> jax.Array:
         return jnp.take_along_axis(value_ID, overwritten_1D, axis=0)
 
-    load_1D = pick(features.load_ID)
-    phi_JD = phi(used_1D + (one_more_J[:, None] - load_1D) * per_share_1D)
+    freed_1D = pick(effects.freed_ID)
+    used_JD = used_1D + (one_more_J[:, None] - freed_1D) * per_share_1D
     gain_JD = effects.relief_E[features.expert_J][:, None] - pick(effects.harm_ID)
-    score_JD = (gain_JD + features.phi_D[None] - phi_JD) * features.scale
-    is_valid_JD = pick(effects.is_free_ID) & (per_share_1D > 0)
-    is_valid_JD &= features.replicas_there_JD == 0
-    is_valid_JD &= features.is_filled_J[:, None]
-    if homes is not None:
+    score_JD = (gain_JD + features.phi_D[None] - phi(used_JD)) * features.scale
+    may_gain_J = features.is_filled_J & effects.may_gain_E[features.expert_J]
+    is_valid_JD = pick(is_free_ID) & (per_share_1D > 0)
+    is_valid_JD &= (features.replicas_there_JD == 0) & may_gain_J[:, None]
+    if homes is None:
+        # The hottest device counts most, and may have both experts: phi of the sum.
+        more_1D, less_J1 = _changes_of_hottest(features, effects, pick, one_more_J)
+        used_hot = features.used_D[features.hot]
+        hot_JD = used_hot + more_1D - less_J1
+        apart_JD = phi(used_hot + more_1D) + phi(used_hot - less_J1) - phi(used_hot)
+        excess_JD = jnp.where(more_1D > 0, apart_JD - phi(hot_JD), 0.0)
+        score_JD += excess_JD * features.scale
+        is_cooler_JD = (hot_JD < COOLER) & (used_JD < COOLER)
+        is_valid_JD &= is_cooler_JD | features.is_missing
+    else:
         remote_JD = homes.added_E[features.expert_J][:, None]
         remote_JD += homes.away_there_JD * one_more_J[:, None]
         score_JD -= remote_price * (remote_JD + pick(homes.removed_ID))
-    if budget is not None:
-        is_new_JD = features.expert_J[:, None] != pick(budget.original_ID)
-        changes_JD = is_new_JD.astype(jnp.int32) - pick(budget.changed_ID)
-        is_valid_JD &= changes_JD <= budget.left
     score_JD += jnp.where(features.is_missing, URGENT, 0.0)
     return jnp.where(is_valid_JD, score_JD, -jnp.inf), overwritten_1D[0]
+
+
+def _changes_of_hottest(
+    features: SearchFeatures,
+    effects: Effects,
+    pick: Callable[[jax.Array], jax.Array],
+    one_more_J: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what copies change in the use of the hottest device.
+
+    Args:
+      features: from `featurize`.
+      effects: from `find_effects`.
+      pick: selects from [I, D] what belongs to the replica overwritten on each device.
+      one_more_J: load of each replica of expert j if there were one more.
+
+    Returns:
+      more: [1, D], the rise by what is overwritten, if the hottest device has it, too.
+      less: [J, 1], the fall by what is copied.
+    """
+    hot = features.hot
+    per_share_hot = features.per_share_D[hot]
+    is_both_JD = pick(features.expert_ID) == features.expert_J[:, None]
+    both_1D = is_both_JD.sum(axis=0, keepdims=True).astype(jnp.float32)
+    here_J = features.replicas_here_ID[:, hot].astype(jnp.float32)
+    less_J = (features.load_J - one_more_J) * here_J * per_share_hot
+    return both_1D * pick(effects.more_ID) * per_share_hot, less_J[:, None]
 
 
 def score_replacements(
@@ -164,17 +196,18 @@ def score_replacements(
     features: SearchFeatures,
     effects: Effects,
     homes: Homes | None,
-    budget: Budget | None,
     remote_price: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores each expert in place of the hottest device's least needed replica.
+
+    Where empty physical experts are to be filled, the device is the coolest that has
+    one, and the expert fills it.
 
     Args:
       problem: of one layer.
       features: from `featurize`.
       effects: from `find_effects`.
       homes: from `find_homes`, or None.
-      budget: from `find_budget`, or None.
       remote_price: [] float32.
 
     Returns:
@@ -183,28 +216,31 @@ def score_replacements(
     """
     hot = features.hot
     used_hot, per_share_hot = features.used_D[hot], features.per_share_D[hot]
+    to_separate, to_fill = features.to_separate, features.to_fill
     is_duplicate_J = features.replicas_here_ID[:, hot] > 1
-    left_J = effects.harm_ID[:, hot] + phi(used_hot - features.load_J * per_share_hot)
-    left_J = jnp.where(features.to_separate & ~is_duplicate_J, jnp.inf, left_J)
-    left_J = jnp.where(
-        effects.is_free_ID[:, hot] & features.is_filled_J, left_J, jnp.inf
-    )
+    freed_J = effects.freed_ID[:, hot]
+    left_J = effects.harm_ID[:, hot] + phi(used_hot - freed_J * per_share_hot)
+    is_free_J = effects.is_free_ID[:, hot] & (is_duplicate_J | ~to_separate)
+    if homes is None:
+        is_free_J &= effects.is_cooler_ID[:, hot] | to_separate
+    is_free_J &= jnp.where(to_fill, ~features.is_filled_J, features.is_filled_J)
+    left_J = jnp.where(is_free_J, left_J, jnp.inf)
     replaced = jnp.argmin(left_J).astype(jnp.int32)
-    load = features.load_J[replaced]
 
-    phi_E = phi(used_hot + (effects.one_more_E - load) * per_share_hot)
+    used_E = used_hot + (effects.one_more_E - freed_J[replaced]) * per_share_hot
     gain_E = effects.relief_E - effects.harm_ID[replaced, hot]
-    score_E = (gain_E + features.phi_D[hot] - phi_E) * features.scale
+    score_E = (gain_E + features.phi_D[hot] - phi(used_E)) * features.scale
     expert_E = jnp.arange(score_E.shape[0], dtype=jnp.int32)
     is_here_E = (expert_E[:, None] == features.expert_J[None]).any(axis=1)
     is_valid_E = ~is_here_E & jnp.isfinite(left_J[replaced]) & ~features.is_missing
-    if homes is not None:
+    is_valid_E &= effects.may_gain_E
+    if homes is None:
+        is_valid_E &= (used_E < COOLER) | to_separate
+    else:
         is_away_E = (problem.home >= 0) & (problem.home != homes.hot_node)
         remote_E = homes.added_E + jnp.where(is_away_E, effects.one_more_E, 0.0)
         score_E -= remote_price * (remote_E + homes.removed_ID[replaced, hot])
-    if budget is not None:
-        is_new_E = expert_E != budget.original_ID[replaced, hot]
-        changes_E = is_new_E.astype(jnp.int32) - budget.changed_ID[replaced, hot]
-        is_valid_E &= changes_E <= budget.left
-    score_E += jnp.where(features.to_separate, URGENT, 0.0)
+    # A replica more helps later, if not now; but not away from home.
+    is_welcome_E = jnp.bool_(True) if homes is None else score_E > 0
+    score_E += jnp.where(to_separate | (to_fill & is_welcome_E), URGENT, 0.0)
     return jnp.where(is_valid_E, score_E, -jnp.inf), replaced

@@ -22,6 +22,7 @@ from eplb_jax.placement.arrays import invert, take_rows
 from eplb_jax.placement.greedy import experts_by_node
 from eplb_jax.placement.packing import replicate_experts
 from eplb_jax.placement.problem import Limits, PlacementProblem, Rules
+from eplb_jax.placement.scale import as_loads
 from eplb_jax.placement.search import search
 from eplb_jax.placement.starts import deal, pack
 
@@ -40,17 +41,19 @@ def soft_placement(
     num_devices: int,
     device_capacity: jax.Array,
     remote_price: jax.Array | float | None,
+    max_replicas: jax.Array | int,
 ) -> jax.Array:
     """Deals replicas out and packs them, and improves on both by moving them.
 
     Args:
-      weight_LE: [layers, experts] float32 loads.
+      weight_LE: [layers, experts] float32 loads, from `as_loads`.
       num_replicas: physical experts per layer; a multiple of `num_devices`.
       num_groups: groups of experts; with homes, a multiple of `num_nodes`.
       num_nodes: nodes; divides `num_devices`.
       num_devices: devices.
       device_capacity: [num_devices] float32 relative speeds, 0 for a dead device.
       remote_price: of load away from home; None: experts have no home.
+      max_replicas: most replicas of an expert, as far as there are enough experts.
 
     Returns:
       [layers, num_replicas] int32, the expert of each physical expert; -1 on dead
@@ -69,6 +72,7 @@ def soft_placement(
     alive_A = jnp.broadcast_to(alive_N, (num_layers, num_homes)).reshape(-1)
     # One replica per device of the node, then one per device of the cluster.
     spread = [alive_A, jnp.full_like(alive_A, alive_N.sum())]
+    spread = [jnp.minimum(most_A, max_replicas) for most_A in spread]
     replica_AX, rank_AX, _ = replicate_experts(
         take_rows(weight_LE, order_LE).reshape(rows), num_replicas // num_homes, spread
     )
@@ -93,28 +97,33 @@ def soft_placement(
     # Packing does not know about dead devices.
     packed_LS = jnp.where((per_share_D > 0).all(), packed_LS, dealt_LS)
     per_share_LD = jnp.broadcast_to(per_share_D, (num_layers, num_devices))
-    problem = PlacementProblem(weight_LE, per_share_LD, home_LE, dealt_LS)
+    problem = PlacementProblem(
+        weight=weight_LE,
+        per_share=per_share_LD,
+        home=home_LE,
+        original=dealt_LS,
+        max_moves=jnp.full(num_layers, num_replicas, jnp.int32),
+        min_gain=jnp.full(num_layers, _MIN_GAIN, jnp.float32),
+    )
     rules = Rules(num_nodes=num_nodes, has_homes=remote_price is not None)
     limits = Limits(
         max_steps=jnp.int32(num_replicas),
-        max_moves=jnp.int32(num_replicas),
-        min_gain=jnp.float32(_MIN_GAIN),
+        max_replicas=jnp.asarray(max_replicas, jnp.int32),
         remote_price=jnp.float32(0 if remote_price is None else remote_price),
     )
     # Both starts are layers of one search: the second compiles nothing more.
     start = jnp.concatenate([dealt_LS, packed_LS])
     twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), problem)
-    end, cost = search(twice, start, rules, limits)
+    _, end, cost = search(twice, start, rules, limits)
     is_packed_L1 = (cost[num_layers:] < cost[:num_layers])[:, None]
     return jnp.where(is_packed_L1, end[num_layers:], end[:num_layers])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def home_nodes(weight: ArrayLike, num_groups: int, num_nodes: int) -> jax.Array:
     """Returns the node that EPLB's hierarchical policy keeps each expert on.
 
     Args:
-      weight: [layers, experts] float32 loads.
+      weight: [layers, experts] loads.
       num_groups: groups of experts; a multiple of `num_nodes`.
       num_nodes: nodes.
 
@@ -125,7 +134,12 @@ def home_nodes(weight: ArrayLike, num_groups: int, num_nodes: int) -> jax.Array:
       >>> home_nodes(jnp.array([[1.0, 2, 9, 9, 3, 3, 0, 0]]), 4, 2).tolist()
       [[1, 1, 0, 0, 1, 1, 0, 0]]
     """
-    order_LE = experts_by_node(jnp.asarray(weight), num_groups, num_nodes)
+    return _home_nodes(as_loads(weight), num_groups, num_nodes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _home_nodes(weight_LE: jax.Array, num_groups: int, num_nodes: int) -> jax.Array:
+    order_LE = experts_by_node(weight_LE, num_groups, num_nodes)
     return invert(order_LE, _node_of_position(order_LE, num_nodes))
 
 
@@ -133,10 +147,8 @@ def home_nodes(weight: ArrayLike, num_groups: int, num_nodes: int) -> jax.Array:
 def normalise(weight_LE: jax.Array) -> jax.Array:
     """Scales each layer's loads to sum 1, none of them zero.
 
-    Negative loads, NaN and infinities count as zero.
-
     Args:
-      weight_LE: [layers, experts] float32.
+      weight_LE: [layers, experts] float32, from `as_loads`.
 
     Returns:
       [layers, experts] float32.
@@ -145,8 +157,6 @@ def normalise(weight_LE: jax.Array) -> jax.Array:
       >>> normalise(jnp.array([[0.0, 0.0], [1.0, 3.0]])).tolist()
       [[0.5, 0.5], [0.25..., 0.74...]]
     """
-    is_load_LE = jnp.isfinite(weight_LE) & (weight_LE > 0)
-    weight_LE = jnp.where(is_load_LE, weight_LE, 0.0)
     mean_L1 = weight_LE.mean(axis=1, keepdims=True)
     weight_LE = jnp.where(mean_L1 > 0, weight_LE + _FLOOR * mean_L1, 1.0)
     return weight_LE / weight_LE.sum(axis=1, keepdims=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from eplb_jax.placement.checks import is_traced
+from eplb_jax.placement.checks import as_placement, is_traced
 from eplb_jax.placement.hashing import mix_bits
 from eplb_jax.placement.maps import maps_of_placement
 
@@ -61,15 +61,17 @@ class ExpertTables(NamedTuple):
           `ExpertTables`. Outside jit they are validated.
 
         Raises:
-          ValueError: for a wrong rank or width, and outside jit if an expert has no
-            replica, or more than `max_replicas`.
+          ValueError: for a wrong rank, dtype or width, and outside jit for numbers of
+            no expert, and if an expert has no replica, or more than `max_replicas`.
 
         Examples:
           >>> tables = ExpertTables.from_placement(jnp.array([1, 0, 1, 2]), 3)
           >>> tables.logical_to_physical_map.tolist()
           [[1, -1], [0, 2], [3, -1]]
         """
-        placement = jnp.asarray(physical_to_logical_map, jnp.int32)
+        placement = as_placement(
+            physical_to_logical_map, num_logical_experts, of="there are"
+        )
         if placement.ndim not in (1, 2):
             raise ValueError(
                 f"physical_to_logical_map has shape {placement.shape}; it must be "

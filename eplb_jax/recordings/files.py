@@ -63,6 +63,11 @@ def read_loads(path: str | Path) -> Recording:
         named = readers[path.suffix](path)
     except (OSError, EOFError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{path} is nested too deeply; loads are [layers, experts] or [windows, "
+            "layers, experts]."
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     for name, counts in named.items():

@@ -9,6 +9,7 @@ Shape suffixes: see `eplb_jax`.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,14 @@ from eplb_jax.placement import (
     rebalance_experts,
     refine_placement,
 )
+from eplb_jax.recordings.files import Recording
 
 
 class Outcome(NamedTuple):
     """The outcome of one strategy; a step goes from window i to window i + 1.
 
     Attributes:
-      balancedness: [steps], mean over layers with load.
+      balancedness: [steps], mean over layers with load in window i + 1.
       worst: [steps], the least balanced of these layers.
       moved: [steps], fraction of the physical experts that devices had to fetch before
         the step; before the first plan, experts are in order.
@@ -56,6 +58,28 @@ def in_order(num_layers: int, num_experts: int, num_replicas: int) -> np.ndarray
     return np.tile(expert_S, (num_layers, 1))
 
 
+def with_load(recording: Recording) -> Recording:
+    """Leaves out the windows without any load, as `replay` does.
+
+    Args:
+      recording: from `read_loads`.
+
+    Returns:
+      A `Recording`.
+
+    Examples:
+      >>> with_load(Recording(("idle", "busy"), np.array([[[0, 0]], [[1, 2]]]))).names
+      ('busy',)
+    """
+    has_load_W = _has_load(recording.counts).any(axis=1)
+    names = itertools.compress(recording.names, has_load_W)
+    return Recording(tuple(names), recording.counts[has_load_W])
+
+
+def _has_load(counts_WLE: np.ndarray) -> np.ndarray:
+    return (counts_WLE > 0).any(axis=2)
+
+
 def replay(
     counts: np.ndarray,
     num_replicas: int,
@@ -74,8 +98,11 @@ def replay(
       - `"upstream"`: a fresh plan by upstream's policy on every window.
       - `"refine"`: the plan of `"once"`, then `refine_placement` on every window.
 
+    Windows without any load are left out: there is nothing to plan for, and no balance
+    to score.
+
     Args:
-      counts: [windows, layers, experts] loads; at least two windows.
+      counts: [windows, layers, experts] loads; at least two windows with load.
       num_replicas: physical experts per layer.
       num_groups: groups of experts.
       num_nodes: nodes.
@@ -88,7 +115,7 @@ def replay(
       An `Outcome` for each strategy.
 
     Raises:
-      ValueError: for fewer than two windows, and as for `rebalance_experts`.
+      ValueError: for fewer than two windows with load, and as for `rebalance_experts`.
 
     Examples:
       >>> counts = np.array([[[8, 1, 1, 2]], [[1, 8, 1, 2]], [[1, 8, 1, 2]]])
@@ -101,10 +128,19 @@ def replay(
             f"counts has shape {counts.shape}, but replay needs at least two windows, "
             "[windows, layers, experts]: it plans on one and scores on the next."
         )
+    has_load_WL = _has_load(counts)
+    is_busy_W = has_load_WL.any(axis=1)
+    if is_busy_W.sum() < 2:
+        raise ValueError(
+            f"counts has load in {is_busy_W.sum()} of {len(counts)} windows, but "
+            "replay needs at least two windows with load: it plans on one and scores "
+            "on the next."
+        )
     if max_moves is None:
         max_moves = num_replicas // 6
-    has_load_L = counts.sum(axis=(0, 2)) > 0
-    windows = counts[:, has_load_L].astype(np.float32)
+    is_busy_L = has_load_WL.any(axis=0)
+    windows = counts[is_busy_W][:, is_busy_L]
+    has_load_WL = has_load_WL[is_busy_W][:, is_busy_L]
     sizes = (num_replicas, num_groups, num_nodes, num_devices)
     start = in_order(windows.shape[1], windows.shape[2], num_replicas)
 
@@ -127,6 +163,7 @@ def replay(
         for i in range(len(windows) - 1):
             old, placement = placement, next_placement(i, placement)
             score_L = np.asarray(balancedness(windows[i + 1], placement, num_devices))
+            score_L = score_L[has_load_WL[i + 1]]
             moves_L = np.asarray(count_moves(old, placement, num_devices))
             steps.append((score_L.mean(), score_L.min(), moves_L.mean() / num_replicas))
         outcomes[name] = Outcome(

@@ -33,5 +33,6 @@ def agree(plan: RebalancePlan, axis_name: str) -> RebalancePlan:
     return plan._replace(
         is_changed=plan.is_changed & is_same,
         num_moves=jnp.where(is_same, plan.num_moves, 0),
+        is_rejected=plan.is_rejected & is_same,
         is_refused=~is_same,
     )

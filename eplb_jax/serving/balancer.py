@@ -23,12 +23,19 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from eplb_jax.layer import Transport
-from eplb_jax.placement import ExpertTables, as_capacity, is_traced
+from eplb_jax.placement import (
+    ExpertTables,
+    add_saturating,
+    as_capacity,
+    is_traced,
+    put_like,
+)
 from eplb_jax.serving.agreement import agree
 from eplb_jax.serving.migration import migrate
 from eplb_jax.serving.planning import (
     choose_tables,
-    find_stranded,
+    count_stranded,
+    count_vacant,
     make_plan,
     score_layers,
 )
@@ -43,9 +50,15 @@ class ExpertBalancer(BalancerSettings):
     """When and how far the placement of a running server follows the load.
 
     A layer is planned if its balancedness, for the estimated load, is below `below`,
-    and changed if that gains at least `min_gain`: a steady load causes no moves. If a
-    device has capacity 0, its experts move to other devices at once, regardless of
-    `every` and `max_moves`; it must go on serving until it has none left.
+    and changed if that gains at least `min_gain`: a steady load causes no moves. What
+    is gained is judged at the end of the way that the plan, at most `max_moves` long,
+    begins; further plans go on from there. So small plans reach, one after the other,
+    what a single large one does.
+
+    If a device has capacity 0, its experts move to other devices at once, regardless of
+    `every` and `max_moves`; it must go on serving until it has none left. If a device
+    returns, or becomes faster, all layers are planned until they make use of it,
+    regardless of `below` and `min_gain`.
 
     Attributes:
       num_layers: MoE layers.
@@ -60,9 +73,11 @@ class ExpertBalancer(BalancerSettings):
         bytes that a step sends: weights of `layers_per_plan * max_moves` experts.
         None: a twelfth of the physical experts, and at least two.
       below: see above; 1 plans every layer every time.
-      min_gain: see above; a difference of two balancednesses.
+      min_gain: see above; the fraction by which the load of the hottest device must
+        fall.
       min_gain_per_move: see `refine_placement`.
-      max_replicas: width of the tables, see `ExpertTables.from_placement`.
+      max_replicas: width of the tables, see `ExpertTables.from_placement`; no expert
+        gets more replicas.
 
     Raises:
       ValueError: for sizes that do not fit each other.
@@ -115,19 +130,23 @@ class ExpertBalancer(BalancerSettings):
                 f"[num_layers, num_physical_experts] = {list(shape)}; pass a placement "
                 "of this model."
             )
+        tables = ExpertTables.from_placement(
+            placement, self.num_experts, self.max_replicas
+        )
+        capacity = self._as_capacity(capacity)
         # Separate arrays: a caller that donates the state must not donate one twice.
-        zeros = [jnp.zeros((), jnp.int32) for _ in range(4)]
-        step, cursor, num_moves, num_refused = zeros
+        zeros = [jnp.zeros((), jnp.int32) for _ in range(5)]
+        step, cursor, num_moves, num_refused, num_rejected = zeros
         return BalancerState(
             loads=self.estimator.init(self.num_layers, self.num_experts),
-            tables=ExpertTables.from_placement(
-                jnp.asarray(placement, jnp.int32), self.num_experts, self.max_replicas
-            ),
-            capacity=self._as_capacity(capacity),
+            tables=tables,
+            capacity=capacity,
+            is_due=count_vacant(tables.physical_to_logical_map, capacity) > 0,
             step=step,
             cursor=cursor,
             num_moves=num_moves,
             num_refused=num_refused,
+            num_rejected=num_rejected,
         )
 
     def with_capacity(self, state: BalancerState, capacity: ArrayLike) -> BalancerState:
@@ -153,10 +172,12 @@ class ExpertBalancer(BalancerSettings):
           [[0, 1, -1, -1]]
         """
         capacity = self._as_capacity(capacity)
-        if not is_traced(capacity) and not is_traced(state.capacity):
+        is_due = state.is_due | (capacity != state.capacity).any()
+        if not is_traced(is_due):
             # With the old sharding: another one would recompile the step.
-            capacity = jax.device_put(capacity, state.capacity.sharding)
-        return state._replace(capacity=capacity)
+            capacity = put_like(capacity, state.capacity)
+            is_due = put_like(is_due, state.is_due)
+        return state._replace(capacity=capacity, is_due=is_due)
 
     def observe(self, state: BalancerState, counts: jax.Array) -> BalancerState:
         """Updates the estimated load with the counts of a step.
@@ -173,7 +194,10 @@ class ExpertBalancer(BalancerSettings):
           ValueError: for counts of another shape.
         """
         loads = self.estimator.observe(state.loads, counts)
-        return state._replace(loads=loads, step=state.step + 1)
+        # Of the number, only whether it is zero, and the remainder by `every`, count.
+        last = jnp.iinfo(jnp.int32).max // self.every * self.every
+        step = jnp.where(state.step >= last, state.step - last, state.step) + 1
+        return state._replace(loads=loads, step=step)
 
     def plan(self, state: BalancerState) -> RebalancePlan:
         """Plans the layers whose turn it is; in most steps nothing changes.
@@ -268,15 +292,18 @@ class ExpertBalancer(BalancerSettings):
         """
         old = tables_of(state, plan.layers)
         new = choose_tables(plan.is_changed, plan.tables, old)
+        is_due_P = jnp.where(plan.is_refused, state.is_due[plan.layers], plan.is_due)
         return state._replace(
             tables=jax.tree.map(
                 lambda all_L, new_P: all_L.at[plan.layers].set(new_P),
                 state.tables,
                 new,
             ),
+            is_due=state.is_due.at[plan.layers].set(is_due_P),
             cursor=jnp.where(plan.is_refused, state.cursor, plan.cursor),
-            num_moves=state.num_moves + plan.num_moves.sum(dtype=jnp.int32),
-            num_refused=state.num_refused + plan.is_refused.astype(jnp.int32),
+            num_moves=_count(state.num_moves, plan.num_moves),
+            num_refused=_count(state.num_refused, plan.is_refused),
+            num_rejected=_count(state.num_rejected, plan.is_rejected),
         )
 
     def update(
@@ -342,16 +369,20 @@ class ExpertBalancer(BalancerSettings):
 
         Returns:
           `balancedness` (mean over layers), `balancedness_worst`, `num_moves`,
-          `num_refused`, and `num_stranded`, the layers that still have experts on a
-          device of capacity 0.
+          `num_refused`, `num_rejected` (see `BalancerState`), and `num_stranded`, the
+          layers that still have experts on a device of capacity 0; their balancedness
+          is 0.
         """
         score_L = score_layers(self, state)
+        placement_LS = state.tables.physical_to_logical_map
+        is_stranded_L = count_stranded(placement_LS, state.capacity) > 0
         return {
             "balancedness": score_L.mean(),
             "balancedness_worst": score_L.min(),
             "num_moves": state.num_moves,
             "num_refused": state.num_refused,
-            "num_stranded": find_stranded(self, state).sum(dtype=jnp.int32),
+            "num_rejected": state.num_rejected,
+            "num_stranded": is_stranded_L.sum(dtype=jnp.int32),
         }
 
     def _as_capacity(self, capacity: ArrayLike | None) -> jax.Array:
@@ -362,3 +393,7 @@ class ExpertBalancer(BalancerSettings):
             self.num_experts,
             False,
         )
+
+
+def _count(total: jax.Array, more: jax.Array) -> jax.Array:
+    return add_saturating(total, more.sum(dtype=jnp.int32))

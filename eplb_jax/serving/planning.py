@@ -11,9 +11,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from eplb_jax.placement import ExpertTables, balancedness, refine_placement
+from eplb_jax.placement import (
+    ExpertTables,
+    as_loads,
+    device_uses,
+    refine_and_look_ahead,
+    score_placement,
+)
 from eplb_jax.serving.settings import BalancerSettings
 from eplb_jax.serving.state import BalancerState, RebalancePlan, tables_of
+
+# Of a device's fair share: what a device must get for a layer that is due to change.
+_LEAST_USE = 0.05
+# As for `refine_placement`: moves of a layer that is due may gain as little.
+_LEAST_GAIN = 1e-6
 
 
 def make_plan(settings: BalancerSettings, state: BalancerState) -> RebalancePlan:
@@ -27,12 +38,12 @@ def make_plan(settings: BalancerSettings, state: BalancerState) -> RebalancePlan
       A `RebalancePlan` of `settings.plan_size` layers.
     """
     score_L = score_layers(settings, state)
-    is_stranded_L = find_stranded(settings, state)
-    is_due = (state.step > 0) & (state.step % settings.every == 0)
-    is_due &= (score_L < settings.below).any()
-    is_due |= is_stranded_L.any()
+    placement_LS = state.tables.physical_to_logical_map
+    is_stranded_L = count_stranded(placement_LS, state.capacity) > 0
+    is_time = (state.step > 0) & (state.step % settings.every == 0)
+    is_wanted_L = state.is_due | (score_L < settings.below)
     return lax.cond(
-        is_due,
+        (is_time & is_wanted_L.any()) | is_stranded_L.any(),
         functools.partial(_plan, settings),
         functools.partial(_no_plan, settings),
         state,
@@ -44,6 +55,8 @@ def make_plan(settings: BalancerSettings, state: BalancerState) -> RebalancePlan
 def score_layers(settings: BalancerSettings, state: BalancerState) -> jax.Array:
     """Computes the balancedness of each layer for its estimated load.
 
+    A layer that has load on a device of capacity 0 scores 0.
+
     Args:
       settings: of the balancer.
       state: of the server.
@@ -51,26 +64,37 @@ def score_layers(settings: BalancerSettings, state: BalancerState) -> jax.Array:
     Returns:
       [layers] float32.
     """
-    loads_LE = settings.estimator.estimate(state.loads)
+    loads_LE = as_loads(settings.estimator.estimate(state.loads))
     placement_LS = state.tables.physical_to_logical_map
-    return balancedness(loads_LE, placement_LS, settings.num_devices, state.capacity)
+    return score_placement(loads_LE, placement_LS, state.capacity)
 
 
-def find_stranded(settings: BalancerSettings, state: BalancerState) -> jax.Array:
-    """Finds the layers that have experts on a device of capacity 0.
+@jax.jit
+def count_stranded(expert_LS: jax.Array, capacity_D: jax.Array) -> jax.Array:
+    """Counts the experts on devices of capacity 0.
 
     Args:
-      settings: of the balancer.
-      state: of the server.
+      expert_LS: [layers, physical experts] int32, -1 if empty.
+      capacity_D: [devices] float32.
 
     Returns:
-      [layers] bool.
+      [layers] int32.
     """
-    expert_LDI = state.tables.physical_to_logical_map.reshape(
-        settings.num_layers, settings.num_devices, -1
-    )
-    is_vacated_1D1 = (state.capacity <= 0)[None, :, None]
-    return ((expert_LDI >= 0) & is_vacated_1D1).any(axis=(1, 2))
+    return _count_on(expert_LS >= 0, capacity_D <= 0)
+
+
+@jax.jit
+def count_vacant(expert_LS: jax.Array, capacity_D: jax.Array) -> jax.Array:
+    """Counts the empty physical experts on all other devices.
+
+    Args:
+      expert_LS: [layers, physical experts] int32, -1 if empty.
+      capacity_D: [devices] float32.
+
+    Returns:
+      [layers] int32.
+    """
+    return _count_on(expert_LS < 0, capacity_D > 0)
 
 
 def choose_tables(
@@ -93,6 +117,12 @@ def choose_tables(
     return jax.tree.map(choose, new, old)
 
 
+def _count_on(is_counted_LS: jax.Array, is_there_D: jax.Array) -> jax.Array:
+    per_device = is_counted_LS.shape[1] // len(is_there_D)
+    is_there_1S = jnp.repeat(is_there_D, per_device)[None]
+    return (is_counted_LS & is_there_1S).sum(axis=1, dtype=jnp.int32)
+
+
 def _plan(
     settings: BalancerSettings,
     state: BalancerState,
@@ -100,42 +130,59 @@ def _plan(
     is_stranded_L: jax.Array,
 ) -> RebalancePlan:
     c, num_layers = settings, settings.num_layers
-    is_wanted_L = is_stranded_L | (score_L < c.below)
+    is_wanted_L = is_stranded_L | state.is_due | (score_L < c.below)
     turn_L = (jnp.arange(num_layers, dtype=jnp.int32) - state.cursor) % num_layers
     # Stranded layers first, then those below the threshold, each in turn.
     class_L = jnp.where(is_stranded_L, 0, jnp.where(is_wanted_L, 1, 2))
     layers_P = jnp.argsort(class_L * num_layers + turn_L)[: c.plan_size]
     layers_P = layers_P.astype(jnp.int32)
     is_stranded_P, is_wanted_P = is_stranded_L[layers_P], is_wanted_L[layers_P]
-    loads_PE = c.estimator.estimate(state.loads)[layers_P]
+    is_due_P = state.is_due[layers_P]
+    loads_PE = as_loads(c.estimator.estimate(state.loads)[layers_P])
     old = tables_of(state, layers_P)
     old_PS = old.physical_to_logical_map
-    budget = jnp.where(is_stranded_P.any(), c.num_physical_experts, c.move_budget)
-    new_PS, _ = refine_placement(
+    least_gain = min(c.min_gain_per_move, _LEAST_GAIN)
+    new_PS, end_PS = refine_and_look_ahead(
         loads_PE,
         old_PS,
-        c.num_devices,
-        max_moves=budget,
-        min_gain=c.min_gain_per_move,
-        device_capacity=state.capacity,
+        state.capacity,
+        max_moves=jnp.where(is_stranded_P, c.num_physical_experts, c.move_budget),
+        min_gain=jnp.where(is_due_P, least_gain, c.min_gain_per_move),
+        max_replicas=old.max_replicas,
     )
-    score_P = balancedness(loads_PE, new_PS, c.num_devices, state.capacity)
-    gain_P = score_P - score_L[layers_P]
-    is_taken_P = is_wanted_P & (is_stranded_P | (gain_P >= c.min_gain))
-    # Tables that lack an expert, or are too narrow for the placement, are not valid.
+    # A plan is the beginning of a way; what counts is where the way ends.
+    score_P = score_placement(loads_PE, end_PS, state.capacity)
+    is_worth_it_P = score_P * (1 - c.min_gain) >= score_L[layers_P]
+    is_used_P = _is_used(loads_PE, old_PS, end_PS, state.capacity)
+    is_taken_P = is_stranded_P | is_worth_it_P | (is_due_P & is_used_P)
+    differs_P = (new_PS != old_PS).any(axis=1) & is_wanted_P
+    # Tables that lack an expert are not valid.
     new = ExpertTables.from_placement(new_PS, c.num_experts, c.max_replicas)
-    tables = choose_tables(is_taken_P & new.is_valid(), new, old)
+    is_changed_P = differs_P & is_taken_P & new.is_valid()
+    tables = choose_tables(is_changed_P, new, old)
     new_PS = tables.physical_to_logical_map
     is_moved_PS = (new_PS != old_PS) & (new_PS >= 0)
     last = jnp.where(is_wanted_P, turn_L[layers_P], 0).max()
     return RebalancePlan(
         layers=layers_P,
         tables=tables,
-        is_changed=(new_PS != old_PS).any(axis=1),
+        is_changed=is_changed_P,
         num_moves=is_moved_PS.sum(axis=1, dtype=jnp.int32),
+        is_due=is_due_P & is_changed_P,
+        is_rejected=differs_P & ~is_changed_P,
         cursor=(state.cursor + last + 1) % num_layers,
         is_refused=jnp.zeros((), jnp.bool_),
     )
+
+
+def _is_used(
+    loads_PE: jax.Array, old_PS: jax.Array, end_PS: jax.Array, capacity_D: jax.Array
+) -> jax.Array:
+    """Tells whether idle speed is used, or empty physical experts are filled: [n]."""
+    old_PD, end_PD = (device_uses(loads_PE, e, capacity_D) for e in (old_PS, end_PS))
+    is_more_PD = (old_PD < 1) & (end_PD - old_PD >= _LEAST_USE)
+    num_vacant = [count_vacant(expert, capacity_D) for expert in (old_PS, end_PS)]
+    return is_more_PD.any(axis=1) | (num_vacant[1] < num_vacant[0])
 
 
 def _no_plan(
@@ -148,6 +195,8 @@ def _no_plan(
         tables=tables_of(state, layers_P),
         is_changed=jnp.zeros(settings.plan_size, jnp.bool_),
         num_moves=jnp.zeros(settings.plan_size, jnp.int32),
+        is_due=state.is_due[layers_P],
+        is_rejected=jnp.zeros(settings.plan_size, jnp.bool_),
         cursor=state.cursor,
         is_refused=jnp.zeros((), jnp.bool_),
     )

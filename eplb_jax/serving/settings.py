@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from eplb_jax.placement import LoadEstimator, moving_average
+from eplb_jax.placement import LoadEstimator, is_count, moving_average
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class BalancerSettings:
 
     def __post_init__(self):
         for name in ("num_layers", "num_experts", "num_devices", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            self._check_count(name)
+        self._check_count("num_physical_experts")
         if (
             self.num_physical_experts % self.num_devices
             or self.num_physical_experts < self.num_experts
@@ -42,23 +43,32 @@ class BalancerSettings:
                 f"{self.num_physical_experts=} must be a multiple of "
                 f"{self.num_devices=}, and at least {self.num_experts=}."
             )
-        if self.layers_per_plan is not None and not (
-            1 <= self.layers_per_plan <= self.num_layers
-        ):
-            raise ValueError(
-                f"{self.layers_per_plan=} must be between 1 and {self.num_layers=}; "
-                "None plans all layers."
-            )
-        if self.max_moves is not None and self.max_moves < 1:
-            raise ValueError(
-                f"{self.max_moves=} must be at least 1; a swap of two experts is 2."
-            )
+        if self.layers_per_plan is not None:
+            self._check_count("layers_per_plan")
+            if self.layers_per_plan > self.num_layers:
+                raise ValueError(
+                    f"{self.layers_per_plan=} must be between 1 and "
+                    f"{self.num_layers=}; None plans all layers."
+                )
+        if self.max_moves is not None:
+            self._check_count("max_moves", "; a swap of two experts is 2")
+        if self.max_replicas is not None:
+            self._check_count("max_replicas", "; None is always sufficient")
         for name in ("below", "min_gain"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be in [0, 1], like a "
                     "balancedness."
                 )
+        if not 0 <= self.min_gain_per_move < math.inf:
+            raise ValueError(
+                f"{self.min_gain_per_move=} must be finite and not negative."
+            )
+
+    def _check_count(self, name: str, remedy: str = "") -> None:
+        value = getattr(self, name)
+        if not is_count(value):
+            raise ValueError(f"{name}={value!r} must be at least 1, an int{remedy}.")
 
     @property
     def plan_size(self) -> int:

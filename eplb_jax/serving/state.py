@@ -16,19 +16,25 @@ class BalancerState(NamedTuple):
       loads: state of the load estimator.
       tables: [layers, ...], by which the weights are placed.
       capacity: [devices] float32 relative speeds; 0 for a device to be vacated.
-      step: [] int32, steps observed.
+      is_due: [layers] bool, whether a device has got another speed, or has an empty
+        physical expert, that the layer's placement does not make use of yet.
+      step: [] int32, steps observed, less a multiple of `every` after 2^31.
       cursor: [] int32, the layer that the next plan considers first.
-      num_moves: [] int32, physical experts that have got another expert so far.
+      num_moves: [] int32, physical experts that have got another expert so far. This
+        and the next two stop at 2^31 - 1.
       num_refused: [] int32, plans that the devices did not agree on.
+      num_rejected: [] int32, plans of a layer that would have gained too little.
     """
 
     loads: Any
     tables: ExpertTables
     capacity: jax.Array
+    is_due: jax.Array
     step: jax.Array
     cursor: jax.Array
     num_moves: jax.Array
     num_refused: jax.Array
+    num_rejected: jax.Array
 
 
 class RebalancePlan(NamedTuple):
@@ -39,6 +45,8 @@ class RebalancePlan(NamedTuple):
       tables: [n, ...], of these layers; the old ones where nothing changes.
       is_changed: [n] bool, whether the tables are new.
       num_moves: [n] int32, physical experts whose weights are migrated.
+      is_due: [n] bool, see `BalancerState`.
+      is_rejected: [n] bool, whether there are moves that would gain too little.
       cursor: [] int32, see `BalancerState`.
       is_refused: [] bool, whether the devices disagreed; then nothing changes.
     """
@@ -47,6 +55,8 @@ class RebalancePlan(NamedTuple):
     tables: ExpertTables
     is_changed: jax.Array
     num_moves: jax.Array
+    is_due: jax.Array
+    is_rejected: jax.Array
     cursor: jax.Array
     is_refused: jax.Array
 

@@ -20,6 +20,7 @@ from dualpipe_jax.deepseek.model.pipeline import DeepSeekPipeline as DeepSeekPip
 from dualpipe_jax.deepseek.model.placement_config import (
     EplbConfig,
     PlacementConfig as PlacementConfig,
+    check_buffer_factor as check_buffer_factor,
 )
 from dualpipe_jax.deepseek.model.trees import (
     map_with_names as map_with_names,

@@ -6,7 +6,10 @@ import dataclasses
 from typing import Literal, get_args
 
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
-from dualpipe_jax.deepseek.model.placement_config import EplbConfig
+from dualpipe_jax.deepseek.model.placement_config import (
+    EplbConfig,
+    check_buffer_factor,
+)
 from eplb_jax.layer import Payload
 
 Remat = Literal["attention", "experts"]
@@ -36,6 +39,7 @@ class DeepSeekOptions:
     def __post_init__(self):
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"{self.compute_dtype=} must be 'float32' or 'bfloat16'.")
+        check_buffer_factor(self.buffer_factor)
         if unknown := set(self.remat) - set(get_args(Remat)):
             raise ValueError(
                 f"remat={self.remat}: {sorted(unknown)[0]!r} is unknown; choose from "

@@ -9,7 +9,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jax.sharding import Mesh
 
-from dualpipe_jax.deepseek.model import DeepSeekConfig, PlacementConfig
+from dualpipe_jax.deepseek.model import (
+    DeepSeekConfig,
+    PlacementConfig,
+    check_buffer_factor,
+)
 from eplb_jax import ExpertBalancer, ExpertParallel, lookup, moving_average
 from eplb_jax.layer import Payload, Route
 
@@ -114,6 +118,7 @@ class ServeConfig:
             object.__setattr__(self, name, value)
 
     def _check_choices(self) -> None:
+        check_buffer_factor(self.buffer_factor)
         for name, kind in (("phase", Phase), ("route", Route), ("payload", Payload)):
             if getattr(self, name) not in get_args(kind):
                 known = " or ".join(map(repr, get_args(kind)))

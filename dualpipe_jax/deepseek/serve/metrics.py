@@ -13,6 +13,7 @@ _KNOWN = {
     "balancedness_worst": ("gauge", "balancedness of the least balanced layer"),
     "num_moves": ("counter", "physical experts that were given another expert"),
     "num_refused": ("counter", "plans refused because devices disagreed"),
+    "num_rejected": ("counter", "plans of a layer that would have gained too little"),
     "num_stranded": ("gauge", "layers with experts on a device of speed 0"),
     "num_overflowed": ("counter", "expert choices that exceeded a buffer"),
     "num_waiting": ("gauge", "requests without a request slot"),

@@ -25,6 +25,7 @@ from dualpipe_jax.deepseek.serve.arrays import (
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.forward import Forward
 from eplb_jax import BalancerState, ExpertBalancer, ExpertTables, migrate
+from eplb_jax.placement import add_saturating
 
 PyTree = Any
 
@@ -150,7 +151,7 @@ class Steps:
         counts_LE = sum(others, first)
         overflow = state.overflow
         for each in loads:
-            overflow = add_without_wrapping(overflow, each.overflow)
+            overflow = add_saturating(overflow, each.overflow)
         return state._replace(
             balancer=self.balancer.observe(state.balancer, counts_LE), overflow=overflow
         )
@@ -239,26 +240,6 @@ class Steps:
     def all_idle(self) -> jax.Array:
         """Returns [2, B] bool: all request slots are free."""
         return jnp.ones((HALVES, self._requests_per_half), bool)
-
-
-def add_without_wrapping(total: jax.Array, new: jax.Array) -> jax.Array:
-    """Adds to a counter that stays at the largest int32 when it gets there.
-
-    Args:
-      total: [] int32, not negative.
-      new: [] int32, not negative.
-
-    Returns:
-      [] int32.
-
-    Examples:
-      >>> full = jnp.int32(2**31 - 1)
-      >>> int(add_without_wrapping(full - 5, jnp.int32(3))) == 2**31 - 3
-      True
-      >>> int(add_without_wrapping(full - 5, full)) == 2**31 - 1
-      True
-    """
-    return total + jnp.minimum(new, jnp.iinfo(jnp.int32).max - total)
 
 
 def _greedy(shape: tuple[int, ...]) -> Sampling:

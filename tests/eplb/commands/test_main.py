@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eplb_jax.commands.main import main
+from eplb_jax.placement.quality import balancedness
 from eplb_jax.recordings.files import read_loads
 from eplb_jax.recordings.replays import replay
 from tests.eplb.placement.cases import (
@@ -156,6 +157,12 @@ def test_refining_beats_planning_once_when_loads_drift():
         (["rebalance", LOADS, "--gpus", "7", "--replicas", "260"], "multiple of"),
         (["rebalance", LOADS, "--out", "x.csv"], "must end in .npz or .json"),
         (["rebalance", LOADS, "--capacity", "1"], "takes no device_capacity"),
+        (
+            ["rebalance", LOADS, "--policy", "swaps", "--out", "x.json", "--capacity"]
+            + ["1"] * 7
+            + ["0"],
+            "for servers that take -1, an empty physical expert, for the last expert",
+        ),
     ],
 )
 def test_bad_arguments(argv, message, capsys, monkeypatch, tmp_path):
@@ -175,6 +182,8 @@ def test_bad_arguments(argv, message, capsys, monkeypatch, tmp_path):
         ("a.json", "[1, 2]", "loads are numbers"),
         ("a.json", "[[1, -2]]", "finite and not negative"),
         ("a.json", '[["x"]]', "loads are numbers"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.json", "[[1, NaN]]", "finite and not negative"),
         ("a.npy", "not numpy", "a.npy"),
         ("a.npz", "not numpy", "a.npz"),
     ],
@@ -196,3 +205,28 @@ def test_one_window_cannot_be_replayed(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.ones((2, 8)))
     assert main(["replay", str(tmp_path / "a.npy")]) == 2
     assert "needs at least two windows" in capsys.readouterr().err
+
+
+def test_windows_without_load_are_left_out_of_a_replay(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    busy = rng.integers(1, 1000, (3, LAYERS, EXPERTS))
+    busy[1, 0] = 0  # a layer that is idle for a while
+    idle = np.zeros((LAYERS, EXPERTS), int)
+    windows = {"a": busy[0], "b": idle, "c": busy[1], "d": busy[2], "e": idle}
+    np.savez(tmp_path / "a.npz", **windows)
+    argv = ["replay", str(tmp_path / "a.npz"), *CLUSTER, "--policy", "global"]
+    result = run_json(capsys, *argv)
+    assert result["windows"] == ["a", "c", "d"]
+    never = result["strategies"]["never"]["balancedness"]
+    in_order = np.tile(np.arange(REPLICAS) % EXPERTS, (LAYERS, 1))
+    for score, window, layers in zip(never, busy[1:], ([1, 2], [0, 1, 2]), strict=True):
+        expected = np.asarray(balancedness(window, in_order, DEVICES))[layers]
+        assert score == pytest.approx(expected.mean(), rel=1e-6)
+    outcome = replay(np.stack(list(windows.values())), *SIZES, policy="global")
+    assert outcome["never"].balancedness.tolist() == never
+
+
+def test_a_recording_without_load_cannot_be_replayed(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.zeros((3, 2, 8)))
+    assert main(["replay", str(tmp_path / "a.npy"), "--json"]) == 2
+    assert "has load in 0 of 3 windows" in capsys.readouterr().err

@@ -21,7 +21,10 @@ GOOD = {"num_replicas": 16, "num_groups": 4, "num_nodes": 2, "num_gpus": 8}
         ({"num_replicas": 17}, "num_replicas=17 must be a multiple of num_gpus=8"),
         ({"num_nodes": 3}, "num_gpus=8 must be a multiple of num_nodes=3"),
         ({"num_groups": 8}, "num_groups=8 must divide the number of experts 12"),
-        ({"num_groups": 5}, "num_groups=5 must divide the number of experts 12"),
+        (
+            {"num_groups": 10, "policy": "hierarchical"},
+            "num_groups=10 must divide the number of experts 12",
+        ),
         ({"num_gpus": 0}, "num_gpus=0 must be a positive int"),
         ({"num_nodes": 0}, "num_nodes=0 must be a positive int"),
         ({"num_replicas": 16.0}, "num_replicas=16.0 must be a positive int"),
@@ -72,6 +75,14 @@ def test_rank(shape):
         rebalance_experts(np.ones(shape), **GOOD)
 
 
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray])
+def test_complex_loads(of):
+    with pytest.raises(
+        ValueError, match=r"weight is complex64\[2, 12\], but loads are"
+    ):
+        rebalance_experts(of(WEIGHT.astype(np.complex64)), **GOOD)
+
+
 def test_a_map_that_is_too_narrow_is_refused():
     weight = np.ones((2, 12))
     weight[0, 3] = 1000
@@ -98,8 +109,19 @@ def test_traced_values_are_checked_on_request():
         assert "weight must be finite and not negative" in error.get()
 
 
+def test_traced_widths_are_checked_on_request():
+    def place(weight):
+        return rebalance_experts(weight, **GOOD, max_replicas=2, check_values=True)
+
+    checked = jax.jit(checkify.checkify(place))
+    even = jnp.ones((2, 12))
+    assert checked(even)[0].get() is None
+    hot = even.at[0, 3].set(1000.0)
+    assert "max_replicas=2 is too small" in checked(hot)[0].get()
+
+
 @pytest.mark.slow
-def test_traced_widths_and_capacities_are_checked_on_request():
+def test_traced_capacities_are_checked_on_request():
     def place(weight, capacity):
         return rebalance_experts(
             weight,
@@ -114,7 +136,9 @@ def test_traced_widths_and_capacities_are_checked_on_request():
     even, alive = jnp.ones((2, 12)), jnp.ones(8)
     assert checked(even, alive)[0].get() is None
     hot = even.at[0, 3].set(1000.0)
-    assert "max_replicas=2 is too small" in checked(hot, alive)[0].get()
+    error, maps = checked(hot, alive)
+    assert error.get() is None  # the search knows the width
+    assert int(maps.expert_count.max()) == 2
     dead = alive.at[:3].set(0.0)
     assert "leave a physical expert for each of 12" in checked(even, dead)[0].get()
     error, maps = checked(with_value(even, np.nan), alive)
@@ -141,6 +165,11 @@ def test_unchecked_bad_values_still_give_a_placement(policy):
         ({"weight": WEIGHT[:, :11]}, "holds 11, but weight has 11 experts"),
         ({"weight": -WEIGHT}, "weight must be finite and not negative"),
         ({"device_capacity": [0] * 8}, "leaves 0 of 8 devices alive"),
+        ({"max_moves": 2.5}, "max_moves=2.5 must be an integer"),
+        (
+            {"device_capacity": [1, 1, 0, 1, 1, 1, 1, 1], "max_moves": 1},
+            "max_moves=1 cannot bring back the 2 experts of layer 0 .* max_moves=2",
+        ),
     ],
 )
 def test_refinement(changes, message):

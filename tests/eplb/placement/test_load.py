@@ -42,6 +42,17 @@ def test_moving_average(decay):
         np.testing.assert_allclose(estimates[i], expected, rtol=1e-5)
 
 
+def test_a_window_goes_on_when_its_counter_ends():
+    window = sum_of_last(3)
+    state = window.init(1, 2)
+    # 2^31 - 2 steps have been seen, by a version that counted them all.
+    state = state._replace(num_seen=jnp.int32(2**31 - 2))
+    for step in range(1, 7):
+        state = window.observe(state, jnp.full((1, 2), step))
+        expected = sum(range(max(step - 2, 1), step + 1))
+        assert window.estimate(state).tolist() == [[expected, expected]]
+
+
 def test_before_the_first_step_there_is_no_load():
     for estimator in (sum_of_last(3), moving_average(0.9)):
         assert not np.asarray(estimator.estimate(estimator.init(2, 4))).any()
@@ -63,12 +74,16 @@ def test_a_restored_state_continues_like_the_original(estimator, tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
         sum_of_last(0)
+    with pytest.raises(ValueError, match=r"num_steps=2\.5 must be at least 1, an int"):
+        sum_of_last(2.5)
     with pytest.raises(ValueError, match=r"decay=1.0 must be in \[0, 1\)"):
         moving_average(1.0)
     average = moving_average(0.9)
     state = average.init(2, 4)
     with pytest.raises(ValueError, match=r"counts has shape \(4,\), but the state"):
         average.observe(state, jnp.ones(4))
+    with pytest.raises(ValueError, match="counts is complex64"):
+        average.observe(state, jnp.ones((2, 4), jnp.complex64))
     save_state(tmp_path / "state", state)
     with pytest.raises(ValueError, match="saved by another estimator"):
         restore_state(tmp_path / "state", sum_of_last(2).init(2, 4))

@@ -101,6 +101,69 @@ def test_remote_share(rng):
     np.testing.assert_allclose(share, [5 / 16], rtol=1e-6)  # one float32 division
 
 
+@pytest.mark.parametrize(
+    "placement, capacity, message",
+    [
+        ([[0, 1, 2, 3]], None, "holds 3, but weight has 3 experts"),
+        ([[0, 1, 2, -2]], None, "holds -2, but weight has 3 experts"),
+        ([[0, 1, 1, -1]], None, "Expert 2 of layer 0 has no replica"),
+        ([[0.0, 1.0, 2.0, 0.0]], None, r"is float64\[1, 4\], but experts are integers"),
+        ([[0, 1, 2, 0]], [1, 1, 1], r"has shape \(3,\), but there are 2 devices"),
+        ([[0, 1, 2, 0]], [1, -1], "must be finite and not negative"),
+        ([[0, 1, 2, 0]], [1, np.nan], "must be finite and not negative"),
+        ([[0, 1, 2, 0]], [0, 0], "leaves 0 of 2 devices alive"),
+        ([[0, 1, 2, 0]], [1, 0], "Device 1 has load in layer 0"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(placement, capacity, message):
+    with pytest.raises(ValueError, match=message):
+        balancedness([[6.0, 2.0, 1.0]], placement, 2, capacity)
+
+
+def test_inside_jit_load_that_is_never_done_scores_nothing():
+    score = jax.jit(balancedness, static_argnums=2)
+    weight = np.array([[6.0, 2.0, 1.0]])
+    even = np.ones(2, np.float32)
+    good = np.array([[0, 1, 2, 0]])
+    assert score(weight, good, 2, even) > 0
+    for placement, capacity in (
+        ([[0, 1, 1, -1]], even),
+        ([[0, 1, 3, 7]], even),
+        (good, [1, 0]),
+        (good, [0, 0]),
+    ):
+        capacity = np.asarray(capacity, np.float32)
+        assert score(weight, np.asarray(placement), 2, capacity) == 0
+    # Experts without load may be anywhere.
+    idle = np.array([[6.0, 2.0, 0.0]])
+    assert score(idle, np.array([[0, 1, 1, -1]]), 2, even) > 0
+    on_dead = np.array([[0, 1, 2, -1]])
+    assert score(idle, on_dead, 2, np.float32([1, 0])) == 1
+
+
+def test_no_score_is_above_one(rng):
+    # Sums of float32 numbers round: a mean may come out above the largest.
+    weight = rng.lognormal(0, 1, (500, 1)).astype(np.float32)
+    weight = np.repeat(weight, 12, axis=1)
+    placement = np.tile(np.arange(12), (500, 1))
+    for devices in (1, 3, 12):
+        score = np.asarray(balancedness(weight, placement, devices))
+        assert ((score <= 1) & (score > 1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    "num_replicas, num_devices, message",
+    [
+        (2, 2, "num_replicas=2 is less than the number of experts 3"),
+        (4, 3, "num_replicas=4 must be a multiple of num_gpus=3"),
+        (4, 0, "num_gpus=0 must be a positive int"),
+    ],
+)
+def test_sizes_without_a_bound_are_refused(num_replicas, num_devices, message):
+    with pytest.raises(ValueError, match=message):
+        balancedness_bound([[6.0, 2.0, 1.0]], num_replicas, num_devices)
+
+
 def test_a_placement_that_cannot_be_divided_is_refused():
     with pytest.raises(ValueError, match=r"shape \(1, 5\) cannot be divided among"):
         balancedness([[1.0, 2.0]], np.zeros((1, 5), int), 2)

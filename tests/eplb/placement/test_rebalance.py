@@ -175,6 +175,16 @@ def test_integer_counts_become_float32_as_in_upstream():
     check_equal(rebalance_experts(weight, 6, 1, 1, 2), expected)
 
 
+def test_groups_that_nodes_do_not_divide_are_ignored_as_upstream_does():
+    for weight, sizes in (
+        ([[10, 20, 30, 40]], (8, 3, 2, 4)),
+        (loads("lognormal", 0, (2, 12)), (16, 5, 2, 8)),
+    ):
+        weight = np.asarray(weight, np.float32)
+        expected = eplb_numpy.rebalance_experts(weight, *sizes)
+        check_equal(rebalance_experts(weight, *sizes), expected)
+
+
 def test_policies_by_name():
     weight = loads("lognormal", 3, (3, 32))
     same = [

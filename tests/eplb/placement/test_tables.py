@@ -126,6 +126,10 @@ def test_bad_input():
         ExpertTables.from_placement(jnp.array([[0, 1, 1]]), 2, max_replicas=1)
     with pytest.raises(ValueError, match="max_replicas=0 must be at least 1"):
         ExpertTables.from_placement(jnp.array([[0, 1]]), 3)
+    with pytest.raises(ValueError, match="holds 3, but there are 3 experts"):
+        ExpertTables.from_placement(jnp.array([[0, 1, 2, 3]]), 3)
+    with pytest.raises(ValueError, match=r"is float32\[1, 2\], but experts are int"):
+        ExpertTables.from_placement(jnp.array([[0.9, 1.2]]), 2)
     with pytest.raises(ValueError, match=r"shape \(1, 1, 2\)"):
         ExpertTables.from_placement(jnp.zeros((1, 1, 2), jnp.int32), 2)
     tables = random_tables(0)

@@ -103,8 +103,10 @@ def test_a_gain_must_be_worth_it():
     counts = draw(rng, rng.lognormal(sigma=1.0, size=(LAYERS, EXPERTS)))
     balancer = make(min_gain=0.9)
     state, plan = follow(balancer)(balancer.init(), counts)
-    assert balancer.metrics(state)["balancedness"] < 0.8
+    metrics = balancer.metrics(state)
+    assert metrics["balancedness"] < 0.8
     assert not plan.is_changed.any()
+    assert metrics["num_rejected"] == LAYERS and metrics["num_refused"] == 0
 
 
 @pytest.mark.slow
@@ -271,6 +273,12 @@ def test_a_state_is_a_pytree_of_arrays():
         ),
         ({"num_physical_experts": 8}, r"at least .*num_experts=12"),
         ({"every": 0}, "every=0 must be at least 1"),
+        ({"every": 2.5}, "every=2.5 must be at least 1, an int"),
+        ({"num_layers": 3.0}, "num_layers=3.0 must be at least 1, an int"),
+        ({"max_moves": 2.0}, "max_moves=2.0 must be at least 1, an int"),
+        ({"max_replicas": 0}, "max_replicas=0 must be at least 1"),
+        ({"min_gain": float("nan")}, r"min_gain=nan must be in \[0, 1\]"),
+        ({"min_gain_per_move": float("nan")}, "min_gain_per_move=nan must be finite"),
         ({"layers_per_plan": 4}, "between 1 and .*num_layers=3"),
         ({"max_moves": 0}, "a swap of two experts is 2"),
         ({"below": 1.5}, r"below=1.5 must be in \[0, 1\]"),
@@ -290,6 +298,8 @@ def test_what_does_not_fit_the_balancer():
         balancer.init(np.zeros((LAYERS, PHYSICAL + 4), np.int32))
     with pytest.raises(ValueError, match="Expert 1 of layer 0 has no replica"):
         balancer.init(np.zeros((LAYERS, PHYSICAL), np.int32))
+    with pytest.raises(ValueError, match=r"float64.* but experts are integers"):
+        balancer.init(np.zeros((LAYERS, PHYSICAL)))
     with pytest.raises(ValueError, match=r"counts has shape \(3, 11\)"):
         balancer.observe(state, jnp.zeros((LAYERS, 11)))
     with pytest.raises(ValueError, match="leaves 2 of 4 devices alive"):
