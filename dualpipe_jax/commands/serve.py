@@ -23,7 +23,12 @@ from dualpipe_jax.deepseek.serve import (
     prometheus,
 )
 from dualpipe_jax.profiles import profile
-from dualpipe_jax.train import CompileProgress, compilation_cache, load_as
+from dualpipe_jax.train import (
+    CompileProgress,
+    compilation_cache,
+    load_as,
+    rare_collections,
+)
 
 _OPTIONS = ("max_tokens", "temperature", "seed")
 
@@ -101,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     with cache, _opened(args.prompts) as file:
         # Typed prompts are answered line by line; piped ones are served together.
         groups = ([line] for line in file) if file.isatty() else [list(file)]
-        engine = _start(config, args.run, console)
+        with rare_collections():
+            engine = _start(config, args.run, console)
         profiled = contextlib.nullcontext()
         if args.profile is not None:
             profiled = profile(args.profile, *engine.programs.compiled)

@@ -21,6 +21,7 @@ try:
         CompileProgress as CompileProgress,
         Job as Job,
         compile_together as compile_together,
+        rare_collections as rare_collections,
     )
     from dualpipe_jax.train.config import (
         AXES as AXES,

@@ -44,7 +44,7 @@ def compile_together(
       The compiled programs, in the order of the jobs.
     """
     progress = progress or CompileProgress(Console(quiet=True))
-    with _rare_collections(), futures.ThreadPoolExecutor(len(jobs)) as pool:
+    with rare_collections(), futures.ThreadPoolExecutor(len(jobs)) as pool:
         running = []
         for job in jobs:
             progress.tracing(job.name)
@@ -58,7 +58,7 @@ def compile_together(
 
 
 @contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
+def rare_collections() -> Iterator[None]:
     """Lets Python look for garbage less often.
 
     Tracing makes objects by the million and hardly any garbage; looking for it takes
