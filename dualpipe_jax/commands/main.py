@@ -107,7 +107,7 @@ def _without_collections() -> Iterator[None]:
 
 def _missing_package(error: BaseException | None) -> str:
     """Returns which other package's absence has caused an error; empty: none."""
-    while error is not None:
+    while isinstance(error, ImportError):
         # Other errors that say what to install do not know which command runs.
         if isinstance(error, ModuleNotFoundError):
             package = (error.name or "").partition(".")[0]

@@ -3,8 +3,8 @@
 A step's call chain: `loop` (the job), `step` (the jitted programs), `model` (what a
 model is), then `executor`.
 
-Imports: schedules, schedules.generators, lowering, pictures, executor, gpu.overlap,
-profiles.
+Imports: checked, schedules, schedules.generators, lowering, pictures, executor,
+gpu.overlap, profiles.
 """
 
 import importlib.util

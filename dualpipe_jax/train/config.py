@@ -6,18 +6,22 @@ a `ModelConfig`, so that the loop knows no architecture.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from jax.sharding import Mesh
 
+from dualpipe_jax.checked import Count, Range, Size, check_fields
 from dualpipe_jax.schedules import Schedule
 from dualpipe_jax.schedules.generators import SCHEDULES
 from dualpipe_jax.train.model import ModelConfig
@@ -59,18 +63,17 @@ class OptimizerConfig:
         their squares, parameters and gradients are float32.
     """
 
-    learning_rate: float
-    warmup_steps: int
-    final_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    mean_dtype: str = "float32"
+    learning_rate: Annotated[float, Range(0)]
+    warmup_steps: Size
+    final_fraction: Annotated[float, Range(0, 1)] = 0.1
+    b1: Annotated[float, Range(0, 1, below=True)] = 0.9
+    b2: Annotated[float, Range(0, 1, below=True)] = 0.95
+    weight_decay: Annotated[float, Range(0)] = 0.1
+    clip_norm: Annotated[float, Range(0, above=True)] = 1.0
+    mean_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        if self.mean_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"{self.mean_dtype=} must be 'float32' or 'bfloat16'.")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,48 +114,37 @@ class TrainConfig:
 
     name: str
     model: ModelConfig
-    mesh: Mapping[str, int]
+    mesh: Mapping[Literal["pp", "dp", "ep"], Count]
     schedule: str | Callable[[int, int], Schedule]
-    num_microbatches: int
-    microbatch_size: int
-    sequence_length: int
-    num_steps: int
+    num_microbatches: Count
+    microbatch_size: Count
+    sequence_length: Count
+    num_steps: Count
     optimizer: OptimizerConfig
-    eval_every: int = 50
-    checkpoint_every: int = 100
-    max_skipped_steps: int = 0
-    ignore_index: int | None = None
+    eval_every: Count = 50
+    checkpoint_every: Count = 100
+    max_skipped_steps: Size = 0
+    ignore_index: Size | None = None
     trainable: Any = None
-    held_out_fraction: float = 0.05
-    seed: int = 0
+    held_out_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.05
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
     shard_at_rest: bool = False
-    sample_tokens: int = 0
+    sample_tokens: Size = 0
     platform: str | None = None
     overlap: bool | None = None
 
     def __post_init__(self):
-        for field in (
-            "microbatch_size",
-            "sequence_length",
-            "num_steps",
-            "eval_every",
-            "checkpoint_every",
-        ):
-            if (value := getattr(self, field)) < 1:
-                raise ValueError(f"{field}={value} must be at least 1.")
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"{self.max_skipped_steps=} must be at least 0.")
-        if self.ignore_index is not None and self.ignore_index < 0:
+        check_fields(self)
+        # It names a folder below `runs`.
+        if not self.name or re.search(r"[/\\\0]", self.name) or self.name[0] == ".":
             raise ValueError(
-                f"{self.ignore_index=} must be a token of the data, which are at least "
-                "0; give padding a token of its own."
+                f"{self.name=} must be the name of a folder, without a slash or a "
+                "leading dot."
             )
-        if "pp" not in self.mesh or not set(self.mesh) <= set(AXES):
+        if "pp" not in self.mesh:
             raise ValueError(
                 f"mesh={dict(self.mesh)} must have the axis pp, and may have dp and ep."
             )
-        if any(size < 1 for size in self.mesh.values()):
-            raise ValueError(f"mesh={dict(self.mesh)}: each size must be at least 1.")
         if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
             raise ValueError(f"{self.schedule=} must be one of {', '.join(SCHEDULES)}.")
         split = self.mesh_shape["dp"] * self.mesh_shape["ep"]
@@ -160,10 +152,6 @@ class TrainConfig:
             raise ValueError(
                 f"{self.microbatch_size=} must be a multiple of {split}, the devices "
                 "of the axes dp and ep together."
-            )
-        if not 0 < self.held_out_fraction < 1:
-            raise ValueError(
-                f"{self.held_out_fraction=} must lie between 0 and 1, neither included."
             )
 
     @property
@@ -235,13 +223,34 @@ def load_as(kind: type[Config], name: str) -> Config:
             f"{kind.__name__}. To use another function, name it after a colon, as in "
             "profiles:training."
         )
-    config = make()
+    with _errors_in_one_line(Path(str(module.__file__))):
+        config = make()
     if not isinstance(config, kind):
         raise ValueError(
             f"{function}() of {module.__file__} returns a {type(config).__name__}; it "
             f"must return a {kind.__name__}."
         )
     return config
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(path: Path) -> Iterator[None]:
+    """Turns whatever the code of a config raises into a `ValueError` of one line."""
+    try:
+        yield
+    except Exception as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename) == path
+        ]
+        line, reason = lines[-1] if lines else None, str(error)
+        if isinstance(error, SyntaxError):
+            line, reason = error.lineno, error.msg
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        where = f"{path}, line {line}" if line else str(path)
+        raise ValueError(f"{where}: {' '.join(reason.split())}") from error
 
 
 def _load(name: str) -> ModuleType:
@@ -252,7 +261,8 @@ def _load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with _errors_in_one_line(path):
+            spec.loader.exec_module(module)
         return module
     if "." in name and not name.endswith(".py"):
         try:

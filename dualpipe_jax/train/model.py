@@ -7,7 +7,7 @@ a subclass of `PipelineModel` with four methods.
 from __future__ import annotations
 
 import abc
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -18,6 +18,7 @@ from dualpipe_jax.schedules import Schedule
 PyTree = Any
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """A frozen dataclass that lays its model over a schedule's stages."""
 

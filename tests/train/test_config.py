@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import hypothesis
+import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from dualpipe_jax.train import config as config_module
+from dualpipe_jax.commands import main as cli
+from dualpipe_jax.train import OptimizerConfig, TrainConfig, config as config_module
 from tests.train import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -91,22 +96,91 @@ def test_recipes_are_where_only_the_packages_are_installed(tmp_path):
         ({"sequence_length": 0}, r"sequence_length=0 must be at least 1"),
         ({"eval_every": -1}, r"eval_every=-1 must be at least 1"),
         ({"max_skipped_steps": -1}, r"max_skipped_steps=-1 must be at least 0"),
-        ({"ignore_index": -100}, r"ignore_index=-100 must be a token of the data"),
+        ({"ignore_index": -100}, r"ignore_index=-100 must be at least 0"),
         ({"mesh": {"dp": 2}}, r"mesh=\{'dp': 2\} must have the axis pp"),
         (
             {"mesh": {"pp": 2, "tp": 2}},
-            r"must have the axis pp, and may have dp and ep",
+            r"mesh=.*: 'tp' must be 'pp' or 'dp' or 'ep'\.",
         ),
         ({"schedule": "dualpip"}, r"schedule='dualpip' must be one of dualpipe, dual"),
         ({"mesh": {"pp": 2, "ep": 4}}, r"microbatch_size=2 must be a multiple of 4"),
-        ({"mesh": {"pp": 2, "dp": 0}}, r"each size must be at least 1"),
+        ({"mesh": {"pp": 2, "dp": 0}}, r"mesh=.*: 0 must be at least 1\."),
         ({"mesh": {"pp": 2, "dp": 3}}, r"microbatch_size=2 must be a multiple of 3"),
-        ({"held_out_fraction": 1.0}, r"held_out_fraction=1.0 must lie between 0 and 1"),
+        ({"held_out_fraction": 1.0}, r"held_out_fraction=1.0 must be below 1"),
+        ({"name": None}, r"name=None must be a text"),
+        ({"name": "../a"}, r"name='../a' must be the name of a folder"),
+        ({"seed": 2**70}, r"seed=1180\d+ must be at most 9223372036854775807"),
+        ({"num_steps": float("inf")}, r"num_steps=inf must be an integer"),
+        ({"eval_every": True}, r"eval_every=True must be an integer"),
+        ({"model": None}, r"model=None must be a ModelConfig"),
+        ({"schedule": 3}, r"schedule=3 must be a text or a function"),
+        ({"overlap": 1}, r"overlap=1 must be True or False or None"),
     ],
 )
 def test_values_that_cannot_be_run_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny.config(), **change)
+
+
+BAD = [None, True, "2", "", b"", -1, 0, 2.5, float("nan"), float("inf"), 2**70]
+BAD += [10**400, [], {}, {"pp": "2"}, {2: 2}, object(), int]
+BAD += [np.float32(0.5), np.int64(2)]
+FIELDS = [
+    (kind, field.name)
+    for kind in (TrainConfig, OptimizerConfig)
+    for field in dataclasses.fields(kind)
+]
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(BAD)), min_size=1)
+)
+@hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+def test_any_field_of_any_value_is_one_line_or_legal(changes):
+    config = tiny.config()
+    changed = {kind: {} for kind in (TrainConfig, OptimizerConfig)}
+    for (kind, name), value in changes[:3]:
+        changed[kind][name] = value
+    try:
+        optimizer = dataclasses.replace(config.optimizer, **changed[OptimizerConfig])
+        config = dataclasses.replace(
+            config, **{"optimizer": optimizer} | changed[TrainConfig]
+        )
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 300
+        assert any(
+            str(error).startswith(f"{name}=") for *_, name in FIELDS
+        ) or re.match(r"self\.(name|schedule|microbatch_size)", str(error)), error
+        return
+    # What is left is of the types that it says, and can be written.
+    read = json.loads(config.to_json(), parse_constant=pytest.fail)
+    for name, kind in (("num_steps", int), ("seed", int), ("held_out_fraction", float)):
+        assert type(read[name]) is kind
+    assert config.num_devices >= 1 and config.tokens_per_step >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def config(:\n", r"bad.py, line 1: SyntaxError: "),
+        ("import numpy\n1 / 0\n", r"bad.py, line 2: ZeroDivisionError: division by"),
+        ("import no_such\n", r"bad.py, line 1: ModuleNotFoundError: No module named"),
+        ("def config():\n\n  return {}['a']\n", r"bad.py, line 3: KeyError: 'a'"),
+        (
+            "import dataclasses\nfrom tests.train import tiny\n"
+            "def config():\n  c = tiny.config()\n"
+            "  return dataclasses.replace(c, num_steps=0)\n",
+            r"bad.py, line 5: num_steps=0 must be at least 1\.$",
+        ),
+    ],
+)
+def test_a_config_file_that_raises_is_one_line(text, message, tmp_path, capsys):
+    (tmp_path / "bad.py").write_text(text)
+    args = ["train", str(tmp_path / "bad.py"), "--out", str(tmp_path / "run")]
+    assert cli.main(args) == 2
+    errors = capsys.readouterr().err
+    assert re.search(message, errors) and errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_json_names_the_schedule():

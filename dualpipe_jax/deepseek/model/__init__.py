@@ -4,7 +4,8 @@ The call chain of a training step: `pipeline` (what the job calls), `preparation
 per step), `stage` and `ends` (per microbatch), `balancing` (after the step). Shape
 suffixes: see `dualpipe_jax.deepseek`.
 
-Imports: schedules, planning, executor, train, eplb_jax.placement, eplb_jax.layer.
+Imports: checked, schedules, planning, executor, train, eplb_jax.placement,
+eplb_jax.layer.
 """
 
 from dualpipe_jax.deepseek.model.balancing import RouterState as RouterState

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-_MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}
+from dualpipe_jax.checked import Count, Range, Size, check_fields
+
+Positive = Annotated[float, Range(0, above=True)]
 
 
 class ParameterCount(NamedTuple):
@@ -70,40 +72,32 @@ class DeepSeekConfig:
       3
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    first_k_dense_replace: int
-    intermediate_size: int
-    num_attention_heads: int
-    q_lora_rank: int | None = None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    n_routed_experts: int
-    moe_intermediate_size: int
-    num_experts_per_tok: int
-    n_shared_experts: int = 1
-    n_group: int = 1
-    topk_group: int = 1
-    routed_scaling_factor: float = 1.0
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.006
+    vocab_size: Count
+    hidden_size: Count
+    num_hidden_layers: Count
+    first_k_dense_replace: Size
+    intermediate_size: Count
+    num_attention_heads: Count
+    q_lora_rank: Count | None = None
+    kv_lora_rank: Count
+    qk_nope_head_dim: Count
+    qk_rope_head_dim: Count
+    v_head_dim: Count
+    n_routed_experts: Count
+    moe_intermediate_size: Count
+    num_experts_per_tok: Count
+    n_shared_experts: Size = 1
+    n_group: Count = 1
+    topk_group: Count = 1
+    routed_scaling_factor: Positive = 1.0
+    rope_theta: Positive = 10_000.0
+    rms_norm_eps: Positive = 1e-6
+    initializer_range: Annotated[float, Range(0)] = 0.006
     tie_word_embeddings: bool = False
-    num_nextn_predict_layers: int = 0
+    num_nextn_predict_layers: Size = 0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, least = (
-                getattr(self, field.name),
-                int(field.name not in _MAY_BE_ZERO),
-            )
-            if field.type == "int" and value < least:
-                raise ValueError(f"{field.name}={value} must be at least {least}.")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"{self.q_lora_rank=} must be at least 1, or None.")
+        check_fields(self)
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
                 f"{self.first_k_dense_replace=} must be at most "
