@@ -49,7 +49,8 @@ def stdlib_files() -> list[Path]:
 def find_files(paths: Iterable[str | Path]) -> list[Path]:
     """Finds the files that `paths` name: files, and all files below folders.
 
-    Hidden files and folders are left out, unless a path names them.
+    Hidden files and folders are left out, unless a path names them. So is what cannot
+    be read as a file: pipes, sockets, links that lead nowhere.
 
     Raises:
       ValueError: a path does not exist, or there is no file at all.
@@ -247,9 +248,10 @@ def _read_tokens(files: Sequence[Path]) -> np.ndarray:
 
 def _files_below(folder: Path, excluded: frozenset[str] = frozenset()) -> list[Path]:
     """All files except in excluded or hidden folders, sorted by relative path."""
-    files = []
+    files: list[Path] = []
     for parent, folders, names in os.walk(folder):
         # In place: os.walk then does not enter them.
         folders[:] = [f for f in folders if f not in excluded and f[0] != "."]
-        files += [Path(parent, name) for name in names if name[0] != "."]
+        paths = (Path(parent, name) for name in names if name[0] != ".")
+        files += [path for path in paths if path.is_file()]
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())

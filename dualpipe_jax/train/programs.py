@@ -63,6 +63,11 @@ class Programs:
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Raises a ValueError for tokens outside of the model's vocabulary."""
+        if tokens.min() < 0:
+            raise ValueError(
+                f"the data holds token {tokens.min()}; tokens are at least 0, and "
+                "ignore_index names one that is no target."
+            )
         if self.vocab_size is not None and tokens.max() >= self.vocab_size:
             raise ValueError(
                 f"the data holds token {tokens.max()}, but the model's vocab_size is "

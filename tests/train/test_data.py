@@ -1,5 +1,6 @@
 """What is read, what is held out, and the order in which sequences come."""
 
+import os
 import sysconfig
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def test_the_order_of_files_depends_on_their_names_only(folder, monkeypatch):
     again = data.load_text([folder], sequence_length=8)
     np.testing.assert_array_equal(again.train, first.train)
     np.testing.assert_array_equal(again.held_out, first.held_out)
+
+
+def test_what_is_no_file_is_left_out(folder):
+    before = data.find_files([folder])
+    os.mkfifo(folder / "pipe")  # to open it would wait for a writer
+    (folder / "link").symlink_to(folder / "nowhere")
+    (folder / "loop").symlink_to(folder / "loop")
+    assert data.find_files([folder]) == before
+    with pytest.raises(ValueError, match="pipe is not a file or folder"):
+        data.find_files([folder / "pipe"])
 
 
 def test_a_hidden_file_is_read_if_it_is_named(folder):

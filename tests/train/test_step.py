@@ -291,6 +291,8 @@ def test_tokens_outside_the_vocabulary_are_refused():
         ValueError, match=r"token 256, but the model's vocab_size is 256"
     ):
         programs.check_tokens(np.array([3, 256]))
+    with pytest.raises(ValueError, match=r"token -100; tokens are at least 0"):
+        programs.check_tokens(np.array([3, -100]))
 
 
 def test_the_mean_of_gradients_can_be_kept_in_bfloat16():
