@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dualpipe_jax.schedules import Costs, Schedule
-from dualpipe_jax.schedules.generators import SCHEDULES
+from dualpipe_jax.schedules.generators import SCHEDULES, check_size
 
 
 def parse_costs(text: str) -> Costs:
@@ -126,4 +126,5 @@ def read_schedule(args: argparse.Namespace) -> Schedule:
     missing = [name for name, size in sizes.items() if size is None]
     if missing:
         raise ValueError(f"{args.kind} needs {' and '.join(missing)}.")
+    check_size(args.ranks, args.microbatches)
     return SCHEDULES[args.kind](args.ranks, args.microbatches)

@@ -11,7 +11,7 @@ from dualpipe_jax.commands.arguments import (
     read_integers,
 )
 from dualpipe_jax.pictures import bubble_ratio, bubble_ratios, bubble_table
-from dualpipe_jax.schedules.generators import SCHEDULES
+from dualpipe_jax.schedules.generators import SCHEDULES, check_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table, or draws a figure."""
+    numbers = None
+    if args.microbatches:
+        numbers = read_integers("--microbatches", args.microbatches)
+    check_size(args.ranks, max(numbers or [8 * args.ranks]))
     given = (
         args.ranks,
-        read_integers("--microbatches", args.microbatches)
-        if args.microbatches
-        else None,
+        numbers,
         parse_costs(args.costs),
         args.schedules.split(",") if args.schedules else None,
     )

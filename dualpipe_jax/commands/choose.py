@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dualpipe_jax.commands.arguments import parse_costs, read_fields, read_integers
 from dualpipe_jax.pictures import parse_bytes
 from dualpipe_jax.planning import Remat, StageMemory, rank_schedules
-from dualpipe_jax.schedules.generators import SCHEDULES
+from dualpipe_jax.schedules.generators import SCHEDULES, check_size
 
 _ACTIVATIONS = (
     "residuals",
@@ -88,9 +88,11 @@ def run(args: argparse.Namespace) -> int:
     if missing := [name for name in "FIW" if name not in given]:
         raise ValueError(f"--costs lacks {', '.join(missing)}; give F, I and W.")
     limit = held.pop("limit")
+    numbers = read_integers("--microbatches", args.microbatches)
+    check_size(args.ranks, max(numbers))
     ranking = rank_schedules(
         args.ranks,
-        read_integers("--microbatches", args.microbatches),
+        numbers,
         parse_costs(args.costs),
         StageMemory(**activations, **held),
         limit=limit,

@@ -79,11 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has closed the pipe; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, RecursionError) as error:
         name = " ".join([parser.prog, *argv[:1]])
         if package := _missing_package(error):
             extra = COMMANDS[argv[0]].extra
             error = f"needs {package}; pip install 'dualpipe-jax[{extra}]'."
+        if isinstance(error, MemoryError | RecursionError):
+            what = f"{type(error).__name__}: {error}".removesuffix(": ")
+            error = f"{what}; the input is too large, or nested too deeply."
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from dualpipe_jax.checked import Count, Range, Size, check_fields
 from dualpipe_jax.schedules import Schedule
-from dualpipe_jax.schedules.generators import SCHEDULES
+from dualpipe_jax.schedules.generators import SCHEDULES, check_size
 from dualpipe_jax.train.model import ModelConfig
 from eplb_jax import lookup
 
@@ -147,6 +147,7 @@ class TrainConfig:
             )
         if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
             raise ValueError(f"{self.schedule=} must be one of {', '.join(SCHEDULES)}.")
+        check_size(self.mesh["pp"], self.num_microbatches)
         split = self.mesh_shape["dp"] * self.mesh_shape["ep"]
         if self.microbatch_size % split:
             raise ValueError(

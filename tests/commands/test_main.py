@@ -17,6 +17,9 @@ from dualpipe_jax.schedules.schedule import Schedule
 from dualpipe_jax.schedules.simulator import Costs, simulate
 
 SIZES = ["--ranks", "4", "--microbatches", "8"]
+MANY = ["--microbatches", "1000000000"]
+CHOICE = ["--costs", "F=1,I=1,W=1", "--activations", "residuals=1,wgrad_residuals=1"]
+CHOICE += ["--memory", "limit=9,parameters=1,gradients=1"]
 DEEPSEEK = "F=97,I=104,W=35,B=139,FB=129,p2p=1.2"
 
 
@@ -155,6 +158,10 @@ def test_simulate_table(capsys):
             r"format='gif' .* is unknown",
         ),
         (["schedule", "gpipe", *SIZES, "--out", "no/such/a.svg"], r"No such file"),
+        (["simulate", "dualpipe", "--ranks", "4", *MANY], r"is more than 1,048,576"),
+        (["bubbles", "--ranks", "4", *MANY], r"num_microbatches=1000000000 is more"),
+        (["choose", "--ranks", "4", *MANY, *CHOICE], r"num_microbatches=1000000000 is"),
+        (["report", "nested"], r"report: error: RecursionError: .*nested too deeply"),
         (["simulate", "missing.csv"], r"No such file or directory: 'missing.csv'"),
         (["simulate", "bad.csv", "--ranks", "2"], r"own sizes; leave out --ranks"),
         (["simulate", "bad.csv"], r"The schedule deadlocks: rank \d at"),
@@ -165,6 +172,8 @@ def test_errors_are_one_line_and_exit_2(args, message, capsys, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.csv").write_text("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n")
     (tmp_path / "short.csv").write_text("0F1,0B1\n")
+    (tmp_path / "nested").mkdir()
+    (tmp_path / "nested" / "config.json").write_text(100_000 * "[" + 100_000 * "]")
     try:
         status = cli.main(args)
     except SystemExit as error:  # argparse's own way

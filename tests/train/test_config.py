@@ -107,6 +107,10 @@ def test_recipes_are_where_only_the_packages_are_installed(tmp_path):
         ({"mesh": {"pp": 2, "dp": 0}}, r"mesh=.*: 0 must be at least 1\."),
         ({"mesh": {"pp": 2, "dp": 3}}, r"microbatch_size=2 must be a multiple of 3"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction=1.0 must be below 1"),
+        (
+            {"num_microbatches": 2**30},
+            r"num_microbatches=1073741824 is more than 1,048",
+        ),
         ({"name": None}, r"name=None must be a text"),
         ({"name": "../a"}, r"name='../a' must be the name of a folder"),
         ({"seed": 2**70}, r"seed=1180\d+ must be at most 9223372036854775807"),

@@ -7,3 +7,4 @@ Imports: schedules. Without jax.
 """
 
 from dualpipe_jax.schedules.generators.names import SCHEDULES as SCHEDULES
+from dualpipe_jax.schedules.generators.sizes import check_size as check_size
