@@ -138,6 +138,9 @@ def test_a_model_without_experts_has_nothing_to_balance():
     "make, message",
     [
         (lambda: EplbConfig(0, 4), "every=0 must be at least 1 step"),
+        (lambda: EplbConfig(2.5, 4), r"every=2\.5 must be at least 1 step, an int"),
+        (lambda: EplbConfig(1, 0.5), r"num_redundant=0\.5 must be at least 0, an int"),
+        (lambda: EplbConfig(1, 4, num_nodes=0), "num_nodes=0 must be at least 1"),
         (lambda: EplbConfig(1, -1), "num_redundant=-1 must be at least 0"),
         (lambda: EplbConfig(1, 4, decay=1.0), r"decay=1.0 must be in \[0, 1\)"),
         (

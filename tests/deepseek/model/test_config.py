@@ -221,6 +221,7 @@ def test_no_other_size_may_be_zero():
             "'mlp' is unknown; choose from attention, ex",
         ),
         ({"compute_dtype": "float16"}, "compute_dtype='float16' must be 'float32' or"),
+        ({"buffer_factor": -1.0}, "buffer_factor=-1.0 must be positive and finite"),
         ({"head_cost": 1.0}, "layer_costs and head_cost share a unit; set both"),
         ({"layer_costs": (1.0,) * 3}, "layer_costs and head_cost share a unit"),
         (

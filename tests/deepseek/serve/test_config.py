@@ -51,6 +51,8 @@ def test_lengths_that_are_not_given_follow_from_others(given, expected):
         ({"requests_per_device": 3}, "requests_per_device=3 must be even"),
         ({"prompts_per_device": 3}, "prompts_per_device=3 must be even"),
         ({"max_prefill_tokens": 97}, "max_prefill_tokens=97 must be even"),
+        ({"buffer_factor": 0}, "buffer_factor=0 must be positive and finite"),
+        ({"buffer_factor": float("nan")}, "buffer_factor=nan must be positive"),
         (
             {"max_prompt_length": 97},
             "max_prompt_length=97 must be at most .*context_length=96",
@@ -81,6 +83,7 @@ def test_settings_that_do_not_fit(change, message):
     "change, message",
     [
         ({"every": 0}, "every=0 must be at least 1 step"),
+        ({"every": 2.5}, r"every=2\.5 must be at least 1 step, an int"),
         ({"decay": 1.0}, r"decay=1.0 must be in \[0, 1\)"),
     ],
 )
