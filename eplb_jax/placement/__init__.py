@@ -30,6 +30,7 @@ from eplb_jax.placement.quality import (
     balancedness_bound,
     count_duplicates as count_duplicates,
     count_moves as count_moves,
+    device_loads as device_loads,
     device_uses as device_uses,
     physical_expert_loads as physical_expert_loads,
     remote_share as remote_share,

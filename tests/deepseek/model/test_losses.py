@@ -97,9 +97,9 @@ def test_without_tokens_the_loss_is_zero(max_logits):
     targets = np.random.default_rng(2).integers(11, size=(2, 5), dtype=np.int32)
 
     def total(hidden, kernel, empty):
-        nothing = [(x, np.zeros(x.shape[:-1], np.int32)) for x in empty]
+        nothing = [(x, np.zeros(x.shape[:-1], np.int32), None) for x in empty]
         terms = [cross_entropies(nothing, kernel, max_logits=max_logits)]
-        sets = [(hidden, targets), *nothing]
+        sets = [(hidden, targets, None), *nothing]
         terms.append(cross_entropies(sets, kernel, max_logits=max_logits))
         return sum(jax.tree.leaves(terms))
 
