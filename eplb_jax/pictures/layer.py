@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from eplb_jax.placement import physical_expert_loads
+from eplb_jax.placement import as_placement, physical_expert_loads
 
 
 def read_layer(
@@ -21,7 +21,7 @@ def read_layer(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns loads, experts, and each one's fraction of its device's fair share."""
     weight_E = np.asarray(weight, np.float32)
-    expert_S = np.asarray(physical_to_logical_map, np.int32)
+    expert_S = np.asarray(as_placement(physical_to_logical_map, weight_E.size))
     if weight_E.ndim != 1 or expert_S.ndim != 1 or expert_S.size % num_devices:
         raise ValueError(
             f"weight has shape {weight_E.shape} and physical_to_logical_map "

@@ -13,6 +13,7 @@ from eplb_jax.placement.arrays import (
 )
 from eplb_jax.placement.checks import (
     as_capacity as as_capacity,
+    as_placement as as_placement,
     is_count as is_count,
     is_traced as is_traced,
 )

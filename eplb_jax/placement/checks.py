@@ -258,7 +258,7 @@ def is_count(value: Any) -> bool:
       (True, False, False)
     """
     is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return is_int and value >= 1
+    return is_int and bool(value >= 1)
 
 
 def is_traced(value: Any) -> bool:

@@ -20,6 +20,8 @@ from jax import lax
 
 from eplb_jax.placement.checks import is_count
 
+_LESS = 2.0**-8
+
 
 class LoadEstimator(NamedTuple):
     """An estimator of loads; made by `sum_of_last` or `moving_average`.
@@ -27,9 +29,9 @@ class LoadEstimator(NamedTuple):
     Attributes:
       init: (num_layers, num_experts) -> state.
       observe: (state, counts [layers, experts]) -> state, after one more step. Sum the
-        counts over the devices first, so that all devices agree. Counts are added in
-        float32, and their sums have to stay within its range.
+        counts over the devices first, so that all devices agree.
       estimate: state -> [layers, experts] float32 loads; zeros before the first step.
+        If they are beyond float32's range, all of them are, by one power of two, less.
     """
 
     init: Callable[[int, int], Any]
@@ -98,7 +100,9 @@ def sum_of_last(num_steps: int) -> LoadEstimator:
         return WindowState(counts_WLE, (at + 1) % num_steps)
 
     def estimate(state: WindowState) -> jax.Array:
-        return state.counts.sum(axis=0)
+        total_LE = state.counts.sum(axis=0)
+        parts_WLE = state.counts * 0.5 ** num_steps.bit_length()
+        return jnp.where(_is_finite(total_LE), total_LE, parts_WLE.sum(axis=0))
 
     return LoadEstimator(init, observe, estimate)
 
@@ -133,7 +137,14 @@ def moving_average(decay: float) -> LoadEstimator:
 
     def observe(state: AverageState, counts: jax.Array) -> AverageState:
         counts_LE = _as_counts(counts, state.total.shape)
-        return AverageState(decay * state.total + counts_LE, decay * state.weight + 1)
+        total_LE, weight = decay * state.total + counts_LE, decay * state.weight + 1
+        # Near the end of float32's range, the average reaches back less far.
+        is_inside = _is_finite(total_LE)
+        less_LE = decay * (state.total * _LESS) + counts_LE * _LESS
+        return AverageState(
+            jnp.where(is_inside, total_LE, less_LE),
+            jnp.where(is_inside, weight, weight * _LESS),
+        )
 
     def estimate(state: AverageState) -> jax.Array:
         return state.total / jnp.maximum(state.weight, 1)
@@ -203,6 +214,10 @@ def restore_state(path: str | Path, like: Any) -> Any:
                 "sizes."
             )
     return structure.unflatten([jnp.asarray(saved[name]) for name in names])
+
+
+def _is_finite(value: jax.Array) -> jax.Array:
+    return jnp.isfinite(value).all()
 
 
 def _as_counts(counts: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -9,7 +9,6 @@ Shape suffixes: see `eplb_jax`.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,12 +71,13 @@ def with_load(recording: Recording) -> Recording:
       ('busy',)
     """
     has_load_W = _has_load(recording.counts).any(axis=1)
-    names = itertools.compress(recording.names, has_load_W)
-    return Recording(tuple(names), recording.counts[has_load_W])
+    busy = np.flatnonzero(has_load_W)
+    return Recording(tuple(recording.names[i] for i in busy), recording.counts[busy])
 
 
 def _has_load(counts_WLE: np.ndarray) -> np.ndarray:
-    return (counts_WLE > 0).any(axis=2)
+    """Tells which layers have load in each window: [windows, layers]."""
+    return np.asarray((counts_WLE > 0).any(axis=2))
 
 
 def replay(
@@ -123,19 +123,9 @@ def replay(
       >>> {name: outcome.moved.tolist() for name, outcome in outcomes.items()}
       {'never': [0.0, 0.0], 'once': [...], 'upstream': [...], 'refine': [...]}
     """
-    if counts.ndim != 3 or len(counts) < 2:
-        raise ValueError(
-            f"counts has shape {counts.shape}, but replay needs at least two windows, "
-            "[windows, layers, experts]: it plans on one and scores on the next."
-        )
+    _check_counts(counts)
     has_load_WL = _has_load(counts)
     is_busy_W = has_load_WL.any(axis=1)
-    if is_busy_W.sum() < 2:
-        raise ValueError(
-            f"counts has load in {is_busy_W.sum()} of {len(counts)} windows, but "
-            "replay needs at least two windows with load: it plans on one and scores "
-            "on the next."
-        )
     if max_moves is None:
         max_moves = num_replicas // 6
     is_busy_L = has_load_WL.any(axis=0)
@@ -170,3 +160,20 @@ def replay(
             *(np.array(column) for column in zip(*steps, strict=True))
         )
     return outcomes
+
+
+def _check_counts(counts: np.ndarray) -> None:
+    if counts.ndim != 3 or len(counts) < 2:
+        raise ValueError(
+            f"counts has shape {counts.shape}, but replay needs at least two windows, "
+            "[windows, layers, experts]: it plans on one and scores on the next."
+        )
+    if counts.dtype.kind not in "biuf":
+        raise ValueError(f"counts is {counts.dtype}, but loads are real numbers.")
+    num_busy = _has_load(counts).any(axis=1).sum()
+    if num_busy < 2:
+        raise ValueError(
+            f"counts has load in {num_busy} of {len(counts)} windows, but "
+            "replay needs at least two windows with load: it plans on one and scores "
+            "on the next."
+        )

@@ -32,7 +32,8 @@ class RebalanceConfig(PlacementConfig):
       max_moves: most physical experts that one plan changes in a layer; None: a
         twelfth of them.
       below: balancedness under which a new plan is made for a layer.
-      min_gain: improvement in balancedness for which a layer is changed.
+      min_gain: fraction by which the load of the hottest device must fall for a layer
+        to be changed.
       decay: per step, of the moving average of the loads.
     """
 

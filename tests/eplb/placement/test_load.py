@@ -53,6 +53,17 @@ def test_a_window_goes_on_when_its_counter_ends():
         assert window.estimate(state).tolist() == [[expected, expected]]
 
 
+@pytest.mark.parametrize("estimator", [sum_of_last(4), moving_average(0.9)])
+def test_sums_beyond_the_range_of_float32(estimator):
+    counts = np.array([[3e38, 1.5e38, 0]], np.float32)
+    state = estimator.init(1, 3)
+    for _ in range(30):
+        state = estimator.observe(state, counts)
+        estimate = np.asarray(estimator.estimate(state), np.float64)
+        # rtol: a rounding of float32 for each step
+        np.testing.assert_allclose(estimate[0] / estimate[0, 0], [1, 0.5, 0], rtol=1e-5)
+
+
 def test_before_the_first_step_there_is_no_load():
     for estimator in (sum_of_last(3), moving_average(0.9)):
         assert not np.asarray(estimator.estimate(estimator.init(2, 4))).any()

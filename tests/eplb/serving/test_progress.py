@@ -143,11 +143,11 @@ def test_a_power_of_two_does_not_change_the_plans():
     counts = draw(rng, rng.lognormal(sigma=1.0, size=(LAYERS, EXPERTS)), 1000)
     balancer = make(estimator=sum_of_last(2))
     step, states = follow(balancer), {}
-    for power in (0, -120, 110):
+    for power in (0, -120, 119):  # the sum of two steps is infinite
         state = balancer.init()
         for _ in range(3):
             state, _ = step(state, np.ldexp(counts.astype(np.float32), power))
         states[power] = np.asarray(state.tables.physical_to_logical_map)
         assert int(state.num_moves) > 0
-    for power in (-120, 110):
+    for power in (-120, 119):
         np.testing.assert_array_equal(states[power], states[0])
