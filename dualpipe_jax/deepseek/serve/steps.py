@@ -58,17 +58,12 @@ class Steps:
         """Computes prompts; returns the state with them, and the next tokens [2, B]."""
         forward = self._forward(self.config.max_prefill_tokens // HALVES)
 
-        def prefill(weights: Any, each: Prompts, earlier: Any = None) -> Any:
+        def prefill(weights: Any, each: Prompts, earlier: Any) -> Any:
             params, tables = weights
             return forward.prefill(params, tables, each, earlier)
 
-        done = self._run_halves(
-            prefill,
-            lambda *args: prefill(*args)[0],
-            (params, state.balancer.tables),
-            [prompts[0]],
-            [prompts[1]],
-        )
+        weights = params, state.balancer.tables
+        done = self._run_halves(prefill, weights, [[each] for each in prompts])
         for each, (tokens_B, latents, _) in zip(prompts, done, strict=True):
             state = self._insert(state, each, tokens_B, latents)
         (first, _, loads), (second, _, more) = done
@@ -89,17 +84,13 @@ class Steps:
             for half in range(HALVES)
         ]
 
-        def decode(weights: Any, each: Requests, caches: Any, _: Any = ()) -> Any:
+        def decode(weights: Any, each: Requests, caches: Any, _: Any) -> Any:
             params, tables = weights
-            return forward.decode(params, tables, each, caches)
+            return forward.decode(params, tables, each, caches), ()
 
-        first, second = self._run_halves(
-            lambda *args: (decode(*args), ()),
-            decode,
-            (params, state.balancer.tables),
-            [halves[0], state.caches[0]],
-            [halves[1], state.caches[1]],
-        )
+        weights = params, state.balancer.tables
+        inputs = [list(each) for each in zip(halves, state.caches, strict=True)]
+        first, second = self._run_halves(decode, weights, inputs)
         tokens = jnp.stack([first[0], second[0]])
         state = state._replace(
             tokens=jnp.where(is_idle, state.tokens, tokens),
@@ -109,17 +100,30 @@ class Steps:
         return self._observe(state, first[2], second[2]), tokens
 
     def _run_halves(
-        self, first: Any, second: Any, weights: Any, one: list, other: list
+        self, run: Any, weights: Any, halves: list[list[Any]]
     ) -> tuple[Any, Any]:
-        """Runs both halves as `run_interleaved` does, if there is anything to overlap.
+        """Runs both halves, overlapped where there is anything to overlap.
 
         CPUs overlap nothing, and one device exchanges nothing.
+
+        Args:
+          run: from (weights, *inputs, handed) to (outputs, handed), where the second
+            half gets what the first one hands on, and the first gets None.
+          weights: that both read.
+          halves: inputs of each.
+
+        Returns:
+          The outputs of each.
         """
         if self.platform == "cpu" or self.config.axis_name is None:
-            outputs, handed = first(weights, *one)
-            return outputs, second(weights, *other, handed)
+            first, handed = run(weights, *halves[0], None)
+            return first, run(weights, *halves[1], handed)[0]
         return run_interleaved(
-            first, second, weights, one, other, platform=self.platform
+            lambda *args: run(*args, None),
+            lambda *args: run(*args)[0],
+            weights,
+            *halves,
+            platform=self.platform,
         )
 
     def rebalance(

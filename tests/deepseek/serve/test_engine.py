@@ -1,6 +1,7 @@
 """The server's tokens, whatever else it serves and wherever its experts are."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -25,9 +26,10 @@ def programs(config):
 
 @pytest.fixture
 def make_engine(config, programs):
-    def make(**changes):
+    def make(params=None, placement=None, **changes):
         changed = dataclasses.replace(config, **changes)
-        engine = Engine(changed, small_server.params(changed)[0])
+        params = small_server.params(changed)[0] if params is None else params
+        engine = Engine(changed, params, placement=placement)
         # The changes affect the host only, so the compiled programs are the same.
         engine.programs = programs
         return engine
@@ -120,6 +122,15 @@ def test_another_placement(config, make_engine):
         engine.state.balancer.tables.physical_to_logical_map, placement
     )
     np.testing.assert_array_equal(engine.generate(prompts, max_tokens=5), expected)
+    # The same from the start.
+    params, _ = small_server.params(config)
+    experts = [
+        jax.tree.map(lambda leaf, own=own: leaf[own], each)
+        for own, each in zip(placement, params.experts, strict=True)
+    ]
+    placed = params._replace(experts=experts)
+    engine = make_engine(placed, placement, rebalance=None)
+    np.testing.assert_array_equal(engine.generate(prompts, max_tokens=5), expected)
 
 
 def test_what_is_drawn_depends_on_the_request_alone(config, make_engine):
@@ -192,10 +203,12 @@ def test_what_is_refused_leaves_the_others_alone(config, make_engine):
         engine.generate([prompt, []], max_tokens=2)
     with pytest.raises(ValueError, match="request=999 is unknown"):
         engine.cancel(999)
-    with pytest.raises(ValueError, match="pass a placement of this model"):
-        engine.place(np.zeros((5, 24), np.int32))
-    with pytest.raises(ValueError, match="expert"):
-        engine.place(np.zeros((2, 24), np.int32))
+    params, _ = small_server.params(config)
+    for change in (engine.place, functools.partial(make_engine, params)):
+        with pytest.raises(ValueError, match="pass a placement of this model"):
+            change(np.zeros((5, 24), np.int32))
+        with pytest.raises(ValueError, match="Expert 1 of layer 0 has no replica"):
+            change(np.zeros((2, 24), np.int32))
     with pytest.raises(ValueError, match="capacity"):
         engine.set_capacity([1, 1, 1, 0, 0, 0, 0, 0])
     with pytest.raises(ValueError, match="counts"):

@@ -104,6 +104,10 @@ def test_weights_are_those_of_the_checkpoint(folder, config):
         params.experts[0].gate, moe["experts"]["gate"][stage][expert]
     )
     assert placement.shape == (1, 6) and set(placement.ravel()) == set(range(4))
+    placed, same = load_checkpoint(config, folder, is_placed=True)
+    np.testing.assert_array_equal(same, placement)
+    for name, leaf in placed.experts[0]._asdict().items():
+        np.testing.assert_array_equal(leaf, moe["experts"][name][stage][placement[0]])
 
 
 def test_what_cannot_be_loaded(folder, config, tmp_path):
