@@ -1,17 +1,20 @@
 """Differences between the supported versions of JAX (0.10, 0.11, 0.12), in one place.
 
 Everything else in the package uses JAX's public names, including `jax.extend.core`. If
-a version has moved something, a function here hides it. No decisions are made here.
+a version has moved something, or jax reads a setting once only, a function here hides
+it. No decisions are made here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.extend import core as jex_core
 
 # Calls that only name or guard a body, and mean what the body means.
@@ -71,13 +74,8 @@ def close(jaxpr: Any, consts: Sequence[Any] = ()) -> Any:
 
 
 def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
-    """Evaluates a jaxpr that has no constants."""
-    return jex_core.jaxpr_as_fun(close(jaxpr))(*args)
-
-
-def evaluate_closed(jaxpr: Any, *args: Any) -> list[Any]:
-    """Evaluates a closed jaxpr, with its constants."""
-    return jex_core.jaxpr_as_fun(jaxpr)(*args)
+    """Evaluates a jaxpr: a closed one with its constants, or an open one without."""
+    return jex_core.jaxpr_as_fun(close(*open_jaxpr(jaxpr)))(*args)
 
 
 def call_body(eqn: Any) -> Any | None:
@@ -262,6 +260,24 @@ def is_fetch(eqn: Any) -> bool:
         is_on_host(a.aval) and not is_on_host(v.aval)
         for a, v in zip(eqn.invars, eqn.outvars, strict=True)
     )
+
+
+@contextlib.contextmanager
+def cache_settings(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Sets values of `jax.config` about the compilation cache, in this block."""
+    before = {name: jax.config.values[name] for name in settings}
+
+    def update(values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values:
+            compilation_cache.reset_cache()  # or it stays with what it found first
+
+    update(settings)
+    try:
+        yield
+    finally:
+        update(before)
 
 
 def key_impl(aval: Any) -> Any:

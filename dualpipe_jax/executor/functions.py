@@ -101,7 +101,7 @@ class Functions:
         tree = jax.tree.structure(shapes)
 
         def run(*args: PyTree) -> PyTree:
-            results = compat.evaluate_closed(jaxpr, *jax.tree.leaves(args))
+            results = compat.evaluate(jaxpr, *jax.tree.leaves(args))
             return jax.tree.unflatten(tree, results)
 
         return run, shapes

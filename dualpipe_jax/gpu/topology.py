@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
+from dualpipe_jax import compat
 from dualpipe_jax.gpu.gpus import Gpu, find_gpu
 
 
@@ -105,24 +105,9 @@ def shared_kernels() -> Iterator[dict[str, str]]:
     the file is not locked. jax's compilation cache is not used in the block: it would
     keep programs for compile-only devices, but could not load them.
     """
-    with _no_compilation_cache(), tempfile.TemporaryDirectory() as folder:
+    no_cache = compat.cache_settings({"jax_enable_compilation_cache": False})
+    with no_cache, tempfile.TemporaryDirectory() as folder:
         yield {"xla_gpu_kernel_cache_file": str(Path(folder, "kernels"))}
-
-
-@contextlib.contextmanager
-def _no_compilation_cache() -> Iterator[None]:
-    name = "jax_enable_compilation_cache"
-    enabled = jax.config.values[name]
-
-    def enable(value: bool) -> None:
-        jax.config.update(name, value)
-        compilation_cache.reset_cache()  # or it stays with what it found first
-
-    enable(False)
-    try:
-        yield
-    finally:
-        enable(enabled)
 
 
 def gpu_compiler_options(*, compile_only: bool = True) -> dict[str, bool | int]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
+from dualpipe_jax import compat
 from dualpipe_jax.train import distributed
 
 # Of all entries in the default folder; those of `configs/tiny.py` take 5 MB.
@@ -56,7 +56,7 @@ def compilation_cache(
             settings["jax_compilation_cache_dir"] = str(folder)
             # Small programs too: a run has dozens of them.
             settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
-    with _configured(settings), _failures_as_lines(say, folder):
+    with compat.cache_settings(settings), _failures_as_lines(say, folder):
         yield
 
 
@@ -124,23 +124,6 @@ def prepare_folder(name: str, say: Callable[[str], Any]) -> Path | None:
         )
         return None
     return folder
-
-
-@contextlib.contextmanager
-def _configured(settings: dict[str, Any]) -> Iterator[None]:
-    before = {name: jax.config.values[name] for name in settings}
-
-    def update(values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        if values:
-            jax_cache.reset_cache()  # or it stays with what it found first
-
-    update(settings)
-    try:
-        yield
-    finally:
-        update(before)
 
 
 @contextlib.contextmanager
