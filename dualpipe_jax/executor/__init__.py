@@ -8,8 +8,8 @@ Imports: schedules, lowering, backward.
 """
 
 from dualpipe_jax.executor.footprint import BufferBytes, num_bytes as num_bytes
-from dualpipe_jax.executor.keys import takes_key as takes_key
-from dualpipe_jax.executor.losses import Weighted
+from dualpipe_jax.executor.keys import takes_key as takes_key, with_key as with_key
+from dualpipe_jax.executor.losses import Weighted, divide_or_zero as divide_or_zero
 from dualpipe_jax.executor.params import (
     PipelineAux,
     PipelineParams,

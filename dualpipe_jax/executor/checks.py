@@ -90,6 +90,17 @@ def check_params(params, schedule: Schedule):
             )
 
 
+def check_microbatches(
+    where: str, shape: tuple[int, ...], schedule: Schedule, remedy: str
+):
+    """Raises a `ValueError` if an array's first axis is not that of microbatches."""
+    if not shape or shape[0] != schedule.num_microbatches:
+        raise ValueError(
+            f"{where} has shape {shape}; its first axis must be "
+            f"{schedule.num_microbatches=}: {remedy}"
+        )
+
+
 def check_batch(inputs, targets, schedule: Schedule, mesh, data_axes):
     """Raises a `ValueError` if the leading axes of inputs or targets do not fit."""
     split = 1
@@ -99,12 +110,12 @@ def check_batch(inputs, targets, schedule: Schedule, mesh, data_axes):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             shape = jnp.shape(leaf)
             where = f"{name}{jax.tree_util.keystr(path)}"
-            if not shape or shape[0] != schedule.num_microbatches:
-                raise ValueError(
-                    f"{where} has shape {shape}; its first axis must be "
-                    f"{schedule.num_microbatches=}: reshape the batch to "
-                    "[num_microbatches, microbatch, ...]."
-                )
+            check_microbatches(
+                where,
+                shape,
+                schedule,
+                "reshape the batch to [num_microbatches, microbatch, ...].",
+            )
             if data_axes and (len(shape) < 2 or shape[1] % split):
                 raise ValueError(
                     f"{where} has shape {shape}; its second axis must be a multiple of "

@@ -78,12 +78,20 @@ def mean_over_devices(
         return losses, lambda grad: grad / num_devices if axes else grad
     sums = lax.psum(outputs, axes) if axes else outputs
     # The losses' mean is the step's loss, as it is without weights.
-    losses = _divide(sums.total, sums.weight.mean())
-    return losses, functools.partial(_divide, divisor=sums.weight.sum())
+    losses = divide_or_zero(sums.total, sums.weight.mean())
+    return losses, functools.partial(divide_or_zero, divisor=sums.weight.sum())
 
 
-def _divide(value: jax.Array, divisor: jax.Array) -> jax.Array:
-    """Divides in float32 or wider; zero where there is nothing to divide by."""
+def divide_or_zero(value: jax.Array, divisor: jax.Array) -> jax.Array:
+    """Divides in float32 or wider; zero where there is nothing to divide by.
+
+    Args:
+      value: [...], floating: a sum of losses or of gradients.
+      divisor: [...], a sum of weights.
+
+    Returns:
+      [...], of the dtype of `value`.
+    """
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(value.dtype, divisor.dtype)
     divisor = divisor.astype(dtype)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from dualpipe_jax.executor.checks import check_microbatches
 from dualpipe_jax.executor.specs import check_spec, check_spec_fits, is_spec
 from dualpipe_jax.schedules import Schedule
 
@@ -64,9 +65,7 @@ def check_side(side: PyTree, specs: PyTree, schedule: Schedule, mesh: Mesh) -> N
     for (path, leaf), spec in zip(leaves, each, strict=True):
         shape = jnp.shape(leaf)
         where = f"side{jax.tree_util.keystr(path)}"
-        if not shape or shape[0] != schedule.num_microbatches:
-            raise ValueError(
-                f"{where} has shape {shape}; its first axis must be "
-                f"{schedule.num_microbatches=}: stages read one row of each microbatch."
-            )
+        check_microbatches(
+            where, shape, schedule, "stages read one row of each microbatch."
+        )
         check_spec_fits(where, shape, spec, "its spec in side=", mesh)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dualpipe_jax.executor import Weighted, takes_key
+from dualpipe_jax.executor import Weighted, divide_or_zero, takes_key, with_key
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.mesh import DATA_AXES
 from dualpipe_jax.train.model import PipelineModel
@@ -61,13 +61,11 @@ class Objective:
 
         loss: Any = self.model.loss
 
-        def loss_fn(params: PyTree, x: PyTree, targets: PyTree) -> Any:
-            return loss(params, x, targets[0], weights=targets[1])
+        def loss_fn(params: PyTree, x: PyTree, targets: PyTree, *, key=None) -> Any:
+            weighted = functools.partial(loss, weights=targets[1])
+            return with_key(weighted, key, params, x, targets[0])
 
-        def loss_fn_with_key(params: PyTree, x: PyTree, targets: PyTree, *, key=None):
-            return loss(params, x, targets[0], weights=targets[1], key=key)
-
-        return loss_fn_with_key if takes_key(loss) else loss_fn
+        return loss_fn
 
     def weighted(self, targets: jax.Array) -> PyTree:
         """Targets, or (targets, their weights) if some are ignored.
@@ -119,4 +117,4 @@ class Objective:
         total, weight = lax.psum(
             (losses.total.sum(), losses.weight.astype(jnp.float32).sum()), DATA_AXES
         )
-        return jnp.where(weight == 0, 0, total / jnp.where(weight == 0, 1, weight))
+        return divide_or_zero(total, weight)
