@@ -11,6 +11,13 @@ from dualpipe_jax.schedules import Costs, Schedule
 from dualpipe_jax.schedules.generators import SCHEDULES, check_size
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all other errors here."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parse_costs(text: str) -> Costs:
     """Reads `F=97,I=104,...`; costs that are not named have their default.
 

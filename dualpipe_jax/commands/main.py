@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from dualpipe_jax.commands.arguments import OneLineParser
 from eplb_jax import plugins
 
 
@@ -33,6 +34,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a language model from a config", "train"),
+    "launch": Command(
+        "start a training run's processes, and again when some are lost", "train"
+    ),
     "serve": Command("complete prompts with a trained model", "train"),
     "report": Command("write a training run as one HTML page", "train"),
     "overlap": Command(
@@ -47,17 +51,10 @@ COMMANDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all other errors here."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m dualpipe_jax",
         description="DeepSeek's DualPipe for JAX.",
     )

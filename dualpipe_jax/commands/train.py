@@ -14,16 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from dualpipe_jax.commands.arguments import add_no_cache
+from dualpipe_jax.processes import HEARTBEAT_S, LOST, Watch, distributed, launcher
 from dualpipe_jax.schedules.generators import SCHEDULES
 from dualpipe_jax.train import (
     AXES,
     Result,
     TrainConfig,
     compilation_cache,
-    distributed,
     load_config,
     load_text,
     train,
@@ -93,6 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(Slurm, Open MPI, Kubernetes, Cloud TPU)",
     )
     several.add_argument(
+        "--heartbeat",
+        type=float,
+        default=HEARTBEAT_S,
+        metavar="SECONDS",
+        help="without a sign of life of a process, after which the others end with "
+        "status 75 (%(default)g)",
+    )
+    several.add_argument(
         "--connect-timeout",
         type=float,
         default=distributed.TIMEOUT_S,
@@ -106,30 +115,26 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
       The exit status: 0, also if a signal stopped the run; 1 if the loss, gradient or
-      state is no longer finite, or the last checkpoint or record could not be written.
+      state is no longer finite, or the last checkpoint or record could not be written;
+      75 if a process of several was lost, or the devices failed.
 
     Raises:
       ValueError: bad input, before anything is compiled.
     """
     _quieten_orbax()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    config = load_config(args.config)
-    changes: dict[str, Any] = {
-        "num_steps": args.steps,
-        "schedule": args.schedule,
-        "mesh": None if args.mesh is None else parse_mesh(args.mesh),
-    }
-    changes = {name: value for name, value in changes.items() if value is not None}
-    config = dataclasses.replace(config, **changes)
+    config = configured(args)
     text = load_text(
         args.data,
         sequence_length=config.sequence_length,
         held_out_fraction=config.held_out_fraction,
     )
-    folder = args.out or Path("runs") / config.name
-    _connect(args)
+    folder = folder_of(args, config)
     try:
-        with compilation_cache(console.print, enabled=not args.no_cache):
+        with (
+            _connect(args) as watch,
+            compilation_cache(console.print, enabled=not args.no_cache),
+        ):
             result = train(
                 config,
                 text,
@@ -137,13 +142,36 @@ def run(args: argparse.Namespace) -> int:
                 resume=args.resume,
                 console=console,
                 profile_steps=args.profile,
+                watch=watch,
             )
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except jax.errors.JaxRuntimeError:
+        # Of the devices, their memory or their network: a new start may do.
+        traceback.print_exc()
+        print("error: see above; --resume continues the run.", file=sys.stderr)
+        return LOST
     if result.metrics:
         print(summary(config, result, folder, text.unit))
     return 1 if result.save_failure or result.num_unwritten else 0
+
+
+def configured(args: argparse.Namespace) -> TrainConfig:
+    """The config that the arguments name, with what they change."""
+    config = load_config(args.config)
+    changes: dict[str, Any] = {
+        "num_steps": args.steps,
+        "schedule": args.schedule,
+        "mesh": None if args.mesh is None else parse_mesh(args.mesh),
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(config, **changes)
+
+
+def folder_of(args: argparse.Namespace, config: TrainConfig) -> Path:
+    """The run's folder."""
+    return args.out or Path("runs") / config.name
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -168,7 +196,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return mesh
 
 
-def _connect(args: argparse.Namespace) -> None:
+def _connect(args: argparse.Namespace) -> Watch:
     given = [args.coordinator, args.num_processes, args.process_id]
     if args.distributed and any(value is not None for value in given):
         raise ValueError(
@@ -176,7 +204,10 @@ def _connect(args: argparse.Namespace) -> None:
             "leave out --coordinator, --num-processes and --process-id."
         )
     if args.distributed or any(value is not None for value in given):
-        distributed.connect(*given, timeout=args.connect_timeout)
+        return distributed.connect(
+            *given, timeout=args.connect_timeout, heartbeat=args.heartbeat
+        )
+    return Watch({}, launcher=launcher())
 
 
 def summary(

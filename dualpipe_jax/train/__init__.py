@@ -3,8 +3,8 @@
 A step's call chain: `loop` (the job), `step` (the jitted programs), `model` (what a
 model is), then `executor`.
 
-Imports: checked, schedules, schedules.generators, lowering, pictures, executor,
-gpu.overlap, profiles.
+Imports: checked, processes, schedules, schedules.generators, lowering, pictures,
+executor, gpu.overlap, profiles.
 """
 
 import importlib.util
@@ -12,10 +12,12 @@ import importlib.util
 try:
     if importlib.util.find_spec("matplotlib") is None:  # pictures import it late
         raise ModuleNotFoundError(name="matplotlib")
-    from dualpipe_jax.train import distributed as distributed
+    from dualpipe_jax.processes import distributed as distributed
+    from dualpipe_jax.processes.distributed import on_host as on_host
     from dualpipe_jax.train.checkpoint import Checkpoints as Checkpoints
     from dualpipe_jax.train.compilation_cache import (
         compilation_cache as compilation_cache,
+        for_children as for_children,
     )
     from dualpipe_jax.train.compiling import (
         CompileProgress as CompileProgress,
@@ -32,7 +34,10 @@ try:
         load_config,
     )
     from dualpipe_jax.train.data import Text, load_text
-    from dualpipe_jax.train.distributed import on_host as on_host
+    from dualpipe_jax.train.folder import (
+        LAUNCHES as LAUNCHES,
+        newest_checkpoint as newest_checkpoint,
+    )
     from dualpipe_jax.train.loop import Result, train
     from dualpipe_jax.train.mesh import ask_for_devices as ask_for_devices
     from dualpipe_jax.train.model import ModelConfig, PipelineModel

@@ -10,7 +10,7 @@ import re
 import zlib
 from typing import Any
 
-from dualpipe_jax.train import distributed
+from dualpipe_jax.processes import distributed
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.data import Text
 from dualpipe_jax.train.data_order import digest

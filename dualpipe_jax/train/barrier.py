@@ -12,7 +12,7 @@ import threading
 
 import orbax.checkpoint as ocp
 
-from dualpipe_jax.train import distributed
+from dualpipe_jax.processes import distributed
 
 _COMPLETE_MS = 60_000
 

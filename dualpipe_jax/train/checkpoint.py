@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dualpipe_jax.train import distributed
+from dualpipe_jax.processes import distributed
 from dualpipe_jax.train.barrier import Barrier
 from dualpipe_jax.train.integrity import (
     DamagedError,

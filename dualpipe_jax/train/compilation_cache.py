@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from dualpipe_jax import compat
-from dualpipe_jax.train import distributed
+from dualpipe_jax.processes import distributed
 
 # Of all entries in the default folder; those of `configs/tiny.py` take 5 MB.
 MAX_BYTES = 2 * 2**30
@@ -58,6 +58,17 @@ def compilation_cache(
             settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
     with compat.cache_settings(settings), _failures_as_lines(say, folder):
         yield
+
+
+def for_children(say: Callable[[str], Any]) -> dict[str, str]:
+    """The environment in which several processes of this machine share the cache."""
+    folder = prepare_folder("", say) if _is_unconfigured() else None
+    if folder is None:
+        return {}
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def default_folder() -> Path:

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from pathlib import Path
+
+_ASIDE = ".new"
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what processes left that were killed in `replace_text`."""
+    for aside in path.parent.glob(f"{glob.escape(path.name)}.*{_ASIDE}"):
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -21,7 +31,7 @@ def replace_text(path: Path, text: str) -> None:
       ('{}', 1)
     """
     # Another process, such as the `report` command, may write it at the same time.
-    aside = path.with_name(f"{path.name}.{os.getpid()}.new")
+    aside = path.with_name(f"{path.name}.{os.getpid()}{_ASIDE}")
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)

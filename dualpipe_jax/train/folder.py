@@ -10,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from dualpipe_jax.train import distributed
+from dualpipe_jax.processes import distributed
+from dualpipe_jax.train.files import remove_unfinished
 from dualpipe_jax.train.lock import Lock
 
+# What `launch` has met: a line of JSON for each time that it started the run again.
+LAUNCHES = "launches.jsonl"
 # What a run writes into its folder; nothing else there is ever touched. In the order
 # in which they are moved aside: after a kill in between, no run continues from what is
 # left, and run.json still tells that it is left of an earlier run.
@@ -26,6 +29,7 @@ ARTEFACTS = (
     "report.html",
     "profile",
     "overlap.json",
+    LAUNCHES,
     "config.json",
     "run.json",
 )
@@ -60,7 +64,8 @@ def prepare(
     checkpoints = folder / "checkpoints"
     choice = problem = None
     if distributed.is_main():
-        if resume == "must" and not _has_checkpoint(checkpoints):
+        has_checkpoint = newest_checkpoint(folder) is not None
+        if resume == "must" and not has_checkpoint:
             problem = (
                 f"no checkpoint in {folder}; start a run there without --resume=must."
             )
@@ -72,7 +77,9 @@ def prepare(
                     "use another --out."
                 )
         if problem is None:
-            choice = "continue" if resume and _has_checkpoint(checkpoints) else "begin"
+            for name in ARTEFACTS:
+                remove_unfinished(folder / name)
+            choice = "continue" if resume and has_checkpoint else "begin"
             if choice == "begin":
                 _begin(folder, bool(resume), say)
             checkpoints.mkdir(parents=True, exist_ok=True)
@@ -88,11 +95,15 @@ def prepare(
     return choice == "continue"
 
 
-def _has_checkpoint(checkpoints: Path) -> bool:
-    """Whether one is whole; one that is being written has a longer name."""
-    return checkpoints.is_dir() and any(
-        path.name.isdecimal() for path in checkpoints.iterdir()
-    )
+def newest_checkpoint(folder: Path) -> int | None:
+    """The step of a run's last checkpoint, or None; of those that are being written,
+    which have a longer name, none counts.
+    """
+    try:
+        names = [path.name for path in (folder / "checkpoints").iterdir()]
+    except OSError:
+        return None
+    return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def _begin(folder: Path, resume: bool, say: Callable[[str], Any]) -> None:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from dualpipe_jax.train import data, distributed
+from dualpipe_jax.processes import Watch, distributed
+from dualpipe_jax.train import data
 from dualpipe_jax.train.agreement import check_agreement
 from dualpipe_jax.train.compiling import CompileProgress
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.folder import Resume
-from dualpipe_jax.train.nonfinite import Watch
+from dualpipe_jax.train.nonfinite import Guard
 from dualpipe_jax.train.outputs import RunOutputs
 from dualpipe_jax.train.profiler import StepProfiler
 from dualpipe_jax.train.programs import Programs
@@ -69,6 +70,7 @@ def train(
     resume: Resume = False,
     console: Console | None = None,
     profile_steps: int = 0,
+    watch: Watch | None = None,
 ) -> Result:
     """Trains until `config.num_steps`, or until SIGTERM or Ctrl-C; saves either way.
 
@@ -86,6 +88,7 @@ def train(
       console: where progress is shown.
       profile_steps: how many steps to profile into the folder's `profile`, after the
         first two; `read_trace` reads it.
+      watch: is told how far the run is; what `distributed.connect` returns.
 
     Raises:
       ValueError: `profile_steps` is negative, the processes were not started alike,
@@ -100,7 +103,7 @@ def train(
     programs = make_programs(config)
     for tokens in (text.held_out, text.train[:CHECKED_TOKENS]):
         programs.check_tokens(tokens)
-    console = console or Console(stderr=True)
+    console, watch = console or Console(stderr=True), watch or Watch({})
     if not distributed.is_main():
         console = Console(quiet=True)
     with RunOutputs(
@@ -110,15 +113,11 @@ def train(
         outputs.describe()
         with stop_signals() as received:
             programs, state, compile_s = _compile(programs, state, console)
-            console.print(
-                f"{config.name}: {programs.schedule.kind} on "
-                f"{' x '.join(f'{a}={n}' for a, n in config.mesh.items())}, "
-                f"{text.source}; compiled in {compile_s:.0f} s"
-            )
+            console.print(_what_runs(config, programs, text, compile_s))
             started = time.perf_counter()
             step, stopped_by = int(state.step), None
             with (
-                outputs.recording(step, compile_s) as record,
+                outputs.recording(step, compile_s, watch) as record,
                 outputs.profiler(
                     profile_steps, step + 1, programs.compiled
                 ) as profiler,
@@ -126,6 +125,7 @@ def train(
                 steps = _steps(config, programs, state, position, text, profiler)
                 for state, position, metrics, fault in steps:
                     step = metrics["step"]
+                    watch.note(f"step {step}")
                     record(metrics)
                     if fault:
                         raise FloatingPointError(fault)
@@ -149,6 +149,16 @@ def train(
             sample=sample,
             num_unwritten=outputs.num_unwritten,
         )
+
+
+def _what_runs(
+    config: TrainConfig, programs: Programs, text: data.Text, compile_s: float
+) -> str:
+    mesh = " x ".join(f"{axis}={size}" for axis, size in config.mesh.items())
+    return (
+        f"{config.name}: {programs.schedule.kind} on {mesh}, {text.source}; compiled "
+        f"in {compile_s:.0f} s"
+    )
 
 
 def _compile(
@@ -188,7 +198,7 @@ def _steps(
     """Yields what each step left to do has done."""
     shape = (config.num_microbatches, config.microbatch_size)
     held_out = data.held_out_batch(text.held_out, shape, config.sequence_length)
-    watch = Watch(config.max_skipped_steps)
+    guard = Guard(config.max_skipped_steps)
     for step in range(int(state.step) + 1, config.num_steps + 1):
         started = time.perf_counter()
         batch = data.train_batch(
@@ -206,7 +216,7 @@ def _steps(
         position += math.prod(shape)
         seconds = time.perf_counter() - started
         record["tokens_per_s"] = config.tokens_per_step / seconds
-        fault = watch.fault(record, programs.grad_names, grads_finite)
+        fault = guard.fault(record, programs.grad_names, grads_finite)
         is_due = step % config.eval_every == 0 or step == config.num_steps
         if is_due and not fault:
             loss = programs.held_out_loss(state, *held_out)

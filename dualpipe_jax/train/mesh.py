@@ -8,7 +8,7 @@ import os
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from dualpipe_jax.train import distributed
+from dualpipe_jax.processes import distributed
 from dualpipe_jax.train.config import TrainConfig
 
 # Of the mesh: both split each microbatch.

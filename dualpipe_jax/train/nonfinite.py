@@ -9,14 +9,14 @@ from typing import Any
 from dualpipe_jax.train.integrity import few
 
 
-class Watch:
+class Guard:
     """Looks at each step of a run.
 
     Args:
       max_skipped: see `TrainConfig.max_skipped_steps`.
 
     Examples:
-      >>> watch = Watch(max_skipped=1)
+      >>> watch = Guard(max_skipped=1)
       >>> watch.fault({"step": 1, "loss": 2.5, "grad_norm": 1.0})
       ''
       >>> watch.fault({"step": 2, "loss": 2.5, "grad_norm": float("inf")})

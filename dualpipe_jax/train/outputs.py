@@ -14,8 +14,8 @@ from rich.console import Console
 
 from dualpipe_jax import pictures
 from dualpipe_jax.lowering import lower
+from dualpipe_jax.processes import Watch, distributed
 from dualpipe_jax.schedules import simulate
-from dualpipe_jax.train import distributed
 from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.data import Text
@@ -132,12 +132,15 @@ class RunOutputs:
                 pictures.save(self._timeline, self._folder / f"schedule.{suffix}")
 
     @contextlib.contextmanager
-    def recording(self, step: int, compile_s: float) -> Iterator[Callable]:
+    def recording(
+        self, step: int, compile_s: float, watch: Watch
+    ) -> Iterator[Callable]:
         """Around the steps: yields a function that takes each step's metrics.
 
         Args:
           step: steps done already.
           compile_s: seconds that compiling took.
+          watch: calls for the report's last words if a process is lost.
         """
         config = self._config
         with contextlib.ExitStack() as stack:
@@ -146,6 +149,7 @@ class RunOutputs:
                 self._report = LiveReport(self._folder, self._facts(compile_s))
                 stack.enter_context(self._log)
                 stack.enter_context(self._report)
+                stack.enter_context(watch.reporting(self._report.finish))
                 if gap := self._log.gap:
                     self._console.print(f"metrics.jsonl has no record of step {gap}")
             progress = TrainProgress(self._console, config.num_steps, step)

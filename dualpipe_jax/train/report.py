@@ -128,7 +128,8 @@ def report_html(folder: str | Path, *, live: bool = False) -> str:
 
     Args:
       folder: the run's. Its config.json and metrics.jsonl are read, and run.json,
-        schedule.svg, sample.txt, overlap.json and profile/ if they exist.
+        launches.jsonl, schedule.svg, sample.txt, overlap.json and profile/ if they
+        exist.
       live: leave out what takes long to read.
 
     Raises:
@@ -144,6 +145,7 @@ def report_html(folder: str | Path, *, live: bool = False) -> str:
         _page.paragraph(report_sections.status(config, records, state), "faint"),
         _page.figures(report_sections.headline(records)),
         _page.facts(report_sections.summary(config, facts, records)),
+        *report_sections.launches(folder),
         *report_sections.model(facts),
         *report_sections.curves(records, str(facts.get("unit", "byte"))),
         *report_sections.experts(records, config),

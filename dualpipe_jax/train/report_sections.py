@@ -7,6 +7,7 @@ and returns HTML.
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from dualpipe_jax.train import page as _page
 from dualpipe_jax.train.charts import Line, heatmap, line_chart
+from dualpipe_jax.train.folder import LAUNCHES
 
 RUNNING = "running"
 
@@ -96,6 +98,26 @@ def summary(config: Record, facts: Record, records: list[Record]) -> dict[str, s
     if isinstance(versions := facts.get("versions"), dict):
         rows["versions"] = ", ".join(f"{name} {v}" for name, v in versions.items())
     return rows
+
+
+def launches(folder: Path) -> list[str]:
+    """When `launch` has started the run again, and why."""
+    try:
+        text = (folder / LAUNCHES).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return ["<h2>Started again</h2>", f"<pre>{_page.escape(_events(text))}</pre>"]
+
+
+def _events(text: str) -> str:
+    lines = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+            lines.append(f"{record['time']}  {record['event']}")
+        except (ValueError, TypeError, KeyError):  # cut off by a full disk
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def model(facts: Record) -> list[str]:

@@ -4,7 +4,7 @@ When a process cannot reach jax's coordinator, or process 0 waits in vain for th
 others, jax ends the whole process from C++ (SIGABRT and a stack trace, jax 0.10.2),
 and Python cannot report what is wrong. Here process 0 first listens at the
 coordinator's address until every other process has introduced itself; then all of
-them continue to jax, at the same address.
+them continue to jax, at the same address. The connections stay, for `watch`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import contextlib
 import socket
 import time
 
+from dualpipe_jax.processes.coordinator import LINGER_S
+
 _RETRY_S = 0.2
+_SETTLE_S = 2 * LINGER_S
 _LINE_BYTES = 512
 _GREETING = "dualpipe_jax"
 
@@ -45,8 +48,13 @@ def parse_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:
+def meet(
+    address: str, num_processes: int, process_id: int, timeout: float
+) -> dict[int, socket.socket]:
     """Returns when all processes have called this, at most `timeout` seconds apart.
+
+    Returns:
+      Of process 0, a connection with each other process; of another, with process 0.
 
     Raises:
       ValueError: some did not, or they do not agree about their number.
@@ -54,18 +62,19 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> N
     host, port = parse_address(address)
     deadline = time.monotonic() + timeout
     if num_processes == 1:
-        return
+        return {}
     if process_id == 0:
-        _gather(port, num_processes, timeout, deadline)
-    else:
-        _report(host, port, num_processes, process_id, timeout, deadline)
+        return _gather(port, num_processes, timeout, deadline)
+    return {0: _report(host, port, num_processes, process_id, timeout, deadline)}
 
 
-def _gather(port: int, num_processes: int, timeout: float, deadline: float) -> None:
+def _gather(
+    port: int, num_processes: int, timeout: float, deadline: float
+) -> dict[int, socket.socket]:
     here: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
         try:
-            listener = stack.enter_context(_listen(port))
+            listener = stack.enter_context(_listen(port, deadline))
         except OSError as error:
             raise ValueError(
                 f"process 0 cannot listen at port {port} ({error}); choose a port that "
@@ -107,6 +116,8 @@ def _gather(port: int, num_processes: int, timeout: float, deadline: float) -> N
                 raise ValueError(problem)
             here[process_id] = connection
         _tell(here, "go")
+        # The stack closes the others.
+        return {i: socket.socket(fileno=c.detach()) for i, c in here.items()}
 
 
 def _report(
@@ -116,20 +127,23 @@ def _report(
     process_id: int,
     timeout: float,
     deadline: float,
-) -> None:
+) -> socket.socket:
     last = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), timeout=left) as connection:
+            with contextlib.ExitStack() as stack:
+                connection = socket.create_connection((host, port), timeout=left)
+                stack.enter_context(connection)
                 greeting = f"{_GREETING} {process_id} {num_processes}\n"
                 connection.sendall(greeting.encode())
                 connection.settimeout(max(0.001, deadline - time.monotonic()))
                 answer = _read_line(connection)
+                if answer == "go":
+                    stack.pop_all()
+                    return connection
         except OSError as error:
             last = str(error) or type(error).__name__
         else:
-            if answer == "go":
-                return
             kind, _, problem = answer.partition(" ")
             if kind == "error":
                 raise ValueError(problem)
@@ -141,7 +155,19 @@ def _report(
     )
 
 
-def _listen(port: int) -> socket.socket:
+def _listen(port: int, deadline: float) -> socket.socket:
+    """Listens at a port; waits where an earlier run's `coordinator` is just ending."""
+    deadline = min(deadline, time.monotonic() + _SETTLE_S)
+    while True:
+        try:
+            return _listen_now(port)
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_RETRY_S)
+
+
+def _listen_now(port: int) -> socket.socket:
     # As jax's service does: on all interfaces, of both kinds where there are both.
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ each of them returns at once.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import json
@@ -17,11 +18,16 @@ import numpy as np
 from jax._src import distributed  # jax has no public name for its state
 from jax.experimental import multihost_utils
 
-from dualpipe_jax.train import rendezvous as _rendezvous
+from dualpipe_jax.processes import rendezvous
+from dualpipe_jax.processes.coordinator import Coordinator
+from dualpipe_jax.processes.group import launcher
+from dualpipe_jax.processes.watch import HEARTBEAT_S, Watch
 
 PyTree = Any
 
 TIMEOUT_S = 60.0
+_MOST_S = 1e6
+_NOWHERE = "127.0.0.1:0"  # a port that nobody is told
 _TEXT_BYTES = 256
 _agreements = itertools.count()  # all processes count alike
 
@@ -32,7 +38,8 @@ def connect(
     process_id: int | None = None,
     *,
     timeout: float = TIMEOUT_S,
-) -> None:
+    heartbeat: float = HEARTBEAT_S,
+) -> Watch:
     """Makes this process one of several. Call it before jax initializes its devices.
 
     Without arguments, they are read from the cluster's environment: jax knows Slurm,
@@ -43,6 +50,12 @@ def connect(
       num_processes: of the run.
       process_id: of this one, below `num_processes`.
       timeout: seconds within which all processes must connect.
+      heartbeat: seconds without a sign of life after which a process is lost. All
+        others then say so and end, with the exit status `watch.LOST`; likewise if one
+        ends by itself, or by an error. A process that is killed is lost at once.
+
+    Returns:
+      What watches the others, from a thread, until this process ends.
 
     Raises:
       ValueError: bad arguments, no such environment, or a process does not connect.
@@ -71,20 +84,34 @@ def connect(
             f"{process_id=} must be at least 0 and below {num_processes=}; number the "
             "processes from 0."
         )
-    if not timeout > 0:
-        raise ValueError(f"{timeout=} must be positive.")
-    _rendezvous.meet(coordinator, num_processes, process_id, timeout)
+    for name, value in (("timeout", timeout), ("heartbeat", heartbeat)):
+        if not 0 < value < _MOST_S:
+            raise ValueError(
+                f"{name}={value} must be positive seconds, below {_MOST_S:g}."
+            )
+    connections = rendezvous.meet(coordinator, num_processes, process_id, timeout)
     # Its handler of SIGTERM would replace the loop's.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # jax ends a process from C++ where it loses another; the watch comes first.
+    patience = max(100, round(4 * heartbeat))
+    limit = max(1, round(timeout))
+    if process_id == 0:
+        port = rendezvous.parse_address(coordinator)[1]
+        service = Coordinator(port, num_processes, patience, limit)
+        atexit.register(service.end)
     jax.distributed.initialize(
         coordinator,
         num_processes,
         process_id,
         local_device_ids=local_devices,
-        initialization_timeout=max(1, round(timeout)),
-        shutdown_timeout_seconds=max(1, round(timeout)),
+        initialization_timeout=limit,
+        # Process 0's own service has nobody to serve.
+        coordinator_bind_address=_NOWHERE,
+        heartbeat_timeout_seconds=patience,
+        shutdown_timeout_seconds=limit,
     )
+    return Watch(connections, process_id, heartbeat=heartbeat, launcher=launcher())
 
 
 def _of_cluster(timeout: float) -> tuple:

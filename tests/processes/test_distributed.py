@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dualpipe_jax.commands import main as cli
-from dualpipe_jax.train import distributed, rendezvous as _rendezvous
+from dualpipe_jax.processes import distributed, rendezvous
 from tests.train import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -171,13 +171,18 @@ def test_processes_that_were_not_started_alike_touch_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def meet_and_leave(*args):
+    for connection in rendezvous.meet(*args).values():
+        connection.close()
+
+
 def meet(address, num_processes, process_ids, timeout):
     """What `meet` says in each of several threads: None, or its error."""
     said = dict.fromkeys(range(len(process_ids)))
 
     def run(index, process_id):
         try:
-            _rendezvous.meet(address, num_processes, process_id, timeout)
+            meet_and_leave(address, num_processes, process_id, timeout)
         except ValueError as error:
             said[index] = str(error)
 
@@ -217,7 +222,7 @@ def test_processes_that_disagree_are_named(address):
 
     def other():
         with contextlib.suppress(ValueError):
-            _rendezvous.meet(f"localhost:{port}", 4, 3, 5)
+            rendezvous.meet(f"localhost:{port}", 4, 3, 5)
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -227,7 +232,7 @@ def test_processes_that_disagree_are_named(address):
 
 
 def test_a_process_may_come_again_and_others_may_knock(address):
-    host, port = _rendezvous.parse_address(address)
+    host, port = rendezvous.parse_address(address)
 
     def knock():
         time.sleep(0.2)
@@ -238,10 +243,10 @@ def test_a_process_may_come_again_and_others_may_knock(address):
             client.sendall(b"dualpipe_jax 1 3\n")
             time.sleep(0.2)
         # That was killed while it waited; the others come later.
-        second = threading.Thread(target=_rendezvous.meet, args=(address, 3, 2, 5))
+        second = threading.Thread(target=meet_and_leave, args=(address, 3, 2, 5))
         second.start()
         time.sleep(0.2)
-        _rendezvous.meet(address, 3, 1, 5)
+        meet_and_leave(address, 3, 1, 5)
         second.join()
 
     thread = threading.Thread(target=knock)
@@ -251,7 +256,7 @@ def test_a_process_may_come_again_and_others_may_knock(address):
 
 
 def test_a_coordinator_that_is_another_program_is_told(address):
-    host, port = _rendezvous.parse_address(address)
+    host, port = rendezvous.parse_address(address)
     with socket.create_server((host, port)) as server:
 
         def serve():
@@ -349,7 +354,7 @@ def test_slurm_tells_where_the_others_are(monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     met = {}
-    monkeypatch.setattr(_rendezvous, "meet", lambda *args: met.update(args=args))
+    monkeypatch.setattr(rendezvous, "meet", lambda *args: met.update(args=args) or {})
     initialize = lambda *args, **kwargs: met.update(jax=(args, kwargs))  # noqa: E731
     monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
     monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
