@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if args.nodes == 1 and not options.no_cache:
         environment = for_children(say)
     return Launch(
-        command=[sys.executable, "-m", _own_module(), *rest],
+        command=[sys.executable, "-m", "dualpipe_jax", *rest],
         num_processes=args.processes,
         layouts=layouts,
         restarts=args.restarts,
@@ -108,14 +108,6 @@ def run(args: argparse.Namespace) -> int:
         environment=environment,
         gpus=lambda: None if config.platform == "cpu" else local_gpus(),
     ).run()
-
-
-def _own_module() -> str:
-    """The module that runs now, as `python -m` takes it."""
-    spec = sys.modules["__main__"].__spec__
-    if spec is None or not spec.name.endswith(".__main__"):
-        return "dualpipe_jax"
-    return spec.name.removesuffix(".__main__")
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from dualpipe_jax.commands import main as cli
-from dualpipe_jax.processes import distributed, rendezvous
+from dualpipe_jax.processes import Launch, Layout, distributed, rendezvous
+from dualpipe_jax.train import newest_checkpoint
 from tests.train import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,6 +30,15 @@ def free_port():
         return server.getsockname()[1]
 
 
+def environment(num_processes):
+    """Of the processes of one run, each with its part of eight devices."""
+    return {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} "
+        "--xla_backend_optimization_level=0",  # most of the time goes into compiling
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
 def start(
     *args,
     module="dualpipe_jax",
@@ -37,14 +47,9 @@ def start(
     address=None,
     **env,
 ):
-    """Starts the processes of one run, each with four of its eight devices."""
+    """Starts the processes of one run."""
     coordinator = address or f"127.0.0.1:{free_port()}"
-    env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} "
-        "--xla_backend_optimization_level=0",  # most of the time goes into compiling
-        "PYTHONUNBUFFERED": "1",
-        **env,
-    }
+    env = os.environ | environment(num_processes) | env
     command = [sys.executable, "-m", module, "train", *map(str, args)]
     several = ["--coordinator", coordinator, "--num-processes", str(num_processes)]
     return [
@@ -104,10 +109,10 @@ def test_two_processes_train_as_one(tmp_path):
         np.testing.assert_allclose(*series, rtol=1e-4, err_msg=name)
 
 
-def wait_for_steps(count, folder, process):
+def wait_for_steps(count, folder, process=None):
     deadline = time.monotonic() + 100
     while not (folder / "metrics.jsonl").exists() or len(records(folder)) < count:
-        assert process.poll() is None, process.communicate()[0]
+        assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -117,8 +122,11 @@ def test_what_happens_to_one_process_happens_to_all(tmp_path):
     """A disk that is full, a signal; of cheap programs, which start in seconds."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
+    def run_args(folder):
+        return [CHEAP, "--steps", "24", "--out", str(folder)]
+
     def run(folder, *args, **env):
-        args = [CHEAP, "--steps", 24, "--out", folder, *args]
+        args = [*run_args(folder), *args]
         return start(*args, module="tests.train.cheap", **env)
 
     finish(run(whole))
@@ -140,8 +148,41 @@ def test_what_happens_to_one_process_happens_to_all(tmp_path):
     assert 13 <= steps < 24
     saved = [int(path.name) for path in (parts / "checkpoints").iterdir()]
     assert max(saved) == steps
-    finish(run(parts, "--resume"))
+    # Started again, process 0 is killed, and all of them start once more.
+    lines = launched(parts, run_args(parts), kill_after=16)
     assert records(parts) == records(whole)
+    (line,) = lines
+    assert re.fullmatch(
+        r"process 0 was ended by SIGKILL; started again from the checkpoint of step "
+        r"\d+",
+        line,
+    )
+
+
+def launched(folder, args, *, kill_after):
+    """What `Launch` remembers of a run whose process 0 is killed."""
+    lines = []
+
+    def kill():
+        wait_for_steps(kill_after, folder)
+        holder = json.loads((folder / ".lock").read_text())
+        os.kill(holder["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    launch = Launch(
+        [sys.executable, "-m", "tests.train.cheap", "train", *args, "--resume"],
+        num_processes=2,
+        layouts=[Layout("", 2)],
+        restarts=1,
+        saved=lambda: newest_checkpoint(folder),
+        say=print,
+        remember=lines.append,
+        environment=environment(2) | {"CHEAP_STEP_SECONDS": "0.2"},
+    )
+    assert launch.run() == 0
+    killer.join()
+    return lines
 
 
 def refused(processes, timeout=60):
