@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument(
         "--coordinator", metavar="HOST:PORT", help="of machine 0, at a free port"
     )
+    several.add_argument(
+        "--slurm", action="store_true", help="take these three from Slurm's environment"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
@@ -93,8 +96,16 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:  # the run is worth more than its record
             say(f"could not be recorded in {folder}: {error}")
 
+    machines = Machines(args.nodes, args.node, args.coordinator)
+    if args.slurm:
+        if machines != Machines():
+            raise ValueError(
+                "--slurm takes all from Slurm's environment; leave it out, or leave "
+                "out --nodes, --node and --coordinator."
+            )
+        machines = Machines.of_slurm()
     environment = {}
-    if args.nodes == 1 and not options.no_cache:
+    if machines.count == 1 and not options.no_cache:
         environment = for_children(say)
     return Launch(
         command=[sys.executable, "-m", "dualpipe_jax", *rest],
@@ -104,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         saved=lambda: newest_checkpoint(folder),
         say=say,
         remember=remember,
-        machines=Machines(args.nodes, args.node, args.coordinator),
+        machines=machines,
         environment=environment,
         gpus=lambda: None if config.platform == "cpu" else local_gpus(),
     ).run()

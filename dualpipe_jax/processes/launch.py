@@ -56,6 +56,28 @@ class Machines:
                 f"nodes={self.count} need --coordinator HOST:PORT, of the first one."
             )
 
+    @classmethod
+    def of_slurm(cls) -> Machines:
+        """The nodes of a Slurm step, and which one this is.
+
+        Raises:
+          ValueError: Slurm has not started this process.
+        """
+        from jax._src.clusters.slurm_cluster import SlurmCluster  # no public name
+
+        try:
+            count, this = (
+                int(os.environ["SLURM_NNODES"]),
+                int(os.environ["SLURM_NODEID"]),
+            )
+            address = SlurmCluster.get_coordinator_address(None, None)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"Slurm's environment is not complete ({error}); start this with srun, "
+                "or give --nodes, --node and --coordinator."
+            ) from error
+        return cls(count, this, address if count > 1 else None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:

@@ -91,7 +91,8 @@ def test_a_run_stopped_by_sigterm_and_resumed_is_one_run(tmp_path):
 
 def documented(*args):
     """The line with which the documents start a run under Slurm, here without it."""
-    (line,) = re.findall(r"^srun .*", (ROOT / "docs" / "training.md").read_text(), re.M)
+    text = (ROOT / "docs" / "training.md").read_text()
+    (line,) = re.findall(r"^srun .* dualpipe_jax train .*", text, re.M)
     script = line.replace("config.py", CHEAP).replace("--distributed", shlex.join(args))
     return f"""srun() {{ shift; "$@"; }}; python() {{
         shift 2; exec {sys.executable} -m tests.train.cheap "$@"; }}; {script}"""

@@ -3,6 +3,7 @@
 `running.NOT_RUN` lists the commands that are not run.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -100,13 +101,20 @@ def of_the_command_line():
                     yield pytest.param(found, id=block.where)
 
 
+def parse(words):
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser, words[0])
+    return parser.parse_args(words[1:])
+
+
 @pytest.mark.parametrize("text", list(of_the_command_line()))
 def test_arguments_of_commands_that_are_not_run_are_parsed(text):
     values = {"$JOB_COMPLETION_INDEX": "3", "$PROCESS": "3"}
     words = [values.get(word, word) for word in text.rstrip("&").split()][3:]
-    parser = cli._Parser()
-    cli.add_arguments(parser, words[0])
-    args = parser.parse_args(words[1:])
+    if words[0] == "launch":
+        own, words = words[: words.index("--")], words[words.index("--") + 1 :]
+        parse(own)
+    args = parse(words)
     if args.config != "config.py":  # the reader's
         assert load_as(StepConfig, args.config).mesh_shape
 

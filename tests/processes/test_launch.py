@@ -204,6 +204,19 @@ def test_bad_machines(machines):
         Machines(*machines)
 
 
+def test_slurm_tells_which_machine_this_is(monkeypatch):
+    for name in ("SLURM_NNODES", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"SLURM_NNODES.*start this with srun"):
+        Machines.of_slurm()
+    monkeypatch.setenv("SLURM_NNODES", "4")
+    monkeypatch.setenv("SLURM_NODEID", "2")
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[003-006]")
+    count, this, address = dataclasses.astuple(Machines.of_slurm())
+    assert (count, this, address.partition(":")[0]) == (4, 2, "node003")
+
+
 def test_no_mesh_that_fits(launch):
     with pytest.raises(ValueError, match="no mesh fits the 1 GPUs of this machine"):
         launch([], gpus=lambda: [0])
