@@ -1,8 +1,8 @@
 """Checks the fields of a dataclass against their annotations, when it is made.
 
 An annotation says all: types, and as `Annotated[float, Range(0)]` a range. Numbers must
-be finite, integers fit into 32 bits unless a range says otherwise, and a bool is no
-number.
+be finite, and in their range as float32 too, which is what programs compute in.
+Integers fit into 32 bits unless a range says otherwise, and a bool is no number.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import struct
 import types
 import typing
 from typing import Annotated, Any, Literal, NamedTuple, Union
@@ -50,6 +51,8 @@ class Range(NamedTuple):
 
 Count = Annotated[int, Range(1, INT32_MAX)]
 Size = Annotated[int, Range(0, INT32_MAX)]
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+_FLOAT32 = Range(-_FLOAT32_MAX, _FLOAT32_MAX)
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a finite number",
@@ -62,7 +65,8 @@ _NAMES: dict[Any, str] = {
 def check_fields(config: Any) -> None:
     """Checks every field of a dataclass; call it in `__post_init__`.
 
-    NumPy's numbers are replaced by Python's.
+    NumPy's numbers are replaced by Python's. A field may always have its default, such
+    as a None that stands for what `__post_init__` computes from other fields.
 
     Args:
       config: an instance, frozen or not.
@@ -83,10 +87,15 @@ def check_fields(config: Any) -> None:
       >>> Config(3, rate="0.1")
       Traceback (most recent call last):
       ValueError: rate='0.1' must be a finite number.
+      >>> Config(3, rate=1e40)
+      Traceback (most recent call last):
+      ValueError: rate=1e+40 must be at most 3.4028234663852886e+38 in float32.
     """
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if value is field.default:
+            continue
         if problem := _problem(value, hints[field.name]):
             shown = repr(value)
             shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
@@ -108,12 +117,19 @@ def _problem(value: Any, hint: Any) -> str:
     """
     if hint is int:
         hint = Annotated[int, Range(-INT32_MAX, INT32_MAX)]
+    if hint is float:
+        hint = Annotated[float, Range()]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         kind, *ranges = args
         if not _is_a(value, kind):
             return _name(kind)
-        return next(filter(None, (each.problem(value) for each in ranges)), "")
+        problems = [each.problem(value) for each in ranges]
+        if kind is float and not any(problems):
+            rounded = _as_float32(value)
+            problems = [each.problem(rounded) for each in (*ranges, _FLOAT32)]
+            problems = [each and f"{each} in float32" for each in problems]
+        return next(filter(None, problems), "")
     if origin in (Union, types.UnionType):
         problems = [_problem(value, arg) for arg in args]
         # If its type is that of one of them, what is wrong is its range, or an item.
@@ -146,6 +162,13 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer that no float can hold
         return False
+
+
+def _as_float32(value: float) -> float:
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def _problem_of_items(value: Any, origin: Any, args: tuple[Any, ...]) -> str:

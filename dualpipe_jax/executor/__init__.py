@@ -23,6 +23,7 @@ from dualpipe_jax.executor.pipeline import (
     pipeline_value_and_grad,
 )
 from dualpipe_jax.executor.specs import map_specs as map_specs
+from dualpipe_jax.executor.trainable import check_choice as check_choice
 
 __all__ = [
     "BufferBytes",

@@ -30,6 +30,15 @@ def is_filter(choice: Any) -> bool:
     return choice is ... or isinstance(choice, str) or callable(choice)
 
 
+def check_choice(choice: Any, where: str) -> None:
+    """Raises a `ValueError` unless it is a prefix of bools or an NNX filter."""
+    if not is_prefix(choice) and not is_filter(choice):
+        raise ValueError(
+            f"{where}={choice!r:.60} must be a bool, a prefix of bools of the "
+            "parameters' tree, or an NNX filter such as nnx.LoRAParam."
+        )
+
+
 def flags_of(choice: Any, tree: PyTree, where: str) -> Flags:
     """Returns for each leaf of a tree of parameters whether it is trained.
 
@@ -52,11 +61,7 @@ def flags_of(choice: Any, tree: PyTree, where: str) -> Flags:
                 "bool for a whole subtree, or one for each of its children."
             ) from error
         return tuple(map(bool, flags))
-    if not is_filter(choice):
-        raise ValueError(
-            f"{where}={choice!r} must be a bool, a prefix of bools of the parameters' "
-            "tree, or an NNX filter such as nnx.LoRAParam."
-        )
+    check_choice(choice, where)
     return tuple(_filtered(choice, tree))
 
 

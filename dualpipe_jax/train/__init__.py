@@ -28,6 +28,7 @@ try:
     from dualpipe_jax.train.config import (
         AXES as AXES,
         OptimizerConfig,
+        Platform as Platform,
         StepConfig as StepConfig,
         TrainConfig,
         load_as as load_as,

@@ -21,13 +21,15 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from jax.sharding import Mesh
 
-from dualpipe_jax.checked import Count, Range, Size, check_fields
+from dualpipe_jax.checked import INT32_MAX, Count, Range, Size, check_fields
+from dualpipe_jax.executor import check_choice
 from dualpipe_jax.schedules import Schedule
 from dualpipe_jax.schedules.generators import SCHEDULES, check_size
 from dualpipe_jax.train.model import ModelConfig
 from eplb_jax import lookup
 
 AXES = ("pp", "dp", "ep")
+Platform = Literal["cpu", "gpu", "cuda", "rocm", "tpu"]
 # In a checkout a link to its folder configs/. Not imported: recipes import this room.
 _RECIPES = Path(__file__).parent.parent / "configs"
 Config = TypeVar("Config")
@@ -129,25 +131,34 @@ class TrainConfig:
     held_out_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.05
     seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
     shard_at_rest: bool = False
-    sample_tokens: Size = 0
-    platform: str | None = None
+    sample_tokens: Annotated[int, Range(0, 65_536)] = 0  # one forward pass for each
+    platform: Platform | None = None
     overlap: bool | None = None
 
     def __post_init__(self):
         check_fields(self)
         # It names a folder below `runs`.
-        if not self.name or re.search(r"[/\\\0]", self.name) or self.name[0] == ".":
+        if not re.fullmatch(r"[^./\\\0][^/\\\0]{0,99}", self.name):
             raise ValueError(
-                f"{self.name=} must be the name of a folder, without a slash or a "
-                "leading dot."
+                f"name={self.name[:100]!r} must be the name of a folder: up to 100 "
+                "characters, without a slash, and without a dot at its beginning."
             )
         if "pp" not in self.mesh:
             raise ValueError(
                 f"mesh={dict(self.mesh)} must have the axis pp, and may have dp and ep."
             )
         if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
-            raise ValueError(f"{self.schedule=} must be one of {', '.join(SCHEDULES)}.")
+            raise ValueError(
+                f"schedule={self.schedule!r:.60} must be one of {', '.join(SCHEDULES)}."
+            )
         check_size(self.mesh["pp"], self.num_microbatches)
+        if self.trainable is not None:
+            check_choice(self.trainable, "trainable")
+        if self.tokens_per_step > INT32_MAX:
+            raise ValueError(
+                "num_microbatches * microbatch_size * sequence_length = "
+                f"{self.tokens_per_step:,} must be at most {INT32_MAX:,} tokens."
+            )
         split = self.mesh_shape["dp"] * self.mesh_shape["ep"]
         if self.microbatch_size % split:
             raise ValueError(
@@ -166,10 +177,28 @@ class TrainConfig:
         Raises:
           ValueError: there is none for these numbers.
         """
-        make = self.schedule
-        if isinstance(make, str):
-            make = SCHEDULES[make]
-        return make(self.mesh_shape["pp"], self.num_microbatches)
+        sizes = self.mesh["pp"], self.num_microbatches
+        if isinstance(self.schedule, str):
+            return SCHEDULES[self.schedule](*sizes)
+        name = getattr(self.schedule, "__name__", self.schedule)
+        try:
+            schedule = self.schedule(*sizes)
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(
+                f"schedule={name} fails for {sizes}: {kind}{error}"
+            ) from error
+        if not isinstance(schedule, Schedule):
+            raise ValueError(
+                f"schedule={name} returns a {type(schedule).__name__}; it must return "
+                "the Schedule of so many ranks and microbatches."
+            )
+        if (schedule.num_ranks, schedule.num_microbatches) != sizes:
+            raise ValueError(
+                f"schedule={name} returns one of {schedule.num_ranks} ranks and "
+                f"{schedule.num_microbatches} microbatches; the config has {sizes}."
+            )
+        return schedule
 
     @property
     def num_devices(self) -> int:

@@ -14,6 +14,8 @@ from dualpipe_jax.train.config import TrainConfig
 # Of the mesh: both split each microbatch.
 DATA_AXES = ("dp", "ep")
 BATCH = PartitionSpec(None, DATA_AXES)
+# Even virtual ones on a CPU take a tenth of a megabyte and a millisecond each.
+MAX_DEVICES = 4096
 
 
 def ask_for_devices(count: int, platform: str | None) -> None:
@@ -22,13 +24,28 @@ def ask_for_devices(count: int, platform: str | None) -> None:
     Args:
       count: devices of this process.
       platform: None leaves it to jax. JAX_PLATFORMS takes precedence.
+
+    Raises:
+      ValueError: there are too many for one process, or jax cannot start the platform.
     """
+    if count > MAX_DEVICES:
+        raise ValueError(
+            f"The mesh needs {count:,} devices in this process, more than "
+            f"{MAX_DEVICES:,}; use a smaller mesh, or more processes."
+        )
     # As XLA's --xla_force_host_platform_device_count. Once jax has initialized its
     # devices (in a notebook, say) it refuses, and those are used.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
     if platform and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", platform)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{platform=} of the config, JAX_PLATFORMS="
+            f"{os.environ.get('JAX_PLATFORMS', '')}: {error}"
+        ) from error
 
 
 def make_mesh(config: TrainConfig) -> Mesh:

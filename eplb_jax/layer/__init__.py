@@ -23,7 +23,10 @@ from eplb_jax.layer.parallel import (
     ExpertParallel,
     Route as Route,
 )
-from eplb_jax.layer.payload import Payload as Payload
+from eplb_jax.layer.payload import (
+    Payload as Payload,
+    check_payload as check_payload,
+)
 from eplb_jax.layer.physical import (
     check_held as check_held,
     count_gathered_experts as count_gathered_experts,

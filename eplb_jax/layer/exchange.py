@@ -12,7 +12,7 @@ Shape suffixes: see `eplb_jax`.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import lax
 
 from eplb_jax.layer.axes import Axis, all_gather, axis_index, ragged_all_to_all
 from eplb_jax.layer.varying import vary_alike
-from eplb_jax.placement import take_or_zero
+from eplb_jax.placement import check_choices, take_or_zero
 
 Transport = Literal["auto", "ragged", "gather"]
 
@@ -90,10 +90,7 @@ def exchange(
       >>> jax.jit(mapped)(jnp.array([1.0, 2.0, 3.0, 4.0])).tolist()
       [0.0, 0.0, 0.0, 1.0, 2.0, 0.0]
     """
-    if transport not in get_args(Transport):
-        raise ValueError(
-            f"{transport=} must be one of {', '.join(get_args(Transport))}."
-        )
+    check_choices(transport=(transport, Transport))
     return _exchange(rows, segments, num_received, axis_name, transport)
 
 

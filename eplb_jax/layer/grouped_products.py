@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax import lax
 
 from eplb_jax.layer.kernels import has_tokamax, load_tokamax, on_cuda
 from eplb_jax.layer.varying import vary_alike
+from eplb_jax.placement import check_choices
 
 Implementation = Literal["auto", "blocks", "tokamax", "xla"]
 
@@ -264,10 +265,7 @@ def _check(
     group_sizes: jax.Array,
     implementation: Implementation,
 ) -> None:
-    if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"{implementation=} must be one of {', '.join(get_args(Implementation))}."
-        )
+    check_choices(implementation=(implementation, Implementation))
     if implementation == "tokamax" and not has_tokamax():
         raise ValueError(
             f"{implementation=} is not installed; pip install tokamax, or use 'auto'."

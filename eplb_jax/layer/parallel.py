@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 from eplb_jax.layer.exchange import Transport
 from eplb_jax.layer.payload import Payload
 from eplb_jax.layer.replicas import ReplicaChoice
+from eplb_jax.placement import check_choices, check_counts
 
 Route = Literal["direct", "by_node"]
 ApplyScores = Literal["before", "after"]
@@ -41,7 +42,8 @@ class ExpertParallel:
         nodes, but more exchanges.
 
     Raises:
-      ValueError: for an unknown `apply_scores` or `route`.
+      ValueError: for a field that has none of these values, or nodes that do not
+        divide the devices.
     """
 
     axis_name: str | None = None
@@ -56,10 +58,18 @@ class ExpertParallel:
     route: Route = "direct"
 
     def __post_init__(self):
-        for name, kind in (("apply_scores", ApplyScores), ("route", Route)):
-            if getattr(self, name) not in get_args(kind):
-                known = " or ".join(map(repr, get_args(kind)))
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {known}.")
+        check_choices(
+            replica_choice=(self.replica_choice, ReplicaChoice),
+            transport=(self.transport, Transport),
+            payload=(self.payload, Payload),
+            apply_scores=(self.apply_scores, ApplyScores),
+            route=(self.route, Route),
+        )
+        check_counts(num_devices=self.num_devices, num_nodes=self.num_nodes)
+        if self.num_rows is not None:
+            check_counts(num_rows=self.num_rows)
+        if self.num_devices % self.num_nodes:
+            raise ValueError(f"{self.num_nodes=} must divide {self.num_devices=}.")
 
 
 ONE_DEVICE = ExpertParallel()

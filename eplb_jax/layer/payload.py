@@ -7,11 +7,13 @@ Shape suffixes: see `eplb_jax`.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from eplb_jax.placement import check_choices
 
 Payload = Literal["plain", "fp8"]
 
@@ -30,12 +32,11 @@ def check_payload(payload: Payload, num_features: int) -> None:
       ValueError: for an unknown payload, and for `"fp8"` if 128 does not divide the
         features.
     """
-    if payload not in get_args(Payload):
-        raise ValueError(f"{payload=} must be one of {', '.join(get_args(Payload))}.")
+    check_choices(payload=(payload, Payload))
     if payload == "fp8" and num_features % _TILE:
         raise ValueError(
             f"payload='fp8' scales tiles of {_TILE} channels, which do not divide "
-            f"x.shape[1]={num_features}; use payload='plain'."
+            f"{num_features} features; use payload='plain'."
         )
 
 

@@ -9,7 +9,7 @@ Shape suffixes: see `eplb_jax`; here C choices of all tokens, C = T * K.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax import lax
 from eplb_jax.layer.ids import known_ids
 from eplb_jax.layer.routing import count_experts
 from eplb_jax.layer.varying import vary_alike
-from eplb_jax.placement import ExpertTables, mix_bits
+from eplb_jax.placement import ExpertTables, check_choices, mix_bits
 
 ReplicaChoice = Literal["spread", "nearest", "balanced"]
 
@@ -213,10 +213,7 @@ def _nearest(
 def _check(
     tables: ExpertTables, choice: ReplicaChoice, num_devices: int, num_nodes: int
 ) -> None:
-    if choice not in get_args(ReplicaChoice):
-        raise ValueError(
-            f"{choice=} must be one of {', '.join(get_args(ReplicaChoice))}."
-        )
+    check_choices(choice=(choice, ReplicaChoice))
     if tables.expert_count.ndim != 1:
         raise ValueError(
             f"tables are of {tables.expert_count.shape[0]} layers; pass one layer's, "

@@ -14,7 +14,10 @@ from eplb_jax.placement.arrays import (
 from eplb_jax.placement.checks import (
     as_capacity as as_capacity,
     as_placement as as_placement,
+    check_choices as check_choices,
+    check_counts as check_counts,
     is_count as is_count,
+    is_fraction as is_fraction,
     is_traced as is_traced,
 )
 from eplb_jax.placement.hashing import mix_bits as mix_bits
@@ -25,7 +28,11 @@ from eplb_jax.placement.load import (
     save_state,
     sum_of_last,
 )
-from eplb_jax.placement.placement import Policy as Policy, rebalance_experts
+from eplb_jax.placement.placement import (
+    Policy as Policy,
+    choose_policy as choose_policy,
+    rebalance_experts,
+)
 from eplb_jax.placement.quality import (
     balancedness,
     balancedness_bound,

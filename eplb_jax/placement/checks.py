@@ -8,7 +8,8 @@ Shape suffixes: see `eplb_jax`.
 
 from __future__ import annotations
 
-from typing import Any
+import numbers
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -185,12 +186,13 @@ def check_counts(**counts: Any) -> None:
       >>> check_counts(num_gpus=8, every=2.5)
       Traceback (most recent call last):
         ...
-      ValueError: every=2.5 must be a positive int; under jit, make it static.
+      ValueError: every=2.5 must be a positive int below 2**31; under jit, ...
     """
     for name, count in counts.items():
         if not is_count(count):
             raise ValueError(
-                f"{name}={count!r} must be a positive int; under jit, make it static."
+                f"{name}={count!r} must be a positive int below 2**31; under jit, make "
+                "it static."
             )
 
 
@@ -245,7 +247,7 @@ def check_sizes(
 
 
 def is_count(value: Any) -> bool:
-    """Tells whether a value is a positive int.
+    """Tells whether a value is a positive int that an int32 can hold.
 
     Args:
       value: anything.
@@ -258,7 +260,46 @@ def is_count(value: Any) -> bool:
       (True, False, False)
     """
     is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return is_int and bool(value >= 1)
+    return is_int and bool(1 <= value < 2**31)
+
+
+def is_fraction(value: Any) -> bool:
+    """Tells whether a value is a number from 0 to 1.
+
+    Args:
+      value: anything.
+
+    Returns:
+      False for bools, too.
+
+    Examples:
+      >>> is_fraction(0.5), is_fraction(1), is_fraction(2), is_fraction("0.5")
+      (True, True, False, False)
+    """
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and 0 <= value <= 1
+
+
+def check_choices(**choices: tuple[Any, Any]) -> None:
+    """Raises ValueError unless each value is one of those of its `Literal`.
+
+    Args:
+      **choices: (value, the `Literal`) by their names.
+
+    Raises:
+      ValueError: naming the first that is not.
+
+    Examples:
+      >>> from typing import Literal
+      >>> check_choices(route=("near", Literal["direct", "by_node"]))
+      Traceback (most recent call last):
+        ...
+      ValueError: route='near' must be one of direct, by_node.
+    """
+    for name, (value, kind) in choices.items():
+        if value not in get_args(kind):
+            known = ", ".join(get_args(kind))
+            raise ValueError(f"{name}={value!r} must be one of {known}.")
 
 
 def is_traced(value: Any) -> bool:

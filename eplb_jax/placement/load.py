@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from eplb_jax.placement.checks import is_count
+from eplb_jax.placement.checks import is_count, is_fraction
 
 _LESS = 2.0**-8
 
@@ -86,7 +86,8 @@ def sum_of_last(num_steps: int) -> LoadEstimator:
     """
     if not is_count(num_steps):
         raise ValueError(
-            f"{num_steps=} must be at least 1, an int; 1 is the last step only."
+            f"{num_steps=} must be at least 1, an int below 2**31; 1 is the last "
+            "step only."
         )
 
     def init(num_layers: int, num_experts: int) -> WindowState:
@@ -128,7 +129,7 @@ def moving_average(decay: float) -> LoadEstimator:
       >>> average.estimate(state).tolist()
       [[2.0, 2.0]]
     """
-    if not 0 <= decay < 1:
+    if not is_fraction(decay) or decay == 1:
         raise ValueError(f"{decay=} must be in [0, 1); 0 keeps the last step only.")
 
     def init(num_layers: int, num_experts: int) -> AverageState:

@@ -10,7 +10,7 @@ Shape suffixes: see `eplb_jax`.
 from __future__ import annotations
 
 import functools
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from eplb_jax.placement.checks import (
     as_capacity,
+    check_choices,
     check_counts,
     check_sizes,
     is_traced,
@@ -110,7 +111,7 @@ def rebalance_experts(
     """
     weight = as_loads(weight, check_values)
     sizes = (num_replicas, num_groups, num_nodes, num_gpus)
-    policy, sizes = _choose_policy(policy, device_capacity, weight.shape[1], sizes)
+    policy, sizes = choose_policy(policy, device_capacity, weight.shape[1], sizes)
     sufficient = num_replicas - weight.shape[1] + 1
     width = _choose_width(max_replicas, sufficient)
     if policy in ("hierarchical", "global"):
@@ -127,16 +128,19 @@ def rebalance_experts(
     return tables
 
 
-def _choose_policy(
+def choose_policy(
     policy: Policy,
     device_capacity: ArrayLike | None,
     num_experts: int,
     sizes: _Sizes,
 ) -> tuple[Policy, _Sizes]:
-    """Resolves `"auto"`; returns the policy and the sizes that it places for."""
+    """Resolves `"auto"`; returns the policy and the sizes that it places for.
+
+    Raises:
+      ValueError: the policy is unknown, or the sizes do not fit it or each other.
+    """
     num_replicas, num_groups, num_nodes, num_gpus = sizes
-    if policy not in get_args(Policy):
-        raise ValueError(f"{policy=} must be one of {', '.join(get_args(Policy))}.")
+    check_choices(policy=(policy, Policy))
     check_counts(num_groups=num_groups, num_nodes=num_nodes)
     is_nested = num_groups % num_nodes == 0
     if policy == "auto":

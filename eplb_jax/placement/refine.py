@@ -243,7 +243,9 @@ def _check_refine(
     if num_nodes < 1 or num_gpus % num_nodes:
         raise ValueError(f"{num_gpus=} must be a multiple of {num_nodes=}.")
     if max_replicas is not None and not is_count(max_replicas):
-        raise ValueError(f"{max_replicas=} must be at least 1, an int, or None.")
+        raise ValueError(
+            f"{max_replicas=} must be at least 1, an int below 2**31, or None."
+        )
     if not is_traced(max_moves):
         if np.asarray(max_moves).dtype.kind not in "iu":
             raise ValueError(f"{max_moves=} must be an integer; round it down.")

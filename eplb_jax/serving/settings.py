@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from eplb_jax.placement import LoadEstimator, is_count, moving_average
+from eplb_jax.placement import LoadEstimator, is_count, is_fraction, moving_average
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,11 @@ class BalancerSettings:
         for name in ("num_layers", "num_experts", "num_devices", "every"):
             self._check_count(name)
         self._check_count("num_physical_experts")
+        if not isinstance(self.estimator, LoadEstimator):
+            raise ValueError(
+                f"{self.estimator=} must be a LoadEstimator, such as "
+                "moving_average(0.9)."
+            )
         if (
             self.num_physical_experts % self.num_devices
             or self.num_physical_experts < self.num_experts
@@ -54,21 +58,18 @@ class BalancerSettings:
             self._check_count("max_moves", "; a swap of two experts is 2")
         if self.max_replicas is not None:
             self._check_count("max_replicas", "; None is always sufficient")
-        for name in ("below", "min_gain"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("below", "min_gain", "min_gain_per_move"):
+            if not is_fraction(getattr(self, name)):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must be in [0, 1], like a "
-                    "balancedness."
+                    f"{name}={getattr(self, name)!r} must be in [0, 1], a fraction."
                 )
-        if not 0 <= self.min_gain_per_move < math.inf:
-            raise ValueError(
-                f"{self.min_gain_per_move=} must be finite and not negative."
-            )
 
     def _check_count(self, name: str, remedy: str = "") -> None:
         value = getattr(self, name)
         if not is_count(value):
-            raise ValueError(f"{name}={value!r} must be at least 1, an int{remedy}.")
+            raise ValueError(
+                f"{name}={value!r} must be at least 1, an int below 2**31{remedy}."
+            )
 
     @property
     def plan_size(self) -> int:

@@ -9,7 +9,7 @@ eplb_jax.layer.
 """
 
 from dualpipe_jax.deepseek.model.balancing import RouterState as RouterState
-from dualpipe_jax.deepseek.model.config import DeepSeekConfig
+from dualpipe_jax.deepseek.model.config import DeepSeekConfig, Positive as Positive
 from dualpipe_jax.deepseek.model.layers import (
     Head as Head,
     Layer as Layer,
@@ -19,9 +19,10 @@ from dualpipe_jax.deepseek.model.losses import logits_of as logits_of
 from dualpipe_jax.deepseek.model.model import DeepSeek
 from dualpipe_jax.deepseek.model.pipeline import DeepSeekPipeline as DeepSeekPipeline
 from dualpipe_jax.deepseek.model.placement_config import (
+    ComputeDtype as ComputeDtype,
     EplbConfig,
     PlacementConfig as PlacementConfig,
-    check_buffer_factor as check_buffer_factor,
+    rows_of_buffer as rows_of_buffer,
 )
 from dualpipe_jax.deepseek.model.trees import (
     map_with_names as map_with_names,

@@ -21,6 +21,7 @@ from eplb_jax import (
     rebalance_experts,
     update_bias,
 )
+from eplb_jax.placement import choose_policy
 
 
 class RouterState(NamedTuple):
@@ -72,6 +73,10 @@ class TrainingBalancer:
                 f"num_nodes={self.eplb.num_nodes} must divide the ep axis, "
                 f"{self.num_devices}."
             )
+        if self.eplb:
+            sizes = (self.num_physical_experts, self.num_groups)
+            sizes += (self.eplb.num_nodes, self.num_devices)
+            choose_policy(self.eplb.policy, None, self.num_experts, sizes)
 
     @property
     def num_physical_experts(self) -> int:

@@ -8,6 +8,10 @@ from typing import Annotated, NamedTuple
 from dualpipe_jax.checked import Count, Range, Size, check_fields
 
 Positive = Annotated[float, Range(0, above=True)]
+# Beyond any model; dividing the layers over stages takes a time quadratic in them, and
+# the tables of placements have a row for each.
+NumLayers = Annotated[int, Range(1, 4096)]
+NumExperts = Annotated[int, Range(1, 65_536)]
 
 
 class ParameterCount(NamedTuple):
@@ -74,7 +78,7 @@ class DeepSeekConfig:
 
     vocab_size: Count
     hidden_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: NumLayers
     first_k_dense_replace: Size
     intermediate_size: Count
     num_attention_heads: Count
@@ -83,7 +87,7 @@ class DeepSeekConfig:
     qk_nope_head_dim: Count
     qk_rope_head_dim: Count
     v_head_dim: Count
-    n_routed_experts: Count
+    n_routed_experts: NumExperts
     moe_intermediate_size: Count
     num_experts_per_tok: Count
     n_shared_experts: Size = 1

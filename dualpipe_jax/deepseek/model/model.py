@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from jax.sharding import Mesh
 
 from dualpipe_jax.deepseek.model.layout import Layout
 from dualpipe_jax.deepseek.model.options import DeepSeekOptions
 from dualpipe_jax.deepseek.model.pipeline import DeepSeekPipeline, unpipelined
+from dualpipe_jax.deepseek.model.placement_config import rows_of_buffer
 from dualpipe_jax.planning import Partition, partition_layers
 from dualpipe_jax.schedules import Schedule
 from eplb_jax import ExpertParallel
@@ -89,16 +89,14 @@ class DeepSeek(DeepSeekOptions):
             axis.
         """
         partition = self.partition(schedule, sequence_length)
-        devices, num_rows = mesh.shape["ep"], None
-        if self.buffer_factor is not None:
-            tokens = microbatch_size * sequence_length / (mesh.shape["dp"] * devices)
-            mean = tokens * self.architecture.num_experts_per_tok
-            num_rows = math.ceil(self.buffer_factor * mean)
+        devices = mesh.shape["ep"]
+        tokens = microbatch_size * sequence_length / (mesh.shape["dp"] * devices)
+        num_choices = tokens * self.architecture.num_experts_per_tok
         parallel = ExpertParallel(
             axis_name="ep" if devices > 1 else None,
             num_devices=devices,
             num_nodes=self.eplb.num_nodes if self.eplb else 1,
-            num_rows=num_rows,
+            num_rows=rows_of_buffer(self.buffer_factor, num_choices, devices),
             payload=self.payload,
             remat="experts" in self.remat,
         )

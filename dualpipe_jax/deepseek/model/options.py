@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from dualpipe_jax.deepseek.model.config import DeepSeekConfig
-from dualpipe_jax.deepseek.model.placement_config import (
-    EplbConfig,
-    check_buffer_factor,
-)
-from eplb_jax.layer import Payload
+from dualpipe_jax.checked import Count, Range, check_fields
+from dualpipe_jax.deepseek.model.config import DeepSeekConfig, Positive
+from dualpipe_jax.deepseek.model.placement_config import ComputeDtype, EplbConfig
+from eplb_jax.layer import Payload, check_payload
 
 Remat = Literal["attention", "experts"]
 StageCode = Literal["shared", "own"]
+NotNegative = Annotated[float, Range(0)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,32 +20,24 @@ class DeepSeekOptions:
     """The fields of `DeepSeek`; see there."""
 
     architecture: DeepSeekConfig
-    compute_dtype: str = "float32"
+    compute_dtype: ComputeDtype = "float32"
     eplb: EplbConfig | None = None
-    bias_update_rate: float = 1e-3
-    balance_loss: float = 1e-4
-    mtp_weight: float = 0.3
-    z_loss: float = 0.0
-    buffer_factor: float | None = None
+    bias_update_rate: NotNegative = 1e-3
+    balance_loss: NotNegative = 1e-4
+    mtp_weight: NotNegative = 0.3
+    z_loss: NotNegative = 0.0
+    buffer_factor: Positive | None = None
     remat: tuple[Remat, ...] = ()
     payload: Payload = "plain"
-    layer_costs: tuple[float, ...] | None = None
-    head_cost: float | None = None
-    rank_speeds: tuple[float, ...] | None = None
+    layer_costs: tuple[Positive, ...] | None = None
+    head_cost: NotNegative | None = None
+    rank_speeds: tuple[Positive, ...] | None = None
     stage_code: StageCode = "shared"
-    max_layers: int | None = None
+    max_layers: Count | None = None
 
     def __post_init__(self):
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"{self.compute_dtype=} must be 'float32' or 'bfloat16'.")
-        check_buffer_factor(self.buffer_factor)
-        if unknown := set(self.remat) - set(get_args(Remat)):
-            raise ValueError(
-                f"remat={self.remat}: {sorted(unknown)[0]!r} is unknown; choose from "
-                f"{', '.join(get_args(Remat))}."
-            )
-        if self.stage_code not in get_args(StageCode):
-            raise ValueError(f"{self.stage_code=} must be 'shared' or 'own'.")
+        check_fields(self)
+        check_payload(self.payload, self.architecture.hidden_size)
         if (self.layer_costs is None) != (self.head_cost is None):
             raise ValueError(
                 "layer_costs and head_cost share a unit; set both or neither."

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated, Literal
 
-from eplb_jax.placement import Policy, is_count
+from dualpipe_jax.checked import Count, Range, Size, check_fields
+from eplb_jax.placement import Policy
+
+ComputeDtype = Literal["float32", "bfloat16"]
 
 
-def check_buffer_factor(buffer_factor: float | None) -> None:
-    """Raises ValueError unless a buffer of that many mean loads has rows, or for None.
+def rows_of_buffer(
+    buffer_factor: float | None, num_choices: float, num_devices: int
+) -> int | None:
+    """Rows of a device's buffer for the tokens of its experts; None: for all.
 
     Args:
       buffer_factor: see `DeepSeek`.
-
-    Raises:
-      ValueError: if it is not positive and finite.
+      num_choices: choices of a device's tokens in one microbatch.
+      num_devices: as many times `num_choices` are all that can arrive.
 
     Examples:
-      >>> check_buffer_factor(0.0)
-      Traceback (most recent call last):
-        ...
-      ValueError: buffer_factor=0.0 must be positive and finite; 1.25 leaves room ...
+      >>> rows_of_buffer(1.5, 33, 4), rows_of_buffer(1e300, 33, 4)
+      (50, 132)
     """
-    if buffer_factor is not None and not 0 < buffer_factor < math.inf:
-        raise ValueError(
-            f"{buffer_factor=} must be positive and finite; 1.25 leaves room for a "
-            "quarter more than the mean, and None for all that can arrive."
-        )
+    if buffer_factor is None:
+        return None
+    return math.ceil(min(buffer_factor, num_devices) * num_choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +40,14 @@ class PlacementConfig:
       decay: per step, of the moving average of the loads.
     """
 
-    every: int
-    decay: float = dataclasses.field(default=0.9, kw_only=True)
+    every: Count
+    # 1 would never see a new load.
+    decay: Annotated[float, Range(0, 1, below=True)] = dataclasses.field(
+        default=0.9, kw_only=True
+    )
 
     def __post_init__(self):
-        if not is_count(self.every):
-            raise ValueError(f"{self.every=} must be at least 1 step, an int.")
-        if not 0 <= self.decay < 1:
-            raise ValueError(
-                f"{self.decay=} must be in [0, 1); 1 would never see a new load."
-            )
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +64,6 @@ class EplbConfig(PlacementConfig):
       decay: per step, of the moving average of the loads.
     """
 
-    num_redundant: int
-    num_nodes: int = 1
+    num_redundant: Size
+    num_nodes: Count = 1
     policy: Policy = "auto"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_redundant != 0 and not is_count(self.num_redundant):
-            raise ValueError(f"{self.num_redundant=} must be at least 0, an int.")
-        if not is_count(self.num_nodes):
-            raise ValueError(f"{self.num_nodes=} must be at least 1, an int.")

@@ -4,7 +4,7 @@ The call chain of a request: `engine` (the user's interface), `scheduler` (which
 runs when), `programs` (the jitted steps), `steps` (what a device runs), `forward` (the
 model over a cache). Shape suffixes: see `dualpipe_jax.deepseek`.
 
-Imports: backward, executor, gpu.overlap, train, deepseek.model,
+Imports: checked, backward, executor, gpu.overlap, train, deepseek.model,
 eplb_jax.placement, eplb_jax.layer.
 """
 

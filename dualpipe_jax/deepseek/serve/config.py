@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
+from dualpipe_jax.checked import INT32_MAX, Count, Range, Size, check_fields
 from dualpipe_jax.deepseek.model import (
+    ComputeDtype,
     DeepSeekConfig,
     PlacementConfig,
-    check_buffer_factor,
+    Positive,
+    rows_of_buffer,
 )
+from dualpipe_jax.train import Platform
 from eplb_jax import ExpertBalancer, ExpertParallel, lookup, moving_average
-from eplb_jax.layer import Payload, Route
+from eplb_jax.layer import Payload, Route, check_payload
 
 Phase = Literal["prefill", "decode"]
 # Each step is divided into two microbatches, which overlap.
 HALVES = 2
+_Divided = Annotated[int, Range(HALVES, INT32_MAX)]
+_Fraction = Annotated[float, Range(0, 1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,11 +42,11 @@ class RebalanceConfig(PlacementConfig):
       decay: per step, of the moving average of the loads.
     """
 
-    every: int = 100
-    layers_per_plan: int | None = None
-    max_moves: int | None = None
-    below: float = 0.95
-    min_gain: float = 0.01
+    every: Count = 100
+    layers_per_plan: Count | None = None
+    max_moves: Count | None = None
+    below: _Fraction = 0.95
+    min_gain: _Fraction = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,30 +92,32 @@ class ServeConfig:
     name: str
     architecture: DeepSeekConfig
     phase: Phase = "decode"
-    compute_dtype: str = "float32"
-    num_devices: int
-    num_nodes: int = 1
-    num_redundant: int = 0
-    requests_per_device: int
-    context_length: int
-    prompts_per_device: int = 2
+    compute_dtype: ComputeDtype = "float32"
+    num_devices: Count
+    num_nodes: Count = 1
+    num_redundant: Size = 0
+    requests_per_device: _Divided
+    context_length: Count
+    prompts_per_device: _Divided = 2
     # None stands for a default that depends on other fields; `__post_init__` replaces
     # it, so that the attributes are always numbers.
-    max_prompt_length: int = None  # pyright: ignore[reportAssignmentType]
-    max_prefill_tokens: int = None  # pyright: ignore[reportAssignmentType]
+    max_prompt_length: Count = None  # pyright: ignore[reportAssignmentType]
+    max_prefill_tokens: _Divided = None  # pyright: ignore[reportAssignmentType]
     route: Route = "direct"
     payload: Payload = "plain"
-    buffer_factor: float | None = None
+    buffer_factor: Positive | None = None
     rebalance: RebalanceConfig | None = dataclasses.field(
         default_factory=RebalanceConfig
     )
-    platform: str | None = None
+    platform: Platform | None = None
 
     def __post_init__(self):
+        check_fields(self)
         self._set_default("max_prompt_length", self.context_length)
         longest = self.prompts_per_device * self.max_prompt_length
         self._set_default("max_prefill_tokens", longest)
-        self._check_choices()
+        check_fields(self)  # what has just been computed, too
+        check_payload(self.payload, self.architecture.hidden_size)
         self._check_sizes()
         self.balancer  # noqa: B018  raises now if sizes do not fit
 
@@ -118,24 +125,7 @@ class ServeConfig:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
-    def _check_choices(self) -> None:
-        check_buffer_factor(self.buffer_factor)
-        for name, kind in (("phase", Phase), ("route", Route), ("payload", Payload)):
-            if getattr(self, name) not in get_args(kind):
-                known = " or ".join(map(repr, get_args(kind)))
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {known}.")
-        if self.payload == "fp8" and self.architecture.hidden_size % 128:
-            raise ValueError(
-                f"payload='fp8' scales tiles of 128 channels, which do not divide "
-                f"hidden_size={self.architecture.hidden_size}; use payload='plain'."
-            )
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"{self.compute_dtype=} must be 'float32' or 'bfloat16'.")
-
     def _check_sizes(self) -> None:
-        for name in ("num_devices", "num_nodes", "context_length", "max_prompt_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_devices % self.num_nodes:
             raise ValueError(f"{self.num_nodes=} must divide {self.num_devices=}.")
         if self.num_physical_experts % self.num_devices:
@@ -145,7 +135,7 @@ class ServeConfig:
             )
         for name in ("requests_per_device", "prompts_per_device", "max_prefill_tokens"):
             value = getattr(self, name)
-            if value < HALVES or value % HALVES:
+            if value % HALVES:
                 raise ValueError(f"{name}={value} must be even, for two microbatches.")
         if self.max_prompt_length > self.context_length:
             raise ValueError(
@@ -224,15 +214,12 @@ class ServeConfig:
 
     def parallel(self, num_tokens: int) -> ExpertParallel:
         """Returns how experts are divided, for `num_tokens` tokens per microbatch."""
-        num_rows = None
-        if self.buffer_factor is not None:
-            mean = num_tokens * self.architecture.num_experts_per_tok
-            num_rows = math.ceil(self.buffer_factor * mean)
+        num_choices = num_tokens * self.architecture.num_experts_per_tok
         return ExpertParallel(
             axis_name=self.axis_name,
             num_devices=self.num_devices,
             num_nodes=self.num_nodes,
-            num_rows=num_rows,
+            num_rows=rows_of_buffer(self.buffer_factor, num_choices, self.num_devices),
             payload=self.payload,
             apply_scores="after",
             route=self.route,

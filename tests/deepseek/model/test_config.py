@@ -197,6 +197,7 @@ def test_sizes_that_do_not_fit(changes, message):
         small(**changes)
 
 
+COUNTS = ("Count", "Size", "NumLayers", "NumExperts")
 MAY_BE_ZERO = ["first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"]
 
 
@@ -206,8 +207,8 @@ def test_zero_is_a_size_where_it_makes_sense(name):
 
 
 def test_no_other_size_may_be_zero():
-    fields = [f.name for f in dataclasses.fields(SMALL) if f.type == "Count"]
-    assert len(fields) == 14
+    fields = [f.name for f in dataclasses.fields(SMALL) if f.type in COUNTS]
+    assert len(fields) == 17
     for name in set(fields) - set(MAY_BE_ZERO):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             small(**{name: 0})
@@ -218,10 +219,12 @@ def test_no_other_size_may_be_zero():
     [
         (
             {"remat": ("attention", "mlp")},
-            "'mlp' is unknown; choose from attention, ex",
+            r"remat=\(.*\): 'mlp' must be 'attention' or 'experts'",
         ),
+        ({"payload": "fp8"}, r"which do not divide \d+ features; use payload='plain'"),
+        ({"rank_speeds": [1.0, 2.0]}, r"rank_speeds=\[1.0, 2.0\] must be a tuple or N"),
         ({"compute_dtype": "float16"}, "compute_dtype='float16' must be 'float32' or"),
-        ({"buffer_factor": -1.0}, "buffer_factor=-1.0 must be positive and finite"),
+        ({"buffer_factor": -1.0}, "buffer_factor=-1.0 must be above 0"),
         ({"head_cost": 1.0}, "layer_costs and head_cost share a unit; set both"),
         ({"layer_costs": (1.0,) * 3}, "layer_costs and head_cost share a unit"),
         (

@@ -206,11 +206,11 @@ def test_bad_arguments():
         ),
         (
             lambda: ExpertParallel(apply_scores="never"),
-            "apply_scores='never' must be 'before' or 'after'",
+            "apply_scores='never' must be one of before, after",
         ),
         (
             lambda: ExpertParallel(route="by_air"),
-            "route='by_air' must be 'direct' or 'by_node'",
+            "route='by_air' must be one of direct, by_node",
         ),
         (
             lambda: ExpertTables.from_placement(jnp.zeros(16, int), 16),

@@ -278,7 +278,10 @@ def test_a_state_is_a_pytree_of_arrays():
         ({"max_moves": 2.0}, "max_moves=2.0 must be at least 1, an int"),
         ({"max_replicas": 0}, "max_replicas=0 must be at least 1"),
         ({"min_gain": float("nan")}, r"min_gain=nan must be in \[0, 1\]"),
-        ({"min_gain_per_move": float("nan")}, "min_gain_per_move=nan must be finite"),
+        (
+            {"min_gain_per_move": float("nan")},
+            r"min_gain_per_move=nan must be in \[0, 1\]",
+        ),
         ({"layers_per_plan": 4}, "between 1 and .*num_layers=3"),
         ({"max_moves": 0}, "a swap of two experts is 2"),
         ({"below": 1.5}, r"below=1.5 must be in \[0, 1\]"),
