@@ -3,8 +3,9 @@
 Imports: schedules. Without jax.
 """
 
-from dualpipe_jax.lowering.program import Program, Table as Table, lower
-from dualpipe_jax.lowering.ticks import Kind as Kind, Loop as Loop
+from dualpipe_jax.lowering.loops import Loop as Loop
+from dualpipe_jax.lowering.program import Kind as Kind, Program, lower
+from dualpipe_jax.lowering.table import Table as Table
 
 __all__ = [
     "Program",

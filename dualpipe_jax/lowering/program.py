@@ -8,60 +8,29 @@ array of the model and does not import jax.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
 
-from dualpipe_jax.lowering.slots import Interval, assign_slots
+from dualpipe_jax.lowering.loops import Loop, find_loops
+from dualpipe_jax.lowering.table import Table, tabulate
 from dualpipe_jax.lowering.ticks import (
     Clock,
-    Kind,
-    Loop,
-    Message,
+    Pairs,
     align_loops,
-    find_loops,
-    links,
     place_messages,
-    producers,
-    split_rounds,
-    step_kind,
+    uniform_kinds,
 )
 from dualpipe_jax.schedules import (
+    OPS,
     Costs,
     Schedule,
     StepSpan,
-    Task,
     Timeline,
     measure,
     simulate,
 )
 
-Pairs = tuple[tuple[int, int], ...]
-
-
-class Table(NamedTuple):
-    """What each rank does in each tick: int32 arrays [num_ticks, num_ranks].
-
-    Fields of tasks that a tick does not run hold 0. Slots named `*_in` and `*_out` are
-    message slots.
-    """
-
-    kind: np.ndarray  # index into Program.kinds, -1 when the rank starts nothing
-    f_microbatch: np.ndarray
-    f_first: np.ndarray  # 1 where F is the first stage's: its input is embedded
-    f_last: np.ndarray  # 1 where F is the last stage's: its output makes the loss
-    f_in: np.ndarray
-    f_out: np.ndarray
-    f_slot: np.ndarray  # activation slot that F fills
-    b_microbatch: np.ndarray  # of B, I or W
-    b_first: np.ndarray  # 1 where B or I is the first stage's
-    b_in: np.ndarray
-    b_out: np.ndarray
-    b_slot: np.ndarray  # activation slot that B, I or W reads
-    wgrad_slot: np.ndarray  # slot of wgrad residuals that I fills or W reads
-    loss_out: np.ndarray  # message slot for the cotangent of the loss
-    send: np.ndarray  # [num_ticks, num_ranks, rounds]: message slot sent
-    receive: np.ndarray  # [num_ticks, num_ranks, rounds]: slot filled, or the spare one
+Kind = tuple[tuple[str, int], ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,40 +99,22 @@ def lower(schedule: Schedule) -> Program:
       >>> lower(dualpipe(4, 8)).num_slots
       5
     """
-    clock = Clock(schedule)
+    clock = Clock.of(schedule)
     chunks = _name_chunks(schedule)
-    chunk_of = [{stage: c for c, stage in enumerate(own)} for own in chunks]
-    kinds = [
-        [step_kind(step, chunk_of[rank]) for step in steps]
-        for rank, steps in enumerate(schedule.steps)
-    ]
-    align_loops(clock, kinds)
-    rounds: list[list[list[Message]]] = [[] for _ in clock.times]
-    by_boundary: dict[int, list[Message]] = {}
-    for message in place_messages(clock):
-        by_boundary.setdefault(message.boundary, []).append(message)
-    for boundary, messages in by_boundary.items():
-        # A permute at a boundary is issued after the steps of the tick before it.
-        rounds[boundary - 1] = split_rounds(messages)
-    permutes = tuple(
-        tuple(
-            tuple(sorted((m.sender.rank, m.receiver.rank) for m in group))
-            for group in groups
-        )
-        for groups in rounds
-    )
-    ticks = np.full((len(clock.times), schedule.num_ranks), -1, np.int32)
-    for rank, starts in enumerate(clock.ticks):
-        ticks[starts, rank] = np.arange(len(starts))
-    names = tuple(sorted({kind for of_rank in kinds for kind in of_rank}))
-    table, slots = _Tabulator(schedule, ticks, rounds).tabulate(kinds, names)
+    names, kinds = _name_kinds(schedule, chunks)
+    is_pair = np.array([len(kind) == 2 for kind in names])
+    align_loops(clock, kinds, is_pair)
+    messages, permutes = place_messages(clock)
+    kinds_at = clock.kinds_at(kinds)
+    table, slots = tabulate(clock, kinds_at, messages)
+    first = schedule.arrays.first[:-1]
     return Program(
         schedule=schedule,
         chunks=chunks,
         kinds=names,
-        ticks=ticks,
+        ticks=np.where(clock.steps < 0, -1, clock.steps - first).astype(np.int32),
         permutes=permutes,
-        loops=find_loops(clock, kinds, list(permutes)),
+        loops=find_loops(uniform_kinds(kinds_at), is_pair, permutes),
         table=table,
         num_slots=slots["activation"],
         num_message_slots=slots["message"],
@@ -172,9 +123,10 @@ def lower(schedule: Schedule) -> Program:
 
 
 def _name_chunks(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
-    held: list[set[int]] = [set() for _ in range(schedule.num_ranks)]
-    for rank, _, step in schedule:
-        held[rank].update(task.stage for task in step)
+    arrays = schedule.arrays
+    is_held = np.zeros((schedule.num_ranks, schedule.num_stages), bool)
+    is_held[arrays.rank[arrays.step], arrays.stage] = True
+    held = [np.flatnonzero(own).tolist() for own in is_held]
     if len({len(stages) for stages in held}) != 1:
         raise ValueError(
             f"{schedule.kind=} gives its ranks different numbers of stages "
@@ -182,162 +134,53 @@ def _name_chunks(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
             "number on every rank."
         )
     if len(held[0]) == 1 or schedule.num_stages % schedule.num_ranks:
-        return tuple(tuple(sorted(stages)) for stages in held)
+        return tuple(map(tuple, held))
+    owner = arrays.rank[arrays.made[0]]  # [stages, microbatches], of F
     return tuple(
-        tuple(sorted(stages, key=lambda stage: _direction(schedule, rank, stage)))
+        tuple(sorted(stages, key=lambda stage: _direction(owner, rank, stage)))
         for rank, stages in enumerate(held)
     )
 
 
-def _direction(schedule: Schedule, rank: int, stage: int) -> tuple[int, int]:
+def _direction(owner: np.ndarray, rank: int, stage: int) -> tuple[int, int]:
     """Returns a key that orders a rank's stages, with directions swapped on odd ranks.
 
     A stage whose successor is on a higher rank runs in direction 0.
     """
-    microbatch = next(
-        m
-        for m in range(schedule.num_microbatches)
-        if schedule._owners[stage, m] == rank
-    )
-    other = stage + 1 if stage + 1 < schedule.num_stages else stage - 1
-    there = schedule.rank_of(max(other, 0), microbatch) - rank
+    num_stages = len(owner)
+    microbatch = int(np.argmax(owner[stage] == rank))
+    other = stage + 1 if stage + 1 < num_stages else stage - 1
+    there = int(owner[max(other, 0), microbatch]) - rank
     ahead = there if other > stage else -there
-    down = ahead < 0 or (ahead == 0 and stage >= schedule.num_stages // 2)
+    down = ahead < 0 or (ahead == 0 and stage >= num_stages // 2)
     return (down ^ rank % 2, stage)
 
 
-class _Tabulator:
-    """Fills the table by following every value from its writer to its last reader."""
+def _name_kinds(
+    schedule: Schedule, chunks: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[Kind, ...], np.ndarray]:
+    """Returns the kinds of steps, sorted, and the index of each step's: [steps]."""
+    arrays = schedule.arrays
+    chunk_of = np.zeros((schedule.num_ranks, schedule.num_stages), np.int64)
+    for rank, own in enumerate(chunks):
+        chunk_of[rank, list(own)] = np.arange(len(own))
+    # A task as a number, and a step as that of one or of two.
+    chunk, base = chunk_of[arrays.rank[arrays.step], arrays.stage], len(chunks[0])
+    task = arrays.op * base + chunk + 1
+    is_second = np.append(False, arrays.step[1:] == arrays.step[:-1])
+    code = np.zeros(len(arrays.rank), np.int64)
+    code[arrays.step[~is_second]] = task[~is_second]
+    many = len(OPS) * base + 1
+    code[arrays.step[is_second]] += many * task[is_second]
 
-    def __init__(self, schedule: Schedule, ticks, rounds: list[list[list[Message]]]):
-        self.schedule = schedule
-        self.rounds = rounds
-        self.num_rounds = max(map(len, rounds), default=0)
-        self.tick_of = {
-            (rank, int(position)): tick
-            for (tick, rank), position in np.ndenumerate(ticks)
-            if position >= 0
-        }
-        shape = ticks.shape
-        self.fields = {name: np.zeros(shape, np.int32) for name in Table._fields}
-        for name in ("send", "receive"):
-            self.fields[name] = np.zeros((*shape, self.num_rounds), np.int32)
-        # Per kind of slot: the lifetimes of values, and which fields name the slot.
-        self.lives: dict[str, list[Interval]] = {
-            name: [] for name in ("activation", "message", "wgrad_residuals")
-        }
-        self.uses: dict[str, list[list[tuple]]] = {name: [] for name in self.lives}
+    def kind(code: int) -> Kind:
+        tasks = [code % many, code // many] if code >= many else [code]
+        return tuple((OPS[(each - 1) // base], (each - 1) % base) for each in tasks)
 
-    # The order of events in a tick. A step reads all its operands before it writes.
-    EMBED, READ, WRITE, LOSS_READ, LOSS_WRITE, EMBED_BACKWARD, PERMUTE = range(7)
-
-    def _time(self, tick: int, phase: int) -> int:
-        return tick * (self.PERMUTE + 2 * self.num_rounds) + phase
-
-    def _keep(self, pool: str, rank: int, start, end, *uses: tuple) -> None:
-        self.lives[pool].append(Interval(self._time(*start), self._time(*end), rank))
-        self.uses[pool].append(list(uses))
-
-    def tabulate(self, kinds, names) -> tuple[Table, dict[str, int]]:
-        self.fields["kind"][:] = -1
-        made = producers(self.schedule)
-        for rank, position, step in self.schedule:
-            tick = self.tick_of[rank, position]
-            at = (tick, rank)
-            self.fields["kind"][at] = names.index(kinds[rank][position])
-            for task in step:
-                self._task(task, at, made)
-        self._messages()
-        sizes = {}
-        for pool, lives in self.lives.items():
-            slots, sizes[pool] = assign_slots(lives)
-            if pool == "message":
-                # A rank that receives nothing in a permute writes to the spare slot.
-                self.fields["receive"][:] = sizes[pool]
-            for slot, uses in zip(slots, self.uses[pool], strict=True):
-                for name, *index in uses:
-                    self.fields[name][tuple(index)] = slot
-        return Table(**self.fields), sizes
-
-    def _task(self, task: Task, at: tuple[int, int], made) -> None:
-        tick, rank = at
-        op, stage, microbatch = task
-        last = self.schedule.num_stages - 1
-
-        def tick_of(op: str, stage: int) -> int:
-            return self.tick_of[made[Task(op, stage, microbatch)]]
-
-        if op == "F":
-            self.fields["f_microbatch"][at] = microbatch
-            self.fields["f_first"][at] = stage == 0
-            self.fields["f_last"][at] = stage == last
-            if stage == 0:
-                use = ("f_in", *at)
-                self._keep("message", rank, (tick, self.EMBED), (tick, self.READ), use)
-            if stage == last:
-                use = ("f_out", *at)
-                ends = (tick, self.LOSS_READ)
-                self._keep("message", rank, (tick, self.WRITE), ends, use)
-            if self.schedule.is_forward_only:
-                return
-            if stage == last:
-                back = tick_of("I", stage)
-                starts, ends = (tick, self.LOSS_WRITE), (back, self.READ)
-                uses = ("loss_out", *at), ("b_in", back, rank)
-                self._keep("message", rank, starts, ends, *uses)
-            end = made.get(Task("W", stage, microbatch), made[task._replace(op="I")])
-            done = self.tick_of[end]
-            uses = [("f_slot", *at), ("b_slot", done, rank)]
-            uses.append(("b_slot", tick_of("I", stage), rank))
-            # The slot is taken while F still runs beside the B that frees another.
-            starts, ends = (tick, self.READ), (done, self.READ)
-            self._keep("activation", rank, starts, ends, *uses)
-        elif op == "W":
-            self.fields["b_microbatch"][at] = microbatch
-            filled = tick_of("I", stage)
-            starts, ends = (filled, self.WRITE), (tick, self.READ)
-            uses = ("wgrad_slot", filled, rank), ("wgrad_slot", *at)
-            self._keep("wgrad_residuals", rank, starts, ends, *uses)
-        else:
-            self.fields["b_microbatch"][at] = microbatch
-            self.fields["b_first"][at] = stage == 0
-            if stage == 0:
-                use = ("b_out", *at)
-                ends = (tick, self.EMBED_BACKWARD)
-                self._keep("message", rank, (tick, self.WRITE), ends, use)
-
-    def _messages(self) -> None:
-        """Moves values within a rank from out-slot to in-slot, others by permute."""
-        for tick, groups in enumerate(self.rounds):
-            for k, group in enumerate(groups):
-                for task, sender, receiver, _ in group:
-                    out, into = (
-                        ("f_out", "f_in") if task.op == "F" else ("b_out", "b_in")
-                    )
-                    self._keep(
-                        "message",
-                        sender.rank,
-                        (sender.tick, self.WRITE),
-                        (tick, self.PERMUTE + 2 * k),
-                        (out, sender.tick, sender.rank),
-                        ("send", tick, sender.rank, k),
-                    )
-                    self._keep(
-                        "message",
-                        receiver.rank,
-                        (tick, self.PERMUTE + 2 * k + 1),
-                        (receiver.tick, self.READ),
-                        ("receive", tick, receiver.rank, k),
-                        (into, receiver.tick, receiver.rank),
-                    )
-        for task, (rank, made), (target, used) in links(self.schedule):
-            if rank != target:
-                continue
-            out, into = ("f_out", "f_in") if task.op == "F" else ("b_out", "b_in")
-            here, there = self.tick_of[rank, made], self.tick_of[rank, used]
-            uses = (out, here, rank), (into, there, rank)
-            starts, ends = (here, self.WRITE), (there, self.READ)
-            self._keep("message", rank, starts, ends, *uses)
+    codes, index = np.unique(code, return_inverse=True)
+    kinds = [kind(each) for each in codes.tolist()]
+    names = tuple(sorted(kinds))
+    return names, np.array([names.index(each) for each in kinds])[index]
 
 
 @simulate.register

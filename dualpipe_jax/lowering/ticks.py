@@ -1,26 +1,21 @@
-"""Ticks, permutes and steady states: the order of a schedule in one SPMD program.
+"""Ticks and permutes: the order of a schedule in one SPMD program.
 
 All ranks of an SPMD program issue the same permutes in the same order, so each message
 needs a position in an order that all ranks share. That order is a sequence of ticks:
 the distinct starting times of the schedule's steps, simulated at structural costs.
 Between two ticks are the permutes of the messages exchanged there.
+
+Steps and tasks are numbered as in `Schedule.arrays`.
 """
 
 from __future__ import annotations
 
-import bisect
+import dataclasses
 from typing import NamedTuple
 
-from dualpipe_jax.schedules import (
-    Costs,
-    Schedule,
-    Step,
-    Task,
-    Timeline,
-    predecessors,
-    result_of,
-    simulate,
-)
+import numpy as np
+
+from dualpipe_jax.schedules import Costs, Schedule, simulate_steps
 
 # The shape of a schedule: all units of work equal, no communication. Ticks derived from
 # real costs would break up the steady state.
@@ -30,277 +25,268 @@ STRUCTURAL = Costs(F=1.0, I=1.0, W=1.0)
 # a boundary where structural costs leave several.
 TYPICAL = Costs(F=97.0, I=104.0, W=35.0, B=139.0, FB=129.0)
 
-Kind = tuple[tuple[str, int], ...]
+# Boundaries that are compared at once.
+_CHUNK = 2**20
 
-_LONG = 4
-
-
-class Place(NamedTuple):
-    """Where a step runs: on `rank`, at `position` in its order, in `tick`."""
-
-    rank: int
-    position: int
-    tick: int
+Pairs = tuple[tuple[int, int], ...]
 
 
-class Message(NamedTuple):
-    """The result of `task`, from the step at `sender` to the step at `receiver`.
-
-    `boundary` is the tick before whose steps the message is exchanged.
-    """
-
-    task: Task
-    sender: Place
-    receiver: Place
-    boundary: int
-
-
-class Loop(NamedTuple):
-    """A steady state: from tick `start`, `period` ticks are repeated `trips` times.
-
-    In each tick every rank runs a step of the same kind and takes part in the same
-    permutes, so the loop's body needs no branch.
-    """
-
-    start: int
-    period: int
-    trips: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.period * self.trips
-
-
+@dataclasses.dataclass(frozen=True, eq=False)
 class Clock:
-    """The ticks of a schedule: in which tick each rank starts each of its steps."""
+    """The ticks of a schedule: in which tick each rank starts each of its steps.
 
-    def __init__(self, schedule: Schedule):
-        self.schedule = schedule
-        timeline = simulate(schedule, STRUCTURAL)
-        self.typical_spans = _spans(simulate(schedule, TYPICAL))
-        self.times = sorted(
-            {start for spans in timeline.spans for _, start, _ in spans}
-        )
-        index = {time: tick for tick, time in enumerate(self.times)}
-        self.ticks = [
-            [index[start] for _, start, _ in spans] for spans in timeline.spans
-        ]
-        # A step moved by `delay` starts, and so ends, later than simulated.
-        self.spans = _spans(timeline)
+    Attributes:
+      schedule: whose ticks.
+      times: [ticks] when each begins.
+      steps: [ticks, num_ranks] the step that each rank starts, or -1.
+      tick: [steps] of each step.
+      spans: [2, steps] start and end of each step, at structural costs.
+      typical_spans: the same at typical costs.
+    """
 
-    def position_at(self, rank: int, tick: int) -> int | None:
-        """Returns the position of the step that `rank` starts in `tick`, or None."""
-        position = bisect.bisect_left(self.ticks[rank], tick)
-        ticks = self.ticks[rank]
-        return position if position < len(ticks) and ticks[position] == tick else None
+    schedule: Schedule
+    times: np.ndarray
+    steps: np.ndarray
+    tick: np.ndarray
+    spans: np.ndarray
+    typical_spans: np.ndarray
 
-    def delay(self, rank: int, position: int, tick: int) -> None:
-        start, end = self.spans[rank][position]
-        later = self.times[tick]
-        self.ticks[rank][position] = tick
-        self.spans[rank][position] = (later, later + end - start)
+    @classmethod
+    def of(cls, schedule: Schedule) -> Clock:
+        """Simulates a schedule."""
+        spans = np.array(simulate_steps(schedule, STRUCTURAL))
+        times, tick = np.unique(spans[0], return_inverse=True)
+        steps = np.full((len(times), schedule.num_ranks), -1)
+        steps[tick, schedule.arrays.rank] = np.arange(len(tick))
+        typical = np.array(simulate_steps(schedule, TYPICAL))
+        return cls(schedule, times, steps, tick, spans, typical)
 
+    def delay(self, step: int, tick: int) -> None:
+        """Lets a step start, and so end, later than simulated."""
+        rank = self.schedule.arrays.rank[step]
+        self.steps[self.tick[step], rank] = -1
+        self.steps[tick, rank] = step
+        self.spans[:, step] += self.times[tick] - self.spans[0, step]
+        self.tick[step] = tick
 
-def producers(schedule: Schedule) -> dict[Task, tuple[int, int]]:
-    """Maps each task's result (B's under its I) to its step: (rank, position)."""
-    return {
-        result_of(task): (rank, position)
-        for rank, position, step in schedule
-        for task in step
-    }
+    def kinds_at(self, kinds: np.ndarray) -> np.ndarray:
+        """[ticks, num_ranks] kind of the step that each rank starts, or -1.
 
-
-def links(schedule: Schedule) -> list[tuple[Task, tuple[int, int], tuple[int, int]]]:
-    """Returns all values passed between stages: (task, producer, consumer)."""
-    made = producers(schedule)
-    return [
-        (need, made[need], (rank, position))
-        for rank, position, step in schedule
-        for task in step
-        for need in predecessors(task, schedule)
-        if need.stage != task.stage
-    ]
+        Args:
+          kinds: [steps] of each step.
+        """
+        return np.where(self.steps < 0, -1, kinds[self.steps]).astype(np.int32)
 
 
-def align_loops(clock: Clock, kinds: list[list[Kind]]) -> None:
+def uniform_kinds(kinds_at: np.ndarray) -> np.ndarray:
+    """[ticks] the kind of step that every rank starts; -1: not all start the same."""
+    first = kinds_at[:, 0]
+    return np.where((kinds_at == first[:, None]).all(axis=1), first, -1)
+
+
+def align_loops(clock: Clock, kinds: np.ndarray, is_pair: np.ndarray) -> None:
     """Delays steps, at no cost, where this makes the common steady state longer.
 
     The ranks at the ends enter the steady state early, and then wait. Starting such a
     step in the tick in which all others start theirs does not reorder anything that it
     waits for.
+
+    Args:
+      clock: whose steps are delayed.
+      kinds: [steps] of each step.
+      is_pair: [kinds] whether it is a pair.
     """
-    consumers: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for _, producer, consumer in links(clock.schedule):
-        consumers.setdefault(producer, []).append(consumer)
-    for tick in range(len(clock.times) - 2, -1, -1):
-        # The kind shared by the ranks that start a step in this tick already.
-        wanted = _wanted(clock, kinds, tick)
-        moves = []
-        for rank in range(clock.schedule.num_ranks):
-            if wanted is None or clock.position_at(rank, tick) is not None:
-                continue
-            position = bisect.bisect_left(clock.ticks[rank], tick) - 1
-            if position < 0:
-                break
-            start, end = clock.spans[rank][position]
-            ends = clock.times[tick] + end - start
-            following = [
-                clock.spans[r][p][0] for r, p in consumers.get((rank, position), ())
-            ]
-            following += [s for s, _ in clock.spans[rank][position + 1 : position + 2]]
-            if kinds[rank][position] != wanted or any(ends > s for s in following):
-                break
-            moves.append((rank, position))
-        else:
-            for rank, position in moves:
-                clock.delay(rank, position, tick)
+    kinds_at = clock.kinds_at(kinds)
+    uniform = uniform_kinds(kinds_at)
+    # Of the ticks between, only those before a steady one may become steady.
+    steady = [kind >= 0 and bool(is_pair[kind]) for kind in uniform.tolist()]
+    full: list[bool] = (kinds_at >= 0).all(axis=1).tolist()
+    consumers = _Consumers(clock.schedule)
+    for tick in range(len(steady) - 2, -1, -1):
+        if full[tick] or not steady[tick + 1]:
+            continue
+        here = set(kinds[clock.steps[tick][clock.steps[tick] >= 0]].tolist())
+        if len(here) != 1 or not is_pair[min(here)]:
+            continue
+        moves = _moves(clock, kinds, consumers, tick, min(here))
+        for step in moves:
+            full[clock.tick[step]] = steady[clock.tick[step]] = False
+            clock.delay(step, tick)
+        full[tick] = steady[tick] = bool(moves)
 
 
-def _wanted(clock: Clock, kinds: list[list[Kind]], tick: int) -> Kind | None:
-    """Returns the kind of pair of all steps in `tick`, if the next tick is steady."""
-    following = uniform_kind(clock, kinds, tick + 1)
-    here = {
-        kinds[rank][position]
-        for rank in range(clock.schedule.num_ranks)
-        if (position := clock.position_at(rank, tick)) is not None
-    }
-    if following is None or len(following) != 2 or len(here) != 1:
-        return None
-    (kind,) = here
-    return kind if len(kind) == 2 else None
+def _moves(clock: Clock, kinds, consumers: _Consumers, tick: int, wanted) -> list[int]:
+    """Steps of the wanted kind that make a tick steady; none if they cannot."""
+    first, moves = clock.schedule.arrays.first, []
+    for rank in np.flatnonzero(clock.steps[tick] < 0):
+        own = slice(first[rank], first[rank + 1])
+        step = first[rank] + np.searchsorted(clock.tick[own], tick) - 1
+        if step < first[rank] or kinds[step] != wanted:
+            return []
+        start, end = clock.spans[:, step]
+        following = consumers.of(step)
+        if step + 1 < own.stop:
+            following = np.append(following, step + 1)
+        if (clock.times[tick] + end - start > clock.spans[0, following]).any():
+            return []
+        moves.append(int(step))
+    return moves
 
 
-def uniform_kind(clock: Clock, kinds: list[list[Kind]], tick: int) -> Kind | None:
-    """Returns the kind of step in `tick` if every rank starts the same kind."""
-    found = set()
-    for rank in range(clock.schedule.num_ranks):
-        position = clock.position_at(rank, tick)
-        if position is None:
-            return None
-        found.add(kinds[rank][position])
-    return found.pop() if len(found) == 1 else None
+class _Consumers:
+    """Which steps of other stages need a step's results."""
+
+    def __init__(self, schedule: Schedule):
+        arrays = schedule.arrays
+        passes = np.flatnonzero(arrays.passed >= 0)
+        order = np.argsort(arrays.passed[passes], kind="stable")
+        self.made = arrays.passed[passes][order]
+        self.used = arrays.step[passes][order]
+
+    def of(self, step: int) -> np.ndarray:
+        return self.used[slice(*np.searchsorted(self.made, [step, step + 1]))]
 
 
-def place_messages(clock: Clock) -> list[Message]:
-    """Chooses the boundary at which each message between ranks is exchanged.
+class Messages(NamedTuple):
+    """Results that go from rank to rank: [messages], in the order of the permutes.
+
+    Attributes:
+      task: that gets each.
+      sender: step that makes it.
+      receiver: step that the task is in.
+      tick: after whose steps it is exchanged.
+      permute: which of the tick's permutes exchanges it.
+    """
+
+    task: np.ndarray
+    sender: np.ndarray
+    receiver: np.ndarray
+    tick: np.ndarray
+    permute: np.ndarray
+
+
+def place_messages(clock: Clock) -> tuple[Messages, tuple[tuple[Pairs, ...], ...]]:
+    """Chooses the permute in which each message between ranks is exchanged.
 
     A permute makes its two ends wait for each other. Of the boundaries between producer
     and consumer, takes the one with the least waiting, and among equals the last: at
     structural costs first, then at typical ones.
-    """
-    messages = []
-    for task, (source, p), (target, c) in links(clock.schedule):
-        if source == target:
-            continue
-        sender = Place(source, p, clock.ticks[source][p])
-        receiver = Place(target, c, clock.ticks[target][c])
-        boundary = min(
-            range(sender.tick + 1, receiver.tick + 1),
-            key=lambda tick: (
-                _waiting(clock, clock.spans, source, target, tick),
-                _waiting(clock, clock.typical_spans, source, target, tick),
-                -tick,
-            ),
-        )
-        messages.append(Message(task, sender, receiver, boundary))
-    return sorted(messages, key=lambda m: (m.boundary, m.sender.rank, m.task))
-
-
-def _spans(timeline: Timeline) -> list[list[tuple[float, float]]]:
-    return [[(s, e) for _, s, e in spans] for spans in timeline.spans]
-
-
-def _waiting(clock: Clock, spans, source: int, target: int, tick: int) -> float:
-    """Returns how long a permute at `tick` delays the next steps of both ranks."""
-    done, following = [], []
-    for rank in (source, target):
-        position = bisect.bisect_left(clock.ticks[rank], tick)
-        done.append(spans[rank][position - 1][1] if position else 0.0)
-        ahead = spans[rank][position : position + 1]
-        following.append(ahead[0][0] if ahead else float("inf"))
-    ready = max(done)
-    # Rounded, so that float noise does not decide before the next key.
-    return round(sum(max(0.0, ready - time) for time in following), 6)
-
-
-def split_rounds(messages: list[Message]) -> list[list[Message]]:
-    """Groups the messages of one boundary into permutes.
-
-    In a permute each rank sends at most one message and receives at most one.
-    """
-    rounds: list[list[Message]] = []
-    for message in messages:
-        for group in rounds:
-            if all(
-                message.sender.rank != other.sender.rank
-                and message.receiver.rank != other.receiver.rank
-                for other in group
-            ):
-                group.append(message)
-                break
-        else:
-            rounds.append([message])
-    return rounds
-
-
-def find_loops(
-    clock: Clock,
-    kinds: list[list[Kind]],
-    permutes: list[tuple[tuple[tuple[int, int], ...], ...]],
-) -> tuple[Loop, ...]:
-    """Finds the steady states: runs of ticks whose steps and permutes repeat.
-
-    Args:
-      clock: the ticks.
-      kinds: the kind of each rank's steps.
-      permutes: for each tick, the (source, target) pairs of the permutes after it.
 
     Returns:
-      Loops that do not overlap. Overlapped pairs get a separate body even for one
-      trip; single tasks only if they fill at least `_LONG` ticks.
+      The messages, and for each tick the (source, target) pairs of the permutes that
+      follow its steps.
     """
-    uniform = [uniform_kind(clock, kinds, tick) for tick in range(len(clock.times))]
-    loops: list[Loop] = []
-    tick = 1  # A loop is started by the tick before it.
-    while tick < len(uniform):
-        loop = max(
-            (_loop_at(uniform, permutes, tick, period) for period in (1, 2)),
-            key=lambda loop: loop.stop,
-        )
-        pairs = all(len(kind or ()) == 2 for kind in uniform[tick : tick + loop.period])
-        least = 2 if pairs else _LONG
-        enough = loop.trips and loop.stop - loop.start >= least
-        if enough and not _known(loop, loops, uniform, permutes):
-            loops.append(loop)
-            tick = loop.stop
-        else:
-            tick += 1
-    return tuple(loops)
-
-
-def _loop_at(uniform, permutes, start: int, period: int) -> Loop:
-    stop = start
-    while stop < len(uniform) and uniform[stop] is not None:
-        fresh = stop - start < period
-        if not fresh and (uniform[stop], permutes[stop]) != (
-            uniform[stop - period],
-            permutes[stop - period],
-        ):
-            break
-        stop += 1
-    if period == 2 and stop - start >= 2 and uniform[start] == uniform[start + 1]:
-        stop = start
-    return Loop(start, period, (stop - start) // period)
-
-
-def _known(loop: Loop, loops: list[Loop], uniform, permutes) -> bool:
-    """Whether an earlier loop has this period and kind, so that one body is enough."""
-    return any(
-        other.period == loop.period and uniform[other.start] == uniform[loop.start]
-        for other in loops
+    arrays = clock.schedule.arrays
+    is_other = arrays.rank[arrays.passed] != arrays.rank[arrays.step]
+    task = np.flatnonzero((arrays.passed >= 0) & is_other)
+    sender, receiver = arrays.passed[task], arrays.step[task]
+    tick = _boundaries(clock, sender, receiver) - 1
+    source, target = arrays.rank[sender], arrays.rank[receiver]
+    op = arrays.op[task] != 0  # results are called F, or I, in this order
+    stage = arrays.stage[task] + np.where(op, 1, -1)
+    order = np.lexsort((arrays.microbatch[task], stage, op, source, tick))
+    permute, permutes = _split_rounds(
+        tick[order], source[order], target[order], len(clock.times)
     )
+    by_permute = np.lexsort((permute, tick[order]))
+    order, permute = order[by_permute], permute[by_permute]
+    messages = Messages(
+        task[order], sender[order], receiver[order], tick[order], permute
+    )
+    return messages, permutes
 
 
-def step_kind(step: Step, chunk_of: dict[int, int]) -> Kind:
-    """Returns the kind of a step: its (op, chunk) pairs."""
-    return tuple((task.op, chunk_of[task.stage]) for task in step)
+def _boundaries(clock: Clock, sender: np.ndarray, receiver: np.ndarray) -> np.ndarray:
+    """[messages] the tick before whose steps each is exchanged."""
+    arrays = clock.schedule.arrays
+    low, high = clock.tick[sender] + 1, clock.tick[receiver]
+    found = high.copy()
+    ends = arrays.rank[sender], arrays.rank[receiver]
+    waits = [_Waiting(clock, spans) for spans in (clock.spans, clock.typical_spans)]
+    several = np.flatnonzero(low < high)
+    totals = np.cumsum(high[several] - low[several] + 1)
+    for part in np.split(several, np.flatnonzero(np.diff(totals // _CHUNK)) + 1):
+        if not len(part):
+            continue
+        sizes = high[part] - low[part] + 1
+        begin = np.cumsum(sizes) - sizes
+        own = np.repeat(np.arange(len(part)), sizes)
+        tick = np.arange(len(own)) - begin[own] + low[part][own]
+        source, target = (rank[part][own] for rank in ends)
+        is_best = np.ones(len(own), bool)
+        for waiting in waits:
+            wait = np.where(is_best, waiting.at(source, target, tick), np.inf)
+            is_best &= wait == np.minimum.reduceat(wait, begin)[own]
+        found[part] = np.maximum.reduceat(np.where(is_best, tick, -1), begin)
+    return found
+
+
+class _Waiting:
+    """How long a permute before a tick delays the next steps of its two ranks.
+
+    Times are sums of integers, so that equal ones are equal as floats too.
+    """
+
+    def __init__(self, clock: Clock, spans: np.ndarray):
+        first = clock.schedule.arrays.first
+        starts_here = clock.steps >= 0
+        done = np.cumsum(starts_here, axis=0) - starts_here  # [ticks, num_ranks]
+        step = first[:-1] + done
+        before = np.append(spans[1], 0.0)[step - 1]
+        self.ready = np.where(done > 0, before, 0.0)
+        after = np.append(spans[0], np.inf)[step]
+        self.next = np.where(step < first[1:], after, np.inf)
+
+    def at(self, source: np.ndarray, target: np.ndarray, tick: np.ndarray):
+        """[permutes] the sum over both ranks."""
+        ready = np.maximum(self.ready[tick, source], self.ready[tick, target])
+        waits = (np.maximum(ready - self.next[tick, r], 0) for r in (source, target))
+        return sum(waits)
+
+
+def _split_rounds(
+    tick: np.ndarray, source: np.ndarray, target: np.ndarray, num_ticks: int
+) -> tuple[np.ndarray, tuple[tuple[Pairs, ...], ...]]:
+    """Groups the messages of each tick into permutes.
+
+    In a permute each rank sends at most one message and receives at most one.
+
+    Args:
+      tick: [messages] sorted.
+      source: [messages] rank that sends.
+      target: [messages] rank that receives.
+      num_ticks: of the schedule.
+
+    Returns:
+      The permute of each message, and the permutes of each tick.
+    """
+    # A steady state repeats a few patterns.
+    pairs = np.stack([source, target], axis=1).astype(np.int32)
+    known: dict[bytes, tuple[list[int], tuple[Pairs, ...]]] = {}
+    permutes: list[tuple[Pairs, ...]] = [()] * num_ticks
+    permute: list[int] = []
+    ticks, starts = np.unique(tick, return_index=True)
+    stops = [*starts.tolist(), len(tick)][1:]
+    for where, start, stop in zip(ticks.tolist(), starts.tolist(), stops, strict=True):
+        key = pairs[start:stop].tobytes()
+        if key not in known:
+            known[key] = _first_fit(pairs[start:stop].tolist())
+        rounds, permutes[where] = known[key]
+        permute += rounds
+    return np.array(permute, np.int64), tuple(permutes)
+
+
+def _first_fit(pairs: list[list[int]]) -> tuple[list[int], tuple[Pairs, ...]]:
+    rounds: list[list[tuple[int, int]]] = []
+    chosen = []
+    for source, target in pairs:
+        fits = (
+            k
+            for k, group in enumerate(rounds)
+            if all(source != s and target != t for s, t in group)
+        )
+        k = next(fits, len(rounds))
+        rounds[k:] = rounds[k:] or [[]]
+        rounds[k].append((source, target))
+        chosen.append(k)
+    return chosen, tuple(tuple(sorted(group)) for group in rounds)

@@ -3,6 +3,7 @@
 Imports: nothing. Without jax.
 """
 
+from dualpipe_jax.schedules.arrays import ScheduleArrays as ScheduleArrays
 from dualpipe_jax.schedules.schedule import Schedule, predecessors as predecessors
 from dualpipe_jax.schedules.simulator import (
     Costs,
@@ -10,6 +11,7 @@ from dualpipe_jax.schedules.simulator import (
     Timeline,
     measure as measure,
     simulate,
+    simulate_steps as simulate_steps,
 )
 from dualpipe_jax.schedules.tasks import (
     OPS as OPS,

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterator, Sequence
 
 from dualpipe_jax.schedules import validate as _validate
+from dualpipe_jax.schedules.arrays import ScheduleArrays
 from dualpipe_jax.schedules.tasks import (
     OPS,
     Step,
@@ -151,6 +152,11 @@ class Schedule:
             )
             for m in range(self.num_microbatches)
         )
+
+    @functools.cached_property
+    def arrays(self) -> ScheduleArrays:
+        """All steps and tasks as arrays."""
+        return ScheduleArrays.of(self, self.dependency_order)
 
     @functools.cached_property
     def dependency_order(self) -> tuple[tuple[int, int], ...]:

@@ -14,13 +14,9 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-from dualpipe_jax.schedules.schedule import (
-    Schedule,
-    Step,
-    Task,
-    predecessors,
-    result_of,
-)
+import numpy as np
+
+from dualpipe_jax.schedules.schedule import OPS, Schedule, Step
 from eplb_jax import lookup
 
 StepSpan = tuple[Step, float, float]
@@ -194,20 +190,32 @@ def simulate(schedule_or_program: Any, costs: Costs = Costs()) -> Timeline:
 
 @simulate.register
 def _(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
+    starts, ends = simulate_steps(schedule, costs)
+    spans = (
+        zip(own, starts[first:], ends[first:], strict=False)
+        for own, first in zip(schedule.steps, schedule.arrays.first, strict=False)
+    )
+    return measure(schedule, spans, costs)
+
+
+def simulate_steps(schedule: Schedule, costs: Costs) -> tuple[list[float], list[float]]:
+    """Returns when every step starts and ends, rank by rank in each rank's order."""
+    arrays = schedule.arrays
+    durations = np.array([getattr(costs, op) for op in (*OPS, "FB")])[arrays.kind]
+    is_far = (arrays.awaited >= 0) & (arrays.rank[arrays.awaited] != arrays.rank)
+    delays = np.where(is_far, costs.p2p, 0.0)
+    # The last entry is the end of what a step need not wait for.
+    starts, ends = [0.0] * len(durations), [0.0] * (len(durations) + 1)
     free = [0.0] * schedule.num_ranks
-    ends: dict[Task, tuple[float, int]] = {}
-    spans: list[list[StepSpan]] = [[] for _ in range(schedule.num_ranks)]
     # Ranks run in order and share nothing but results, so any order in which steps
     # follow those that they depend on gives the event-driven times.
-    for rank, position in schedule.dependency_order:
-        step = schedule.steps[rank][position]
-        start = free[rank]
-        for task in step:
-            for need in predecessors(task, schedule):
-                end, producer = ends[need]
-                start = max(start, end if producer == rank else end + costs.p2p)
-        free[rank] = end = start + costs.of(step)
-        spans[rank].append((step, start, end))
-        for task in step:
-            ends[result_of(task)] = (end, rank)
-    return measure(schedule, spans, costs)
+    columns = (arrays.rank, *arrays.awaited, *delays, durations)
+    for step, rank, one, two, one_delay, two_delay, duration in zip(
+        arrays.order.tolist(),
+        *(column[arrays.order].tolist() for column in columns),
+        strict=True,
+    ):
+        start = max(free[rank], ends[one] + one_delay, ends[two] + two_delay)
+        starts[step] = start
+        free[rank] = ends[step] = start + duration
+    return starts, ends[:-1]

@@ -8,7 +8,6 @@ Shape suffixes: see `eplb_jax`.
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, get_args
 
 import jax
@@ -276,8 +275,8 @@ def is_fraction(value: Any) -> bool:
       >>> is_fraction(0.5), is_fraction(1), is_fraction(2), is_fraction("0.5")
       (True, True, False, False)
     """
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_real and 0 <= value <= 1
+    is_real = isinstance(value, int | float | np.integer | np.floating)
+    return is_real and not isinstance(value, bool) and bool(0 <= value <= 1)
 
 
 def check_choices(**choices: tuple[Any, Any]) -> None:

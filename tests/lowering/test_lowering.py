@@ -1,12 +1,13 @@
 """The lowered program moves the right values, and waits no more than needed."""
 
+import hashlib
 import itertools
 
 import numpy as np
 import pytest
 
 from dualpipe_jax.lowering.program import Program, lower
-from dualpipe_jax.lowering.slots import Interval, assign_slots
+from dualpipe_jax.lowering.slots import assign_slots
 from dualpipe_jax.schedules.generators.dualpipe import dualpipe
 from dualpipe_jax.schedules.generators.dualpipev import dualpipev
 from dualpipe_jax.schedules.generators.gpipe import gpipe
@@ -212,6 +213,32 @@ def test_every_tick_of_a_loop_repeats():
                 assert (program.table.kind[tick] == program.table.kind[before]).all()
 
 
+def test_programs_are_what_they_were():
+    # What runs, and what compilation caches hold, follows from these tables: a change
+    # of the digest must be on purpose.
+    digest = hashlib.sha256()
+    for kind, ranks, microbatches in SIZES:
+        program = lower(kind(ranks, microbatches))
+        for table in (program.ticks, *program.table):
+            assert table.dtype == np.int32
+            digest.update(table.tobytes())
+        digest.update(repr((program.permutes, program.kinds)).encode())
+        digest.update(repr((program.chunks, program.loops)).encode())
+    assert digest.hexdigest()[:16] == "eb646302a3d3d2ce"
+
+
+def test_long_schedules_repeat_what_short_ones_do():
+    short, long = lower(dualpipe(4, 40)), lower(dualpipe(4, 400))
+    assert long.num_ticks - short.num_ticks == 360
+    assert {loop.period for loop in long.loops} == {2}
+    start = long.loops[0].start
+    for name in ("kind", "f_in", "b_slot", "send", "receive"):
+        table = getattr(long.table, name)[start:]
+        np.testing.assert_array_equal(
+            table[:20], getattr(short.table, name)[start : start + 20]
+        )
+
+
 def test_number_of_permute_patterns_does_not_grow():
     def patterns(microbatches):
         program = lower(dualpipe(8, microbatches))
@@ -229,16 +256,13 @@ def test_unequal_ranks_are_refused():
 def test_assign_slots_never_shares():
     rng = np.random.default_rng(0)
     starts = rng.integers(0, 50, 200)
-    lives = [
-        Interval(int(s), int(s + rng.integers(0, 9)), int(rng.integers(0, 3)))
-        for s in starts
-    ]
-    slots, count = assign_slots(lives)
-    for (a, i), (b, j) in itertools.combinations(zip(lives, slots, strict=True), 2):
-        overlap = a.rank == b.rank and a.start <= b.end and b.start <= a.end
-        assert not (overlap and i == j)
+    ends, ranks = starts + rng.integers(0, 9, 200), rng.integers(0, 3, 200)
+    slots, count = assign_slots(starts, ends, ranks)
+    for a, b in itertools.combinations(range(200), 2):
+        overlap = ranks[a] == ranks[b] and max(starts[[a, b]]) <= min(ends[[a, b]])
+        assert not (overlap and slots[a] == slots[b])
     alive = max(
-        sum(life.start <= t <= life.end and life.rank == r for life in lives)
+        ((starts <= t) & (t <= ends) & (ranks == r)).sum()
         for t in range(60)
         for r in range(3)
     )
