@@ -100,7 +100,7 @@ def align_loops(clock: Clock, kinds: np.ndarray, is_pair: np.ndarray) -> None:
     uniform = uniform_kinds(kinds_at)
     # Of the ticks between, only those before a steady one may become steady.
     steady = [kind >= 0 and bool(is_pair[kind]) for kind in uniform.tolist()]
-    full: list[bool] = (kinds_at >= 0).all(axis=1).tolist()
+    full: list[bool] = np.all(kinds_at >= 0, axis=1).tolist()
     consumers = _Consumers(clock.schedule)
     for tick in range(len(steady) - 2, -1, -1):
         if full[tick] or not steady[tick + 1]:
