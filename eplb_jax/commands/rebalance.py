@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> _Plan:
     weight = _weight(read_loads(args.loads), args.window)
-    sizes = sizes_of(args, weight.shape[1])
+    sizes = sizes_of(args, *weight.shape)
     _, num_groups, num_nodes, num_gpus = sizes
     loaded = np.flatnonzero((weight > 0).any(axis=1))
     if not loaded.size:
@@ -160,7 +160,14 @@ def _plan(args: argparse.Namespace) -> _Plan:
 
 def _weight(recording: Recording, window: str | None) -> np.ndarray:
     if window is None:
-        return recording.counts.sum(axis=0)
+        with np.errstate(over="ignore"):
+            total = recording.counts.sum(axis=0)
+        if not np.isfinite(total).all():
+            raise ValueError(
+                "The windows' loads add up to more than a float64 holds; choose one "
+                "with --window, or divide them."
+            )
+        return total
     if window not in recording.names:
         raise ValueError(
             f"--window {window} is not in the recording; it has "

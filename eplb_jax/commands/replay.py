@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the strategies' outcomes as a table or as JSON, and draws them."""
     recording = recordings.read_loads(args.loads)
-    sizes = sizes_of(args, recording.counts.shape[2])
+    sizes = sizes_of(args, *recording.counts.shape[1:])
     outcomes = recordings.replay(
         recording.counts, *sizes, policy=args.policy, max_moves=args.max_moves
     )

@@ -28,6 +28,11 @@ from eplb_jax.placement.load import (
     save_state,
     sum_of_last,
 )
+from eplb_jax.placement.npz import (
+    check_size as check_size,
+    read_npy as read_npy,
+    read_npz as read_npz,
+)
 from eplb_jax.placement.placement import (
     Policy as Policy,
     choose_policy as choose_policy,

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from eplb_jax.placement.checks import is_count, is_fraction
+from eplb_jax.placement.npz import read_npz
 
 _LESS = 2.0**-8
 
@@ -188,7 +189,8 @@ def restore_state(path: str | Path, like: Any) -> Any:
       A pytree like `like`.
 
     Raises:
-      ValueError: if the file holds another structure, shape or dtype.
+      ValueError: if the file is damaged, or holds another structure, shape or dtype.
+      OSError: if it cannot be opened.
 
     Examples:
       >>> import tempfile
@@ -198,8 +200,10 @@ def restore_state(path: str | Path, like: Any) -> Any:
       [1.0, 1.0]
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    with np.load(Path(path).with_suffix(".npz")) as file:
-        saved = dict(file)
+    try:
+        saved = read_npz(Path(path).with_suffix(".npz"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
     if sorted(names) != sorted(saved):
         raise ValueError(

@@ -15,6 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eplb_jax.placement import check_size, read_npy, read_npz
+
+# What a file may take in memory, and what of JSON, whose numbers take twenty times as
+# much as in an array.
+MAX_BYTES = 2**31
+MAX_JSON_BYTES = 2**28
+
 
 class Recording(NamedTuple):
     """Loads of a model in one or more windows of time.
@@ -61,19 +68,17 @@ def read_loads(path: str | Path) -> Recording:
         raise ValueError(f"{path}: there is no such file.")
     try:
         named = readers[path.suffix](path)
-    except (OSError, EOFError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
     except RecursionError as error:
         raise ValueError(
             f"{path} is nested too deeply; loads are [layers, experts] or [windows, "
             "layers, experts]."
         ) from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    for name, counts in named.items():
-        _check(path, name, counts)
+    except Exception as error:  # whatever a damaged file makes numpy or json raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+    named = {name: _checked(path, name, counts) for name, counts in named.items()}
     if len(named) == 1:
-        [(name, counts)] = named.items()
+        [counts] = named.values()
         if counts.ndim == 3:
             named = {str(i): window for i, window in enumerate(counts)}
     shapes = {name: counts.shape for name, counts in named.items()}
@@ -82,40 +87,45 @@ def read_loads(path: str | Path) -> Recording:
             f"{path}: windows must all be [layers, experts] of one size, but they are "
             f"{shapes}."
         )
-    stacked = np.stack([counts.astype(np.float64) for counts in named.values()])
-    return Recording(tuple(named), stacked)
+    return Recording(tuple(named), np.stack(list(named.values())))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        named = dict(file)
+    named = read_npz(path, MAX_BYTES)
     if not named:
         raise ValueError("the file holds no array.")
     return named
 
 
 def _read_npy(path: Path) -> dict[str, np.ndarray]:
-    return {"0": np.load(path, allow_pickle=False)}
+    check_size(path.stat().st_size, MAX_BYTES)
+    with path.open("rb") as file:
+        return {"0": read_npy(file)}
 
 
 def _read_json(path: Path) -> dict[str, np.ndarray]:
-    data = json.loads(path.read_text())
+    check_size(path.stat().st_size, MAX_JSON_BYTES)
+    data = json.loads(path.read_text(encoding="utf-8"))
     counts = data.get("logical_count") if isinstance(data, dict) else data
     if counts is None:
         raise ValueError("the object has no `logical_count`.")
     return {"0": np.asarray(counts)}
 
 
-def _check(path: Path, name: str, counts: np.ndarray) -> None:
+def _checked(path: Path, name: str, counts: np.ndarray) -> np.ndarray:
+    """Returns loads as float64."""
     if counts.ndim not in (2, 3) or counts.dtype.kind not in "iuf" or not counts.size:
         raise ValueError(
             f"{path}: window {name!r} is {counts.dtype}{list(counts.shape)}, but loads "
             "are numbers, [layers, experts] or [windows, layers, experts]."
         )
-    is_bad = ~(np.isfinite(counts) & (counts >= 0))
+    with np.errstate(over="ignore"):  # of a longer type; it becomes infinite
+        loads = counts.astype(np.float64)
+    is_bad = ~(np.isfinite(loads) & (loads >= 0))
     if is_bad.any():
         at = tuple(int(i) for i in np.argwhere(is_bad)[0])
         raise ValueError(
             f"{path}: loads must be finite and not negative, but window {name!r} "
             f"holds {counts[at]} at {list(at)}."
         )
+    return loads

@@ -1,6 +1,9 @@
 """The command line, as a user runs it, and the files it reads and writes."""
 
+import io
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +176,27 @@ def test_bad_arguments(argv, message, capsys, monkeypatch, tmp_path):
     assert len(error.splitlines()) == 1
 
 
+def saved(value):
+    file = io.BytesIO()
+    np.save(file, value, allow_pickle=True)
+    return file.getvalue()
+
+
+def header(shape):
+    file = io.BytesIO()
+    described = {"descr": "<f8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, described)
+    return file.getvalue()
+
+
+def zipped(members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -184,15 +208,42 @@ def test_bad_arguments(argv, message, capsys, monkeypatch, tmp_path):
         ("a.json", '[["x"]]', "loads are numbers"),
         ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.json", "[[1, NaN]]", "finite and not negative"),
-        ("a.npy", "not numpy", "a.npy"),
-        ("a.npz", "not numpy", "a.npz"),
+        ("a.json", b"\xff\xfe", "cannot be read"),
+        ("a.npy", "not numpy", "magic string is not correct"),
+        ("a.npz", "not numpy", "File is not a zip file"),
+        ("a.npz", b"PK\3\4" + bytes(40), "File is not a zip file"),
+        ("a.npy", saved(np.ones((2, 8)))[:-9], "cannot be read: Failed to read all"),
+        ("a.npy", saved({"logical_count": 1}), "it holds Python objects and no numb"),
+        ("a.npy", header((10**9, 10**8)), "cannot be read: "),
+        ("a.npy", saved(np.ones((2, 8), complex)), "is complex128[2, 8], but loads"),
+        ("a.npz", zipped({"a.txt": b"1 2"}), "its member 'a.txt' is no array"),
+        ("a.npz", zipped({"a.npy": b"1 2"}), "cannot be read: EOF"),
+        ("a.npz", zipped({"a.npy": saved([None])}), "it holds Python objects"),
+        ("a.npz", zipped({}), "holds no array"),
+        ("a.npy", saved(np.full((1, 2), 10, np.longdouble) ** 400), "finite and not"),
+        ("a.npy", saved(np.full((2, 1, 2), 1e308)), "add up to more than a float64"),
     ],
 )
-def test_bad_files(name, content, message, capsys, tmp_path):
+def test_bad_files(name, content, message, capsys, tmp_path, recwarn):
     path = tmp_path / name
-    path.write_text(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     assert main(["rebalance", str(path)]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert "allow_pickle" not in error and not recwarn.list
+
+
+def test_sizes_far_too_large_are_refused(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.ones((2, 8)))
+    for option in ("--replicas", "--gpus"):
+        assert main(["rebalance", str(tmp_path / "a.npy"), option, str(10**9)]) == 2
+        error = capsys.readouterr().err
+        assert "GB, more than 2.1; use fewer" in error and error.count("\n") == 1
+    for name in ("b.npy", "b.json"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 3 * 10**9)  # without taking room on the disk
+        assert main(["replay", str(tmp_path / name)]) == 2
+        assert "it has 3.0 GB, more than " in capsys.readouterr().err
 
 
 def test_windows_of_different_sizes_are_refused(tmp_path):

@@ -100,3 +100,7 @@ def test_bad_input(tmp_path):
         restore_state(tmp_path / "state", sum_of_last(2).init(2, 4))
     with pytest.raises(ValueError, match="saved with other sizes"):
         restore_state(tmp_path / "state", average.init(2, 8))
+    content = (tmp_path / "state.npz").read_bytes()
+    (tmp_path / "state.npz").write_bytes(content[:-30])
+    with pytest.raises(ValueError, match=r"state cannot be read: .*not a zip"):
+        restore_state(tmp_path / "state", average.init(2, 4))
