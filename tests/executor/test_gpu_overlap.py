@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from dualpipe_jax import dualpipe, gpu_mesh
 from dualpipe_jax.executor.pipeline import PipelineParams, pipeline_value_and_grad
 from dualpipe_jax.gpu.overlap import compile_overlapped, overlap_report
+from tests.kept import KeptLowered
 
-# Each compiles a step for GPUs twice.
+# Each compiles a step for GPUs twice, if none is kept.
 pytestmark = [pytest.mark.slow, pytest.mark.as_users]
 
 WIDTH, HIDDEN, TOKENS = 4096, 16384, 8192
@@ -55,11 +56,12 @@ def lowered_step(schedule, num_devices, num_layers, stage_fn=stage_fn):
     step = pipeline_value_and_grad(
         stage_fn, loss_fn, schedule=schedule, mesh=mesh, data_axes=("ep",)
     )
-    return step.lower(
+    lowered = step.lower(
         params,
         struct(data, *rows, WIDTH),
         struct(data, *rows, 8, dtype=jnp.float32),
     )
+    return KeptLowered(lowered, mesh)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from dualpipe_jax import dualpipe, memory_report
 from dualpipe_jax.executor.pipeline import PipelineParams, pipeline_value_and_grad
 from dualpipe_jax.gpu import gpu_compiler_options, gpu_mesh, shared_kernels
+from tests.kept import KeptLowered
 from tests.modules import computations, copies_of, in_loops
 
 pytestmark = pytest.mark.as_users
@@ -60,7 +61,7 @@ def make_step(num_microbatches):
         mesh=mesh,
         embed_fn=lambda table, tokens: table[tokens],
     )
-    return step, (params, tokens, tokens)
+    return step, (params, tokens, tokens), mesh
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,8 @@ def options():
 
 
 def compile_step(num_microbatches, options):
-    step, args = make_step(num_microbatches)
-    return step.lower(*args).compile(options)
+    step, args, mesh = make_step(num_microbatches)
+    return KeptLowered(step.lower(*args), mesh).compile(options)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +131,8 @@ def test_steady_state_permutes_run_under_weight_gradients(compiled):
 @pytest.mark.slow
 def test_memory_is_what_the_program_says(compiled, options):
     """Temporary memory is the buffers and one pair's working set, compiled alone."""
-    step, args = make_step(16)
-    task = step.lower_costliest_task(*args).compile(options)
+    step, args, mesh = make_step(16)
+    task = KeptLowered(step.lower_costliest_task(*args), mesh).compile(options)
     report = memory_report(compiled, buffers=step.buffers(*args), task=task)
     # The loss runs when no pair does, and its memory is mostly logits.
     assert 0.9 < report.ratio <= 1.1
@@ -165,7 +166,7 @@ def test_offloaded_residuals_are_slots_in_the_hosts_memory(options):
 
     x = struct(P(), 8, *shape)
     args = PipelineParams(struct(P("pp"), 2, shape[1], shape[1])), x, x
-    compiled = step.lower(*args).compile(options)
+    compiled = KeptLowered(step.lower(*args), mesh).compile(options)
     slots = step.buffers(*args).num_slots
     memory = compiled.memory_analysis()
     assert memory.host_temp_size_in_bytes == 4 * slots * math.prod(shape)

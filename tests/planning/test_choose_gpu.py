@@ -12,6 +12,7 @@ from dualpipe_jax.backward.split_backward import SplitBackward
 from dualpipe_jax.executor.pipeline import PipelineParams, pipeline_value_and_grad
 from dualpipe_jax.gpu.topology import gpu_compiler_options, gpu_mesh
 from dualpipe_jax.schedules.generators.names import SCHEDULES
+from tests.kept import KeptLowered
 
 pytestmark = pytest.mark.as_users
 
@@ -65,9 +66,8 @@ def compiled_bytes(name, function):
             grads.stages,
         )
 
-    compiled = step.lower(params, batch, batch).compile(
-        compiler_options=gpu_compiler_options()
-    )
+    lowered = KeptLowered(step.lower(params, batch, batch), mesh)
+    compiled = lowered.compile(gpu_compiler_options())
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes
     total += memory.temp_size_in_bytes - memory.alias_size_in_bytes

@@ -11,6 +11,7 @@ import pytest
 from dualpipe_jax import dualpipe, memory_report
 from dualpipe_jax.gpu import gpu_compiler_options, gpu_mesh, shared_kernels
 from dualpipe_jax.train import load_config, make_programs
+from tests.kept import KeptLowered
 from tests.modules import computations, copies_of, in_loops
 
 # Each compiles a step for GPUs.
@@ -47,14 +48,15 @@ def programs():
 def compiled(programs, options):
     tokens = programs.abstract_tokens
     lowered = programs.train_step.lower(programs.abstract_state, tokens, tokens)
-    return lowered.compile(options)
+    return KeptLowered(lowered, programs.mesh).compile(options)
 
 
 def test_memory_is_what_the_program_says(programs, compiled, options):
+    task = programs.lower_costliest_task()
     report = memory_report(
         compiled,
         buffers=programs.buffers(),
-        task=programs.lower_costliest_task().compile(options),
+        task=KeptLowered(task, programs.mesh).compile(options),
         arguments={"state": programs.abstract_state},
         gpu="h100",
     )

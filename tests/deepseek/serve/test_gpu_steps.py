@@ -13,8 +13,9 @@ from dualpipe_jax.configs import profiles
 from dualpipe_jax.deepseek.serve import ServeConfig, make_serve_programs
 from dualpipe_jax.gpu.overlap import compile_overlapped, overlap_report
 from dualpipe_jax.gpu.topology import gpu_mesh
+from tests.kept import KeptLowered
 
-# Each compiles a step for GPUs twice.
+# Each compiles a step for GPUs twice, if none is kept.
 pytestmark = [pytest.mark.slow, pytest.mark.as_users]
 
 SIZES = dataclasses.replace(
@@ -49,6 +50,7 @@ def report_of(**changes):
     mesh = gpu_mesh("h100", {"ep": 8}, gpus_per_host=4)
     with jax.numpy_dtype_promotion("standard"):  # flax's norms mix bfloat16 and float32
         lowered = make_serve_programs(config, mesh).lower()
+    lowered = KeptLowered(lowered, mesh)
     compiled = compile_overlapped(lowered, gpus_per_node=4)
     return compiled, overlap_report(compiled, gpu="h100", gpus_per_node=4)
 

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from dualpipe_jax import overlap_report
 from dualpipe_jax.gpu import GPUS, gpu_compiler_options, gpu_mesh
+from tests.kept import KeptLowered
 
 pytestmark = pytest.mark.as_users
 
@@ -52,7 +53,8 @@ def compiled():
         struct(P(), WIDTH, WIDTH),
         struct(P("pp"), 2, dtype=jnp.int32),
     )
-    return jax.jit(mapped).lower(*arguments).compile(gpu_compiler_options())
+    lowered = KeptLowered(jax.jit(mapped).lower(*arguments), mesh)
+    return lowered.compile(gpu_compiler_options())
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from dualpipe_jax import compile_overlapped, gpu_compiler_options, gpu_mesh
 from dualpipe_jax.gpu.overlap import overlap_report
 from dualpipe_jax.gpu.overlap.compiling import scheduling_profile
+from tests.kept import KeptLowered
 
 pytestmark = pytest.mark.as_users
 
@@ -39,7 +40,8 @@ def lowered():
         check_vma=False,
     )
     x, y = struct(P("ep"), 16 * 4096, 1024), struct(P("ep"), 16 * 1024, 1024)
-    return jax.jit(mapped).lower(x, y, struct(P(), 1024, 1024))
+    lowered = jax.jit(mapped).lower(x, y, struct(P(), 1024, 1024))
+    return KeptLowered(lowered, mesh)
 
 
 @pytest.mark.slow
