@@ -12,6 +12,7 @@ of a test are made.
 """
 
 import gc
+import itertools
 import os
 
 NUM_DEVICES = 8
@@ -52,9 +53,39 @@ def pytest_sessionstart(session):
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.hookimpl(trylast=True)  # of the tests that are selected
+def pytest_collection_modifyitems(items):
+    """Slow tests first, on every worker: the last to finish then has a quick one.
+
+    pytest-xdist gives each worker as many tests, in this order, and moves some when a
+    worker has run all of its own.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers == 1:
+        return
+    quick = [item for item in items if item.get_closest_marker("slow") is None]
+    slow = [item for item in items if item.get_closest_marker("slow") is not None]
+    # Whole modules, whose tests share what they compile; first those `as_users`, since
+    # nothing that jax traced survives a change between them and others.
+    slow.sort(key=_compiles_quickly)
+    modules = [list(each) for _, each in itertools.groupby(slow, lambda x: x.path)]
+    ordered = []
+    for worker in range(workers):
+        own = list(itertools.chain(*modules[worker::workers]))
+        end = len(items) * (worker + 1) // workers
+        number = max(0, end - len(ordered) - len(own))
+        ordered += own + quick[:number]
+        quick = quick[number:]
+    items[:] = ordered + quick
+
+
+def _compiles_quickly(item):
+    return item.get_closest_marker("as_users") is None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    quickly = item.get_closest_marker("as_users") is None
+    quickly = _compiles_quickly(item)
     name = "jax_disable_most_optimizations"
     if jax.config.values[name] != quickly:
         jax.config.update(name, quickly)
