@@ -14,6 +14,8 @@ WORKERS ?= 2
 # Large arrays in pages of 2 MiB: a step on CPU devices takes 16 % less time. Linux's
 # C library reads it; others do not.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Tests start dozens of processes, each of which would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal

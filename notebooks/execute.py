@@ -44,10 +44,16 @@ def run(path: Path) -> nbformat.NotebookNode:
       nbclient.exceptions.CellExecutionError: a cell raised an exception.
     """
     notebook = nbformat.read(path, as_version=4)
-    # A reader's kernel: none of our flags, and the library of this checkout; on the
-    # CPU, since jax complains if its CUDA plugin finds no GPU.
+    # A reader's kernel: none of our flags but where compiled programs are kept, and the
+    # library of this checkout; on the CPU, since jax complains if its CUDA plugin finds
+    # no GPU.
     ours = ("JAX_", "XLA_", "MPLBACKEND", "PYTEST_")
-    env = {name: v for name, v in os.environ.items() if not name.startswith(ours)}
+    cache = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_")
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(cache) or not name.startswith(ours)
+    }
     path_of_modules = [str(FOLDER.parent), env.get("PYTHONPATH", "")]
     env |= {
         "JAX_PLATFORMS": "cpu",

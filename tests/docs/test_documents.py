@@ -70,7 +70,7 @@ def test_documents_run(document, tmp_path):
         return
     # No line shown depends on what these commands train.
     special = {
-        " train configs/tiny.py": training.interrupt,
+        " train configs/tiny.py": training.train,
         " runs/tiny": training.of_a_run,
     }
     runner = Runner(tmp_path, env=env, special=special, configs=False)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,16 @@ from tests.docs.running import assert_alike, without_times
 SMALL = '''"""The commands' own config, with a model that compiles quickly."""
 
 import dataclasses
+import os
 
 from tests.train import tiny
 
 
 def config():
     return dataclasses.replace(
-        tiny.config(), mesh={"pp": 4, "ep": 2}, num_microbatches=8, num_steps=200,
-        checkpoint_every=50, eval_every=100, platform="cpu")
+        tiny.config(), mesh={"pp": 4, "ep": 2}, num_microbatches=8,
+        num_steps=int(os.environ.get("NUM_STEPS", 200)),
+        checkpoint_every=20, eval_every=20, platform="cpu")
 '''
 # XLA's messages, such as slow compilation on a busy machine.
 _LOG = re.compile(r"[EWIF]\d{4} |\*{10}|\[Compiling module|WARNING: All log messages")
@@ -65,19 +68,20 @@ def stop_after_a_step(process, timeout=900):
     return without_logs(lines)
 
 
-def interrupt(command, runner):
-    """Runs a command that its document stops, with `killed` or `Ctrl-C`."""
+def train(command, runner):
+    """Trains a few steps; or more, if the document stops the command."""
     if not re.search("killed|Ctrl-C", command.comment):
-        runner.shell(command.text)
+        runner.shell(f"export NUM_STEPS=40\n{command.text}")
         return
     lines = stop_after_a_step(start(["bash", "-c", f"exec {command.text}"], runner))
     assert any("--resume continues" in line for line in lines), "\n".join(lines)
 
 
 def of_a_run(command, runner):
-    """Runs a command that needs a trained run; trains first if there is none."""
-    if not (runner.folder / "runs/tiny").exists():
-        runner.shell("python -m dualpipe_jax train configs/tiny.py")
+    """Runs a command that needs a run: any that the document made before will do."""
+    folder = runner.folder / "runs"
+    if not (folder / "tiny").exists():
+        shutil.copytree(next(folder.iterdir()), folder / "tiny")
     runner.run_and_compare(command)
 
 
