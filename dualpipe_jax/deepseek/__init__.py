@@ -1,5 +1,7 @@
 """A DeepSeek-V3-style model for the training job, and a small server for it.
 
+Published models come in, and out again, through `load_pretrained`.
+
 Shape suffixes, the same in all modules below:
 
 - B: sequences of a batch: of a training microbatch, rows of a prefill, or requests.
@@ -14,15 +16,24 @@ Shape suffixes, the same in all modules below:
 - L: layers, or MoE layers alone; E: experts of a layer; X: physical experts of a layer.
 - G: stages; P: layer positions of a stage.
 
-Imports: deepseek.model, deepseek.serve.
+Imports: deepseek.model, deepseek.pretrained, deepseek.serve.
 """
 
-from dualpipe_jax.deepseek.model import DeepSeek, DeepSeekConfig, EplbConfig
+from dualpipe_jax.deepseek.model import (
+    DeepSeek,
+    DeepSeekConfig,
+    EplbConfig,
+    RopeScaling,
+)
+from dualpipe_jax.deepseek.pretrained import Pretrained, load_pretrained
 from dualpipe_jax.deepseek.serve import ServeConfig
 
 __all__ = [
     "DeepSeek",
     "DeepSeekConfig",
     "EplbConfig",
+    "Pretrained",
+    "RopeScaling",
     "ServeConfig",
+    "load_pretrained",
 ]

@@ -105,9 +105,9 @@ class MoE(nnx.Module):
           top_k: routed experts per token.
           num_shared: experts that every token goes to, with weight 1.
           router: `"sigmoid"` is DeepSeek-V3's, see `sigmoid_group_top_k`; `"softmax"`
-            is `softmax_top_k`.
-          num_groups: groups of experts, for the sigmoid router.
-          topk_groups: groups that a token may use, for the sigmoid router.
+            is DeepSeek-V2's and others', see `softmax_top_k`.
+          num_groups: groups of experts.
+          topk_groups: groups that a token may use.
           route_norm: whether a token's router weights are normalized to sum to 1,
             before `route_scale`.
           route_scale: factor of the router weights.
@@ -122,8 +122,6 @@ class MoE(nnx.Module):
         """
         if router not in ("sigmoid", "softmax"):
             raise ValueError(f"{router=} must be 'sigmoid' or 'softmax'.")
-        if router == "softmax" and num_groups != 1:
-            raise ValueError(f"{num_groups=} belongs to router='sigmoid'.")
         if num_experts % parallel.num_devices:
             raise ValueError(
                 f"parallel.num_devices={parallel.num_devices} must divide "
@@ -170,21 +168,16 @@ class MoE(nnx.Module):
             self.router[...].astype(jnp.float32),
             precision=lax.Precision.HIGHEST,
         )
-        options = {
+        options: dict[str, Any] = {
+            "num_groups": self.num_groups,
+            "topk_groups": self.topk_groups,
             "route_norm": self.route_norm,
             "route_scale": self.route_scale,
             "check_values": check_values,
         }
         if self.bias is None:
             return softmax_top_k(logits, self.top_k, **options)
-        return sigmoid_group_top_k(
-            logits,
-            self.top_k,
-            bias=self.bias[...],
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-            **options,
-        )
+        return sigmoid_group_top_k(logits, self.top_k, bias=self.bias[...], **options)
 
     def __call__(
         self,

@@ -1,9 +1,10 @@
 """Which experts a token goes to, and with which weights.
 
-Plain functions of router logits, for any framework's router: softmax top-k and
-DeepSeek-V3's group-limited sigmoid top-k, with the two means by which DeepSeek-V3
-balances its experts, a bias for the selection and a sequence-wise loss. All arithmetic
-is float32; ties go to the expert with the lower index.
+Plain functions of router logits, for any framework's router: softmax top-k, limited to
+groups as in DeepSeek-V2 or not, and DeepSeek-V3's group-limited sigmoid top-k, with the
+two means by which DeepSeek-V3 balances its experts, a bias for the selection and a
+sequence-wise loss. All arithmetic is float32; ties go to the expert with the lower
+index.
 
 Shape suffixes: see `eplb_jax`.
 """
@@ -43,15 +44,22 @@ def softmax_top_k(
     logits: jax.Array,
     top_k: int,
     *,
+    num_groups: int = 1,
+    topk_groups: int = 1,
     route_norm: bool = True,
     route_scale: float = 1.0,
     check_values: bool = False,
 ) -> Routing:
     """Chooses the top_k experts of highest probability.
 
+    With groups they are those of the groups whose best experts are the most probable,
+    as in DeepSeek-V2 (arXiv:2405.04434, section 2.2.2).
+
     Args:
       logits: [..., experts].
       top_k: experts per token.
+      num_groups: groups of experts, each a run of consecutive experts.
+      topk_groups: groups that a token may use.
       route_norm: whether a token's weights are normalized to sum to 1 (before
         `route_scale`), as in Mixtral; else they are the probabilities themselves.
       route_scale: factor of the weights.
@@ -62,7 +70,8 @@ def softmax_top_k(
       A `Routing`.
 
     Raises:
-      ValueError: if `top_k` is not between 1 and the number of experts.
+      ValueError: if `top_k` is not between 1 and the number of experts in
+        `topk_groups` groups, and if the groups do not divide the experts.
 
     Examples:
       >>> routing = softmax_top_k(jnp.log(jnp.array([[1.0, 5.0, 3.0]])), 2)
@@ -70,8 +79,10 @@ def softmax_top_k(
       ([[1, 2]], ['0.625', '0.375'])
     """
     logits = _as_logits(logits, top_k, check_values)
+    _check_groups(logits.shape[-1], top_k, num_groups, topk_groups)
     scores = jax.nn.softmax(logits)
-    experts = _best_experts(scores, top_k)
+    chosen = _in_best_groups(scores, num_groups, topk_groups, num_best=1)
+    experts = _best_experts(chosen, top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if route_norm:
         weights = weights / weights.sum(axis=-1, keepdims=True)
@@ -136,14 +147,7 @@ def sigmoid_group_top_k(
             )
         rank_1E = (1,) * (scores.ndim - 1) + (num_experts,)
         biased = biased + lax.stop_gradient(bias.astype(jnp.float32)).reshape(rank_1E)
-    if topk_groups < num_groups:
-        per_group = num_experts // num_groups
-        biased_GE = biased.reshape(*biased.shape[:-1], num_groups, per_group)
-        best = lax.top_k(biased_GE, min(2, biased_GE.shape[-1]))[0].sum(axis=-1)
-        _, groups = lax.top_k(best, topk_groups)
-        is_chosen = jax.nn.one_hot(groups, num_groups, dtype=jnp.bool_).any(axis=-2)
-        biased_GE = jnp.where(is_chosen[..., None], biased_GE, -jnp.inf)
-        biased = biased_GE.reshape(biased.shape)
+    biased = _in_best_groups(biased, num_groups, topk_groups, num_best=2)
     experts = _best_experts(biased, top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if route_norm:
@@ -246,6 +250,25 @@ def _as_logits(logits: ArrayLike, top_k: int, check_values: bool) -> jax.Array:
             "before that overflows.",
         )
     return checkpoint_name(logits, ROUTING)
+
+
+def _in_best_groups(
+    scores: jax.Array, num_groups: int, topk_groups: int, *, num_best: int
+) -> jax.Array:
+    """Returns the scores [..., experts], -inf outside of a token's best groups.
+
+    A group's score is the sum of those of its `num_best` best experts.
+    """
+    if topk_groups == num_groups:
+        return scores
+    per_group = scores.shape[-1] // num_groups
+    scores_GE = scores.reshape(*scores.shape[:-1], num_groups, per_group)
+    num_best = min(num_best, per_group)
+    best = lax.top_k(lax.stop_gradient(scores_GE), num_best)[0].sum(axis=-1)
+    _, groups = lax.top_k(best, topk_groups)
+    is_chosen = jax.nn.one_hot(groups, num_groups, dtype=jnp.bool_).any(axis=-2)
+    scores_GE = jnp.where(is_chosen[..., None], scores_GE, -jnp.inf)
+    return scores_GE.reshape(scores.shape)
 
 
 def _best_experts(scores: jax.Array, top_k: int) -> jax.Array:

@@ -24,6 +24,11 @@ from dualpipe_jax.deepseek.model.placement_config import (
     PlacementConfig as PlacementConfig,
     rows_of_buffer as rows_of_buffer,
 )
+from dualpipe_jax.deepseek.model.published import (
+    CONFIG_FILE as CONFIG_FILE,
+    read_config as read_config,
+)
+from dualpipe_jax.deepseek.model.rope import RopeScaling
 from dualpipe_jax.deepseek.model.trees import (
     map_with_names as map_with_names,
     parameters as parameters,
@@ -33,4 +38,5 @@ __all__ = [
     "DeepSeek",
     "DeepSeekConfig",
     "EplbConfig",
+    "RopeScaling",
 ]

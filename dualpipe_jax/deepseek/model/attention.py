@@ -14,38 +14,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
+from dualpipe_jax.deepseek.model.rope import rotate
 from eplb_jax.layer import load_tokamax, on_cuda
 
-
-def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-    """Applies rotary position embeddings (Su et al. 2021), pairing neighbors.
-
-    Args:
-      x_BTHR: [batch, sequence, heads, R], R even.
-      positions_BT: [batch, sequence] int32.
-      base: the slowest pair rotates by about 1 / base per position.
-
-    Returns:
-      Like `x_BTHR`; angles are computed in float32.
-
-    Examples:
-      >>> x = jnp.ones((1, 2, 1, 2))
-      >>> rotate(x, jnp.array([[0, 1]]), 10_000.0)[0, :, 0].round(3).tolist()
-      [[1.0, 1.0], [-0.30..., 1.38...]]
-    """
-    half = x_BTHR.shape[-1] // 2
-    frequency = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-    pairs = x_BTHR.astype(jnp.float32).reshape(*x_BTHR.shape[:-1], half, 2)
-    first, second = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return rotated.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
+# DeepSeek's code and others give the norms inside the attention no epsilon of the
+# config: it is this, whatever `rms_norm_eps` is.
+INNER_EPSILON = 1e-6
 
 
-def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array:
+def attend(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    *,
+    score_scale: float = 1.0,
+) -> jax.Array:
     """Computes causal softmax attention; keys and values may differ in width.
 
     The probabilities, which grow with the square of the sequence, are recomputed in the
@@ -56,6 +39,7 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array
       q_BTHK: [batch, sequence, heads, K].
       k_BTHK: the same.
       v_BTHV: [batch, sequence, heads, V].
+      score_scale: factor of the scores, beside 1 / sqrt(K).
 
     Returns:
       [batch, sequence, heads, V]; the softmax is computed in float32.
@@ -67,23 +51,35 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array) -> jax.Array
     """
     if not v_BTHV.size:
         return v_BTHV  # no sequences, or no positions to attend to
-    return on_cuda(_by_kernel, _by_xla, q_BTHK, k_BTHK, v_BTHV, keep=True)
+    divisor = math.sqrt(q_BTHK.shape[-1]) / score_scale
+    return on_cuda(
+        lambda *qkv: _by_kernel(*qkv, divisor),
+        lambda *qkv: _by_xla(*qkv, divisor),
+        *(q_BTHK, k_BTHK, v_BTHV),
+        keep=True,
+    )
 
 
-def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, divisor: float) -> jax.Array:
     tokamax = load_tokamax()
     return tokamax.dot_product_attention(
-        q, k, v, is_causal=True, implementation="triton"
+        q, k, v, scale=1 / divisor, is_causal=True, implementation="triton"
     )
 
 
 # Only the arguments are kept for the backward pass.
-@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-def _by_xla(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHV: jax.Array) -> jax.Array:
+@functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.nothing_saveable,
+    static_argnums=3,
+)
+def _by_xla(
+    q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHV: jax.Array, divisor: float
+) -> jax.Array:
     scores_BHTS = jnp.einsum(
         "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
     )
-    scores_BHTS = scores_BHTS / math.sqrt(q_BTHK.shape[-1])
+    scores_BHTS = scores_BHTS / divisor
     # Queries and keys are of the same positions.
     position_T = jnp.arange(q_BTHK.shape[1], dtype=jnp.int32)
     is_past_TS = position_T[:, None] >= position_T[None]
@@ -113,7 +109,7 @@ class LatentAttention(nnx.Module):
             kernel_init=nnx.initializers.truncated_normal(stddev=c.initializer_range),
             rngs=rngs,
         )
-        norm = functools.partial(nnx.RMSNorm, epsilon=c.rms_norm_eps, rngs=rngs)
+        norm = functools.partial(nnx.RMSNorm, epsilon=INNER_EPSILON, rngs=rngs)
         width, heads, rank = c.hidden_size, c.num_attention_heads, c.q_lora_rank
         self.q_down = nnx.data(linear(width, rank) if rank else None)
         self.q_norm = nnx.data(norm(rank) if rank else None)
@@ -133,7 +129,7 @@ class LatentAttention(nnx.Module):
         """Returns [batch, sequence, heads, N + R], in this order of the parts."""
         c = self.config
         nope, rope = jnp.split(self.q_up(compressed_BTQ), [c.qk_nope_head_dim], axis=-1)
-        rope = rotate(rope, positions_BT, c.rope_theta)
+        rope = rotate(rope, positions_BT, c.rope_theta, c.rope_scaling)
         return jnp.concatenate([nope, rope], axis=-1)
 
     def latents(
@@ -142,7 +138,7 @@ class LatentAttention(nnx.Module):
         """Returns what a cache keeps: [batch, sequence, C] and [batch, sequence, R]."""
         c = self.config
         latent, rope = jnp.split(self.kv_down(x_BTD), [c.kv_lora_rank], axis=-1)
-        rope_BT1R = rotate(rope[:, :, None], positions_BT, c.rope_theta)
+        rope_BT1R = rotate(rope[:, :, None], positions_BT, c.rope_theta, c.rope_scaling)
         return self.kv_norm(latent), rope_BT1R[:, :, 0]
 
     def mix(
@@ -163,7 +159,8 @@ class LatentAttention(nnx.Module):
         rope = jnp.broadcast_to(
             rope_BTR[:, :, None], (*nope.shape[:3], c.qk_rope_head_dim)
         )
-        return attend(q_BTHK, jnp.concatenate([nope, rope], axis=-1), v_BTHV)
+        k_BTHK = jnp.concatenate([nope, rope], axis=-1)
+        return attend(q_BTHK, k_BTHK, v_BTHV, score_scale=c.score_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         batch, sequence, _ = x_BTD.shape
@@ -214,9 +211,8 @@ class LatentAttention(nnx.Module):
         )
         position_S = jnp.arange(cache_BSW.shape[1], dtype=jnp.int32)
         is_past_BS = position_S[None] <= position_B1
-        scores_BHS = jnp.where(
-            is_past_BS[:, None], scores_BHS / math.sqrt(c.qk_head_dim), -jnp.inf
-        )
+        divisor = math.sqrt(c.qk_head_dim) / c.score_scale
+        scores_BHS = jnp.where(is_past_BS[:, None], scores_BHS / divisor, -jnp.inf)
         weights_BHS = jax.nn.softmax(scores_BHS, axis=-1).astype(cache_BSW.dtype)
         # Over the whole cache: R is a ninth of this product in DeepSeek-V3, and slicing
         # it off first would copy the cache.

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, NamedTuple
+import os
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
 from dualpipe_jax.checked import Count, Range, Size, check_fields
+from dualpipe_jax.deepseek.model.published import CONFIG_FILE, fields_of, read_config
+from dualpipe_jax.deepseek.model.rope import Positive, RopeScaling
 
-Positive = Annotated[float, Range(0, above=True)]
 # Beyond any model; dividing the layers over stages takes a time quadratic in them, and
 # the tables of placements have a row for each.
 NumLayers = Annotated[int, Range(1, 4096)]
 NumExperts = Annotated[int, Range(1, 65_536)]
+# How a router scores experts, and the ways to select some that go with it.
+TOPK_METHODS = {"softmax": ("greedy", "group_limited_greedy"), "sigmoid": ("noaux_tc",)}
 
 
 class ParameterCount(NamedTuple):
@@ -33,6 +38,7 @@ class ParameterCount(NamedTuple):
 class DeepSeekConfig:
     """The architecture of DeepSeek-V3 (arXiv:2412.19437, section 2), at any size.
 
+    With other values than the defaults also that of DeepSeek-V2 (arXiv:2405.04434).
     Fields are named as in the `config.json` of DeepSeek's published models.
 
     Attributes:
@@ -54,10 +60,19 @@ class DeepSeekConfig:
       n_shared_experts: experts that every token goes to.
       n_group: groups of experts that the router chooses among.
       topk_group: groups that a token's experts may be in.
-      routed_scaling_factor: multiplies the experts' weights, which are first normalized
-        to add up to 1.
+      scoring_func: `"sigmoid"` scores each expert for itself, as V3 does; `"softmax"`
+        against the others, as V2 does.
+      topk_method: `"noaux_tc"`, of sigmoid scores: the groups whose best two experts
+        score highest, then their best experts, all with the bias that balances loads.
+        Of softmax scores: `"greedy"`, the best experts, or `"group_limited_greedy"`,
+        those of the groups whose best expert scores highest.
+      norm_topk_prob: whether the weights of a token's experts are normalized to add up
+        to 1; else they are the scores.
+      routed_scaling_factor: multiplies the experts' weights, after that.
       rope_theta: base of the rotary positions.
-      rms_norm_eps: epsilon of the RMS norms.
+      rope_scaling: stretches them over longer sequences; None: not.
+      rms_norm_eps: epsilon of the RMS norms; that of the two inside the attention is
+        1e-6, as in DeepSeek's own code.
       initializer_range: standard deviation of the initial values of all matrices.
       tie_word_embeddings: whether the output matrix is the embedding, transposed.
       num_nextn_predict_layers: 1 adds a multi-token prediction module (section 2.2);
@@ -93,8 +108,12 @@ class DeepSeekConfig:
     n_shared_experts: Size = 1
     n_group: Count = 1
     topk_group: Count = 1
+    scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
+    norm_topk_prob: bool = True
     routed_scaling_factor: Positive = 1.0
     rope_theta: Positive = 10_000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: Positive = 1e-6
     initializer_range: Annotated[float, Range(0)] = 0.006
     tie_word_embeddings: bool = False
@@ -119,11 +138,48 @@ class DeepSeekConfig:
             raise ValueError(f"{self.n_group=} must divide {self.n_routed_experts=}.")
         if not self.topk_group <= self.n_group:
             raise ValueError(f"{self.topk_group=} must be at most {self.n_group=}.")
+        if self.topk_method not in TOPK_METHODS[self.scoring_func]:
+            known = " or ".join(map(repr, TOPK_METHODS[self.scoring_func]))
+            raise ValueError(
+                f"{self.topk_method=} does not go with {self.scoring_func=}; use "
+                f"{known}."
+            )
+        if self.topk_method == "greedy" and self.n_group > 1:
+            raise ValueError(
+                f"{self.n_group=} has no meaning with topk_method='greedy'; use "
+                "'group_limited_greedy', or no groups."
+            )
         if self.num_nextn_predict_layers > 1:
             raise ValueError(
                 f"{self.num_nextn_predict_layers=} must be 0 or 1; deeper multi-token "
                 "prediction is not implemented."
             )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> DeepSeekConfig:
+        """Reads the `config.json` of a published model.
+
+        DeepSeek-V2, V2-Lite, V3 and R1, and models of the same code, such as Moonlight
+        and Kimi K2.
+
+        Args:
+          folder: that of a Hugging Face model.
+
+        Raises:
+          ValueError: there is no such file, or it names something that is not
+            implemented.
+
+        Examples:
+          >>> config = DeepSeekConfig.from_pretrained("tests/data/deepseek_v3_fp8")
+          >>> config.n_routed_experts, config.rope_scaling.factor
+          (4, 4.0)
+        """
+        config, path = read_config(folder), Path(folder) / CONFIG_FILE
+        fields = fields_of(config, path)
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @property
     def num_moe_layers(self) -> int:
@@ -134,6 +190,16 @@ class DeepSeekConfig:
     def qk_head_dim(self) -> int:
         """Width of a head's query and key."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether a bias, which training steps update, affects the selection."""
+        return self.topk_method == "noaux_tc"
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of the attention's scores, beside 1 / sqrt(qk_head_dim)."""
+        return 1.0 if self.rope_scaling is None else self.rope_scaling.score_scale
 
     def is_dense(self, layer: int) -> bool:
         """Whether a layer's feed-forward network is dense."""

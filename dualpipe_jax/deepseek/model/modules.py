@@ -97,7 +97,8 @@ class Modules:
         self, position: int, params: PyTree, balancing: Balancing | None
     ) -> Layer:
         """Returns the layer at a position, with the parameters of one stage."""
-        state = [params] if balancing is None else [params, bias_state(balancing.bias)]
+        bias = self._bias(balancing)
+        state = [params] if bias is None else [params, bias]
         return nnx.merge(self._graphs[str(position)], *state)
 
     def head(self, params: PyTree) -> Head:
@@ -107,8 +108,15 @@ class Modules:
 
     def mtp(self, params: PyTree, balancing: Balancing) -> MultiTokenPrediction:
         """Returns the multi-token prediction module."""
-        bias = {"layer": bias_state(balancing.bias)}
-        return nnx.merge(self._graphs["mtp"], params, bias)
+        bias = self._bias(balancing)
+        state = [params] if bias is None else [params, {"layer": bias}]
+        return nnx.merge(self._graphs["mtp"], *state)
+
+    def _bias(self, balancing: Balancing | None) -> PyTree | None:
+        """The state of a layer's router beside its parameters, if there is any."""
+        if balancing is None or not self.arch.has_router_bias:
+            return None
+        return bias_state(balancing.bias)
 
     @functools.cached_property
     def _graphs(self) -> dict[str, Any]:

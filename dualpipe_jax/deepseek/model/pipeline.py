@@ -89,7 +89,9 @@ class DeepSeekPipeline(PipelineModel):
             num_experts=self.arch.n_routed_experts,
             num_groups=self.arch.n_group,
             num_devices=self.mesh.shape["ep"],
-            bias_update_rate=self.model.bias_update_rate,
+            bias_update_rate=(
+                self.model.bias_update_rate if self.arch.has_router_bias else 0.0
+            ),
             eplb=self.model.eplb,
         )
 

@@ -5,7 +5,7 @@ runs when), `programs` (the jitted steps), `steps` (what a device runs), `forwar
 model over a cache). Shape suffixes: see `dualpipe_jax.deepseek`.
 
 Imports: checked, backward, executor, gpu.overlap, train, deepseek.model,
-eplb_jax.placement, eplb_jax.layer.
+deepseek.pretrained, eplb_jax.placement, eplb_jax.layer.
 """
 
 from dualpipe_jax.deepseek.serve.arrays import ServeParams
@@ -14,7 +14,11 @@ from dualpipe_jax.deepseek.serve.engine import Engine, Token
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh as make_serve_mesh
 from dualpipe_jax.deepseek.serve.metrics import prometheus
 from dualpipe_jax.deepseek.serve.programs import ServePrograms, make_serve_programs
-from dualpipe_jax.deepseek.serve.weights import initial_params, load_checkpoint
+from dualpipe_jax.deepseek.serve.weights import (
+    initial_params,
+    load_checkpoint,
+    load_published,
+)
 
 __all__ = [
     "Engine",
@@ -25,6 +29,7 @@ __all__ = [
     "Token",
     "initial_params",
     "load_checkpoint",
+    "load_published",
     "make_serve_programs",
     "prometheus",
 ]

@@ -1,10 +1,11 @@
-"""A server's weights: initial ones, or those of a training run.
+"""A server's weights: initial ones, those of a training run, or published ones.
 
 Shape suffixes: see `dualpipe_jax.deepseek`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from dualpipe_jax.deepseek.model import (
     map_with_names,
     parameters,
 )
+from dualpipe_jax.deepseek.pretrained import open_folder, read_bias, read_params
 from dualpipe_jax.deepseek.serve.arrays import PARAM_SPECS, ServeParams
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
@@ -60,7 +62,7 @@ def initial_params(config: ServeConfig, seed: int = 0) -> ServeParams:
             arch, ONE_DEVICE, key, has_dense=is_dense, has_moe=not is_dense
         )
         layers.append(tree)
-        if not is_dense:
+        if not is_dense and arch.has_router_bias:
             layers[-1]["moe"]["bias"] = jnp.zeros(arch.n_routed_experts, jnp.float32)
     embed = (
         jax.random.normal(embed_key, (arch.vocab_size, arch.hidden_size))
@@ -91,7 +93,7 @@ def trained_params(
         tree = jax.tree.map(lambda leaf, at=stage: leaf[at], params.stages[position])
         other = "moe" if arch.is_dense(layer) else "dense"
         tree = {name: part for name, part in tree.items() if name != other}
-        if not arch.is_dense(layer):
+        if not arch.is_dense(layer) and arch.has_router_bias:
             own = bias[layer - arch.first_k_dense_replace]
             tree["moe"] = tree["moe"] | {"bias": own}
         layers.append(tree)
@@ -154,6 +156,50 @@ def load_checkpoint(
     params, placement = jax.jit(make, out_shardings=out_shardings)(state)
     has_loads = float(state["buffers"]["loads"].weight) > 0
     return params, np.asarray(placement) if has_loads else None
+
+
+def load_published(
+    config: ServeConfig,
+    folder: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+) -> ServeParams:
+    """Loads the weights of a published model, for `Engine`.
+
+    A process reads only its share.
+
+    Args:
+      config: of the server; its architecture is `DeepSeekConfig.from_pretrained` of the
+        folder.
+      folder: see `load_pretrained`.
+      mesh: where the weights go, with the axis `ep`; by default the first devices.
+
+    Returns:
+      `ServeParams`; physical expert i has the weights of expert i modulo their number.
+
+    Raises:
+      ValueError: see `load_pretrained`, or the folder has another model.
+    """
+    mesh = make_serve_mesh(config) if mesh is None else mesh
+    published, source = open_folder(folder)
+    own, other = (
+        dataclasses.replace(each, num_nextn_predict_layers=0, initializer_range=0.0)
+        for each in (config.architecture, published)
+    )
+    if own != other:
+        raise ValueError(
+            f"the server's architecture is not that of {folder}; set it to "
+            "DeepSeekConfig.from_pretrained of that folder."
+        )
+    # The multi-token prediction module is not served, nor read.
+    model = DeepSeek(architecture=other).build_unpipelined()
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    shardings = jax.tree.map(lambda leaf: _divided(leaf, mesh).sharding, shapes)
+    params = read_params(source, model, shardings, config.compute_dtype)
+    bias = read_bias(source, model)
+    weights = ServeParams(*(NamedSharding(mesh, spec) for spec in PARAM_SPECS))
+    make = functools.partial(trained_params, config, model)
+    return jax.jit(make, out_shardings=weights)(params, bias)
 
 
 def _of_a_server(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dualpipe_jax.deepseek.model.attention import LatentAttention, attend, rotate
+from dualpipe_jax.deepseek.model.attention import LatentAttention, attend
+from dualpipe_jax.deepseek.model.rope import rotate
 from tests.deepseek.model.sizes import small
 
 # Sums of tens of float32 products against float64.

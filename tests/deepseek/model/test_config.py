@@ -190,6 +190,16 @@ def test_head_flops_are_those_of_its_products():
             {"n_group": 2, "topk_group": 3},
             "topk_group=3 must be at most .*n_group=2",
         ),
+        (
+            {"scoring_func": "softmax"},
+            "'noaux_tc' does not go with .*'softmax'; use 'greedy' or 'group_limited",
+        ),
+        ({"topk_method": "greedy"}, "'greedy' does not go with .*; use 'noaux_tc'"),
+        (
+            {"scoring_func": "softmax", "topk_method": "greedy", "n_group": 2},
+            "n_group=2 has no meaning with topk_method='greedy'",
+        ),
+        ({"rope_scaling": {"type": "yarn"}}, "must be a RopeScaling or None"),
     ],
 )
 def test_sizes_that_do_not_fit(changes, message):

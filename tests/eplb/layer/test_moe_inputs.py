@@ -182,7 +182,7 @@ def test_bad_arguments():
         ),
         (lambda: layer(num_groups=5), "num_groups=5 must divide"),
         (lambda: layer(router="best"), "router='best' must be 'sigmoid' or 'softmax'"),
-        (lambda: layer(router="softmax"), "num_groups=4 belongs to router='sigmoid'"),
+        (lambda: layer(router="softmax", num_groups=5), "num_groups=5 must divide"),
         (
             lambda: layer(ExpertParallel("ep", 5)),
             "parallel.num_devices=5 must divide num_experts=16",

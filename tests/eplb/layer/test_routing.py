@@ -59,6 +59,21 @@ def test_softmax_router():
     np.testing.assert_allclose(normal.weights, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_groups, topk_groups", [(8, 3), (4, 1), (4, 4)])
+def test_deepseek_v2s_groups(num_groups, topk_groups):
+    """A group is worth its best expert (arXiv:2405.04434, section 2.2.2)."""
+    rows = logits(40, 32)
+    options = {"num_groups": num_groups, "topk_groups": topk_groups}
+    routing = softmax_top_k(rows, 6, route_norm=False, route_scale=16.0, **options)
+    for token, row in enumerate(rows.astype(np.float64)):
+        groups = np.split(np.arange(32), num_groups)
+        best = sorted(groups, key=lambda group: -row[group].max())[:topk_groups]
+        experts = sorted(np.concatenate(best), key=lambda e: -row[e])[:6]
+        assert routing.experts[token].tolist() == experts
+        weights = 16 * np.exp(row[experts]) / np.exp(row).sum()
+        np.testing.assert_allclose(routing.weights[token], weights, rtol=1e-5)
+
+
 @pytest.mark.parametrize("router", [softmax_top_k, sigmoid_group_top_k])
 def test_ties_go_to_the_first_and_bfloat16_is_not_rounded_again(router):
     assert router(jnp.zeros((1, 8)), 3).experts.tolist() == [[0, 1, 2]]
