@@ -85,7 +85,9 @@ class Pretrained:
         inputs = jnp.asarray(given, jnp.int32)
         return batch_logits(self.model, self.mesh, self.params, self.buffers, inputs)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(
+        self, folder: str | os.PathLike[str], *, max_file_bytes: int = 5 * 10**9
+    ) -> None:
         """Writes the model as a Hugging Face folder.
 
         Names, shapes and dtypes are those of the folder that was read, float8 weights
@@ -93,11 +95,13 @@ class Pretrained:
 
         Args:
           folder: a new one.
+          max_file_bytes: of a file of weights; one tensor may be larger.
 
         Raises:
           ValueError: the folder exists.
         """
-        save_folder(folder, self.source, self.model, self.params, self.buffers)
+        state = self.model, self.params, self.buffers
+        save_folder(folder, self.source, *state, max_file_bytes)
 
 
 def load_pretrained(

@@ -27,10 +27,6 @@ from dualpipe_jax.deepseek.pretrained.source import (
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import distributed
 
-# As transformers divides files.
-MAX_FILE_BYTES = 5 * 10**9
-
-
 # Of weights in any format; what else is in a folder is copied.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 
@@ -41,6 +37,7 @@ def save_folder(
     model: DeepSeekPipeline,
     params: PipelineParams,
     buffers: RouterState,
+    max_file_bytes: int,
 ) -> None:
     """Writes a folder like the one that was read; all processes call it.
 
@@ -50,6 +47,7 @@ def save_folder(
       model: that the parameters are laid out for.
       params: on any mesh.
       buffers: with the router's bias.
+      max_file_bytes: of a file of weights; one tensor may be larger.
 
     Raises:
       ValueError: the folder exists.
@@ -66,7 +64,7 @@ def save_folder(
             if path.is_file() and not any(map(path.match, _WEIGHTS)):
                 shutil.copy(path, partial / path.name)
     tensors = _Tensors(source, model, params, buffers)
-    files = tensors.divided(MAX_FILE_BYTES)
+    files = tensors.divided(max_file_bytes)
     places, total = {}, 0
     for number, names in enumerate(files, 1):
         name = WEIGHTS_FILE
