@@ -243,6 +243,10 @@ def unpipelined(
 def _check_architecture(arch: DeepSeekConfig, saved: dict[str, Any]) -> None:
     """Raises a ValueError if a checkpoint is of another architecture."""
     own = dataclasses.asdict(arch)
+    # A version that had no such field computed what its default stands for.
+    fields = dataclasses.fields(DeepSeekConfig)
+    missing = dataclasses.MISSING
+    saved = {f.name: f.default for f in fields if f.default is not missing} | saved
     for name in sorted(own.keys() | saved.keys()):
         if name not in own or name not in saved:
             what = "no field" if name in own else "the unknown field"

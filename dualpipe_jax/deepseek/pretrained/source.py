@@ -158,14 +158,19 @@ class Source:
             start = rows.start, columns.start
             part = dequantize(part, self.scales(name), block, start)
         part = part.astype(dtype, copy=False)
-        if np.isnan(part).any() and name not in self._has_warned:
+        # The maximum is NaN if a value is. Bfloat16's own test takes 5 times as long.
+        if np.isnan(np.max(part.astype(np.float32, copy=False), initial=0)):
+            self._warn_of_nan(name)
+        return part
+
+    def _warn_of_nan(self, name: str) -> None:
+        if name not in self._has_warned:
             self._has_warned.add(name)
             warnings.warn(
-                f"{file.path}: {name} has values that are NaN; the model will compute "
-                "NaN.",
-                stacklevel=2,
+                f"{self._files[name].path}: {name} has values that are NaN; the model "
+                "will compute NaN.",
+                stacklevel=3,
             )
-        return part
 
 
 def _block_of(config: dict[str, Any], path: Path) -> tuple[int, int] | None:

@@ -78,6 +78,12 @@ def test_checkpoints_of_other_models_and_versions_are_refused(change, message):
     model = DeepSeek(architecture=SMALL).build_unpipelined()
     info = model.checkpoint_info
     assert model.from_checkpoint_info(info).layout == model.layout
+    older = {
+        name: value
+        for name, value in info["architecture"].items()
+        if name not in ("rope_scaling", "scoring_func")
+    }
+    assert model.from_checkpoint_info(info | {"architecture": older}) is not None
     sizes = info["architecture"] | change
     sizes = {
         name: value for name, value in sizes.items() if value or name not in change
