@@ -19,6 +19,7 @@ from dualpipe_jax.deepseek.serve import (
     ServeConfig,
     Token,
     load_checkpoint,
+    load_published,
     make_serve_mesh,
     prometheus,
 )
@@ -48,12 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one prompt per line; or, in FILE.jsonl, objects with a prompt and "
         "optionally max_tokens, temperature and seed (default: standard input)",
     )
-    parser.add_argument(
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument(
         "--run",
         type=Path,
-        required=True,
         metavar="FOLDER",
         help="folder of the training run whose latest checkpoint is served",
+    )
+    weights.add_argument(
+        "--pretrained",
+        type=Path,
+        metavar="FOLDER",
+        help="Hugging Face folder of the published model that is served; the config's "
+        "architecture is DeepSeekConfig.from_pretrained of it",
     )
     parser.add_argument(
         "--max-tokens",
@@ -107,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         # Typed prompts are answered line by line; piped ones are served together.
         groups = ([line] for line in file) if file.isatty() else [list(file)]
         with rare_collections():
-            engine = _start(config, args.run, console)
+            engine = _start(config, args, console)
         profiled = contextlib.nullcontext()
         if args.profile is not None:
             profiled = profile(args.profile, *engine.programs.compiled)
@@ -136,12 +144,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if num_refused else 0
 
 
-def _start(config: ServeConfig, folder: Path, console: Console) -> Engine:
-    """Returns a compiled engine with a run's weights, placed for its observed load."""
-    mesh = make_serve_mesh(config)
-    params, placement = load_checkpoint(
-        config, folder, mesh=mesh, say=console.print, is_placed=True
-    )
+def _start(config: ServeConfig, args: argparse.Namespace, console: Console) -> Engine:
+    """Returns a compiled engine, with a run's experts placed for its observed load."""
+    mesh, placement = make_serve_mesh(config), None
+    if args.pretrained is not None:
+        params = load_published(config, args.pretrained, mesh=mesh)
+    else:
+        params, placement = load_checkpoint(
+            config, args.run, mesh=mesh, say=console.print, is_placed=True
+        )
     engine = Engine(config, params, mesh=mesh, placement=placement)
     with CompileProgress(console) as progress:
         engine.compile(progress)

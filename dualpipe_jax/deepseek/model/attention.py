@@ -53,8 +53,8 @@ def attend(
         return v_BTHV  # no sequences, or no positions to attend to
     divisor = math.sqrt(q_BTHK.shape[-1]) / score_scale
     return on_cuda(
-        lambda *qkv: _by_kernel(*qkv, divisor),
-        lambda *qkv: _by_xla(*qkv, divisor),
+        lambda q, k, v: _by_kernel(q, k, v, divisor),
+        lambda q, k, v: _by_xla(q, k, v, divisor),
         *(q_BTHK, k_BTHK, v_BTHV),
         keep=True,
     )

@@ -107,7 +107,7 @@ class RopeScaling:
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
-def frequencies(base: jax.typing.ArrayLike, width: int) -> jax.Array:
+def frequencies(base: float, width: int) -> jax.Array:
     """Returns what each pair turns by in a position, [width / 2] float32."""
     half = width // 2
     return base ** -(jnp.arange(half, dtype=jnp.float32) / half)

@@ -174,7 +174,8 @@ def test_serve_writes_completions_in_order(folder, config, capsys, tmp_path):
     [
         (["tiny", "--run", "x"], "returns a TrainConfig; it must return a ServeConfig"),
         (["tiny_server", "--run", "nowhere"], "no checkpoint in nowhere"),
-        (["tiny_server"], "the following arguments are required: --run"),
+        (["tiny_server"], "one of the arguments --run --pretrained is required"),
+        (["tiny_server", "--pretrained", "x"], "x is not a folder; download the model"),
         (["tiny_server", "none.txt", "--run", "x"], "none.txt"),
     ],
 )
