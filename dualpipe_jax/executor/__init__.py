@@ -4,7 +4,7 @@ A step's call chain: `pipeline` (the public functions), `model` (parameters and 
 of one device), `work` (the user's functions as the work of a tick), `runner` (the
 ticks).
 
-Imports: schedules, lowering, backward.
+Imports: schedules, lowering, backward, eplb_jax.runtime.
 """
 
 from dualpipe_jax.executor.footprint import BufferBytes, num_bytes as num_bytes

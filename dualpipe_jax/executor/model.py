@@ -258,6 +258,7 @@ class Model:
             rank,
             self.axis_name,
             self.reduction.add,
+            ordered=functions.platform == "cpu",
         )
         return Prepared(runner, state, transfer)
 

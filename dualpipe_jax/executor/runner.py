@@ -24,6 +24,7 @@ from jax import lax
 from dualpipe_jax.executor.in_place import accumulate, read, when, write
 from dualpipe_jax.executor.work import Work
 from dualpipe_jax.lowering import Program
+from eplb_jax.runtime import zero_after
 
 PyTree = Any
 
@@ -75,6 +76,7 @@ class Runner:
       rank: position on the pipeline axis.
       axis_name: name of the pipeline axis.
       add_aux: adds one microbatch's auxiliary outputs to their accumulator.
+      ordered: whether messages are sent only when all of a tick's tasks are done.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Runner:
         rank: jax.Array,
         axis_name: str,
         add_aux: Callable[[PyTree, PyTree, jax.Array], PyTree],
+        ordered: bool,
     ):
         self.program = program
         self.work = work
@@ -94,6 +97,7 @@ class Runner:
         self.rank = rank
         self.axis_name = axis_name
         self.add_aux = add_aux
+        self.ordered = ordered
         self.stages = jnp.asarray(np.asarray(program.chunks, np.int32))[rank]
         self.table = Row(*(jnp.asarray(field)[:, rank] for field in program.table))
         self.forward_only = program.schedule.is_forward_only
@@ -234,8 +238,34 @@ class Runner:
 
     def exchange(self, row: Row, state: State, permutes) -> State:
         """Sends and receives a tick's messages; reads all before writing any."""
+        if self.ordered:
+            return state._replace(
+                messages=self._exchange_in_order(row, state, permutes)
+            )
         values = [read(state.messages, row.send[k]) for k in range(len(permutes))]
         values, messages = lax.optimization_barrier((values, state.messages))
         for k, (permute, value) in enumerate(zip(permutes, values, strict=True)):
             messages = write(messages, row.receive[k], permute(value))
         return state._replace(messages=messages)
+
+    def _exchange_in_order(self, row: Row, state: State, permutes) -> PyTree:
+        """The same, and each permute waits for what could run beside it.
+
+        See `eplb_jax.runtime` for why, and docs/design.md for what happens otherwise.
+        """
+        zero = zero_after(_beside_messages(state))
+        received = []
+        for k, permute in enumerate(permutes):
+            received.append(permute(read(state.messages, row.send[k] + zero)))
+            zero = zero_after(received[-1])
+        received, messages = lax.optimization_barrier((received, state.messages))
+        for k, value in enumerate(received):
+            messages = write(messages, row.receive[k], value)
+        return messages
+
+
+def _beside_messages(state: State) -> PyTree:
+    """What guards compute that may leave the messages alone."""
+    grads = jax.tree.leaves(state.stage_grads)
+    ends = grads[:1], grads[-1:]  # of the first chunk and of the last
+    return state.embed_grads, state.input_grads, state.outputs, ends

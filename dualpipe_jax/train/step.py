@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dualpipe_jax import compat
 from dualpipe_jax.executor import (
     PipelineParams,
     pipeline_forward,
@@ -27,6 +28,7 @@ from dualpipe_jax.train.optimizer import learning_rate, make_optimizer, num_upda
 from dualpipe_jax.train.programs import Programs
 from dualpipe_jax.train.state import States, TrainState
 from dualpipe_jax.train.trained import filled, prepared_flags, trained_flags
+from eplb_jax.runtime import zero_after
 
 P = PartitionSpec
 
@@ -197,12 +199,16 @@ class _Builder:
             count = num_updates(state.opt_state)
             rate = learning_rate(config.optimizer, config.num_steps)(count + 1)
         params: Any = optax.apply_updates(trained, updates)
-        buffers, observed = model.observe(state.buffers, aux, step)
         metrics = {
             "loss": losses.mean(),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate,
         }
+        now = step
+        if compat.platform_of(self.mesh) == "cpu":
+            # Its collectives after those of the gradients; see `eplb_jax.runtime`.
+            now = step + zero_after((metrics["loss"], metrics["grad_norm"]))
+        buffers, observed = model.observe(state.buffers, aux, now)
         new = TrainState(step, params.combine(frozen), opt_state, buffers)
         if config.max_skipped_steps:
             new, metrics["skipped"] = _unless_finite(metrics, new, state)

@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: routing, dispatch to replicas, grouped products.
 
-Imports: placement.
+Imports: placement, runtime.
 """
 
 from typing import TYPE_CHECKING

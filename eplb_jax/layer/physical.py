@@ -22,6 +22,7 @@ from jax import lax
 from eplb_jax.layer.exchange import Segments, Transport, exchange
 from eplb_jax.layer.varying import vary_alike
 from eplb_jax.placement import ExpertTables, divisor_from, take_or_zero
+from eplb_jax.runtime import on_cpu
 
 PyTree = Any
 
@@ -231,17 +232,22 @@ def _by_slices(function, rows: jax.Array, num_results: int, count: int) -> jax.A
     """
     if count == 1:
         return function(rows)
-    flat = rows.reshape(len(rows), -1)
-    size = flat.shape[1] // count
 
-    def step(i: jax.Array, results: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(flat, i * size, size, axis=1)
-        new = function(part)
-        return lax.dynamic_update_slice_in_dim(results, new, i * size, axis=1)
+    def in_slices(rows: jax.Array) -> jax.Array:
+        flat = rows.reshape(len(rows), -1)
+        size = flat.shape[1] // count
 
-    some = flat[jnp.arange(num_results) % len(rows)]
-    results = lax.fori_loop(0, count, step, some)
-    return results.reshape(num_results, *rows.shape[1:])
+        def step(i: jax.Array, results: jax.Array) -> jax.Array:
+            part = lax.dynamic_slice_in_dim(flat, i * size, size, axis=1)
+            new = function(part)
+            return lax.dynamic_update_slice_in_dim(results, new, i * size, axis=1)
+
+        some = flat[jnp.arange(num_results) % len(rows)]
+        results = lax.fori_loop(0, count, step, some)
+        return results.reshape(num_results, *rows.shape[1:])
+
+    # No loop there: see `runtime`.
+    return on_cpu(function, in_slices, rows)
 
 
 def _check(weights: PyTree, tables: ExpertTables, num_devices: int) -> None:

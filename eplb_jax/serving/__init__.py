@@ -1,6 +1,6 @@
 """Rebalancing inside a server's jitted step: observe, plan, agree, migrate, switch.
 
-Imports: placement, layer.
+Imports: placement, layer, runtime.
 """
 
 from eplb_jax.serving.balancer import ExpertBalancer

@@ -26,6 +26,7 @@ from eplb_jax.layer import (
     plan_weight_gather,
 )
 from eplb_jax.placement import ExpertTables, divisor_from
+from eplb_jax.runtime import on_cpu
 
 PyTree = Any
 
@@ -94,19 +95,27 @@ def migrate(
         def gather(rows_IV: jax.Array) -> jax.Array:
             return gather_weight_rows(rows_IV, plan, axis_name, transport)
 
-    def change(leaf: jax.Array) -> jax.Array:
-        flat_IV = leaf.reshape(len(leaf), -1)
+    def moved(old_IV: jax.Array) -> jax.Array:
+        new_IV = jnp.where(is_changed_I[:, None], gather(old_IV), old_IV)
+        zero = jnp.zeros((), old_IV.dtype)
+        return jnp.where(is_filled_I[:, None], new_IV, zero)
+
+    def in_slices(flat_IV: jax.Array) -> jax.Array:
         num_features = flat_IV.shape[1]
         size = num_features // divisor_from(num_features, num_slices)
 
         def step(i: jax.Array, flat_IV: jax.Array) -> jax.Array:
             old_IV = lax.dynamic_slice_in_dim(flat_IV, i * size, size, axis=1)
-            new_IV = jnp.where(is_changed_I[:, None], gather(old_IV), old_IV)
-            new_IV = jnp.where(is_filled_I[:, None], new_IV, jnp.zeros((), leaf.dtype))
-            return lax.dynamic_update_slice_in_dim(flat_IV, new_IV, i * size, axis=1)
+            return lax.dynamic_update_slice_in_dim(
+                flat_IV, moved(old_IV), i * size, axis=1
+            )
 
-        flat_IV = lax.fori_loop(0, num_features // size, step, flat_IV)
-        return flat_IV.reshape(leaf.shape)
+        return lax.fori_loop(0, num_features // size, step, flat_IV)
+
+    def change(leaf: jax.Array) -> jax.Array:
+        flat_IV = leaf.reshape(len(leaf), -1)
+        # No loop on CPUs: see `runtime`.
+        return on_cpu(moved, in_slices, flat_IV).reshape(leaf.shape)
 
     return jax.tree.map(change, weights)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from dualpipe_jax import compat
 from dualpipe_jax.deepseek.model.balancing import RouterState, TrainingBalancer
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
 from dualpipe_jax.deepseek.model.ends import ModelEnds
@@ -24,6 +25,7 @@ from dualpipe_jax.deepseek.model.stage import StageRunner
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import PipelineModel
 from eplb_jax import ExpertParallel
+from eplb_jax.runtime import zero_after
 
 PyTree = Any
 
@@ -184,9 +186,14 @@ class DeepSeekPipeline(PipelineModel):
         if stats:
             # All devices of `ep` report the same counts.
             counts_LE = stats["tokens_per_expert"] // num_copies
+            totals = {
+                "overflow": (stats["overflow"] // num_copies).sum(),
+                "balance_loss": stats["balance_loss"].mean() / share,
+            }
+            if compat.platform_of(self.mesh) == "cpu":
+                step = step + zero_after(totals)  # see `eplb_jax.runtime`
             buffers, metrics = self.balancer.observe(buffers, counts_LE, step)
-            metrics["overflow"] = (stats["overflow"] // num_copies).sum()
-            metrics["balance_loss"] = stats["balance_loss"].mean() / share
+            metrics |= totals
         metrics |= {name: value / share for name, value in loss.items()}
         return buffers, metrics
 

@@ -11,6 +11,7 @@ import pytest
 
 from dualpipe_jax.train import make_programs
 from tests.deepseek.model import small
+from tests.executor.order import without_order
 
 pytestmark = pytest.mark.slow  # each compiles a whole train step
 
@@ -34,6 +35,7 @@ def pipelined_steps(config, num_steps):
     tokens = programs.abstract_tokens
     # Compiled once: a placement that changes is other values, and no other program.
     step = programs.train_step.lower(state, tokens, tokens).compile()
+    assert without_order(step.as_text()) == []
     for number in range(num_steps):
         batch = jax.device_put(small.batch(config, number), tokens.sharding)
         state, metrics = step(state, *batch)
