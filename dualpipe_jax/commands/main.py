@@ -76,12 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has closed the pipe; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError, MemoryError, RecursionError) as error:
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        is_too_large = _is_too_large(error)
+        if isinstance(error, RuntimeError) and not is_too_large:
+            raise
         name = " ".join([parser.prog, *argv[:1]])
         if package := _missing_package(error):
             extra = COMMANDS[argv[0]].extra
             error = f"needs {package}; pip install 'dualpipe-jax[{extra}]'."
-        if isinstance(error, MemoryError | RecursionError):
+        if is_too_large:
             what = f"{type(error).__name__}: {error}".removesuffix(": ")
             error = f"{what}; the input is too large, or nested too deeply."
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -103,6 +109,12 @@ def _without_collections() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _is_too_large(error: BaseException) -> bool:
+    """Whether an error is about memory, also a device's, or about depth."""
+    is_of_device = str(error).startswith("RESOURCE_EXHAUSTED")
+    return isinstance(error, MemoryError | RecursionError) or is_of_device
 
 
 def _missing_package(error: BaseException | None) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +19,7 @@ from dualpipe_jax.deepseek.serve import (
     Engine,
     ServeConfig,
     Token,
+    check_options,
     load_checkpoint,
     load_published,
     make_serve_mesh,
@@ -29,6 +31,7 @@ from dualpipe_jax.train import (
     compilation_cache,
     load_as,
     rare_collections,
+    stop_signals,
 )
 
 _OPTIONS = ("max_tokens", "temperature", "seed")
@@ -100,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     """Serves as `add_arguments` describes.
 
     Returns:
-      The exit status: 1 if a prompt was refused; the others are still served.
+      The exit status: 1 if a prompt was refused, while the others are still served, or
+      if SIGTERM or SIGINT ended the serving before all prompts were.
 
     Raises:
       ValueError: bad input. It is raised before anything compiles, except for a file
@@ -109,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = load_as(ServeConfig, args.config)
     defaults = {name: getattr(args, name) for name in _OPTIONS}
-    number = num_refused = 0
+    check_options(**defaults)
+    number = num_refused = num_left = 0
     cache = compilation_cache(console.print, enabled=not args.no_cache)
     with cache, _opened(args.prompts) as file:
         # Typed prompts are answered line by line; piped ones are served together.
@@ -133,15 +138,21 @@ def run(args: argparse.Namespace) -> int:
                 else:
                     texts[request] = as_text(config, found["prompt"])
             if texts:
-                with profiled:
-                    stream(engine, config, texts, sys.stdout)
+                with profiled, stop_signals() as received:
+                    left = stream(engine.run(), config, texts, sys.stdout, received)
                 profiled = contextlib.nullcontext()
+                if num_left := len(left):
+                    console.print(
+                        f"{received[0]}: {len(texts) - num_left} of {len(texts)} "
+                        f"prompts are complete; serve the last {num_left} again"
+                    )
+                    break
     if number == 0:
         raise ValueError(f"{args.prompts} holds no prompt; write one per line.")
     console.print(summary(engine.metrics()))
     if args.metrics is not None:
         args.metrics.write_text(prometheus(engine.metrics()))
-    return 1 if num_refused else 0
+    return 1 if num_refused or num_left else 0
 
 
 def _start(config: ServeConfig, args: argparse.Namespace, console: Console) -> Engine:
@@ -164,18 +175,33 @@ def _start(config: ServeConfig, args: argparse.Namespace, console: Console) -> E
 
 
 def stream(
-    engine: Engine, config: ServeConfig, texts: Mapping[int, str], out: TextIO
-) -> None:
+    tokens: Iterable[Token],
+    config: ServeConfig,
+    texts: Mapping[int, str],
+    out: TextIO,
+    received: Sequence[str] = (),
+) -> list[int]:
     """Writes prompts with their completions, in the order of the prompts.
 
     The first unfinished request is written token by token. Those after it are computed
     at the same time, and written when their turn comes.
+
+    Args:
+      tokens: of all requests, as `Engine.run` yields them.
+      config: the engine's.
+      texts: the prompt of each request.
+      out: where to.
+      received: once it has an item, such as the name of a signal, this ends: the
+        line of the request that is being written is ended where it is.
+
+    Returns:
+      The requests whose completions are not written, or not whole.
     """
     held: dict[int, list[Token]] = {request: [] for request in texts}
     turns = iter(texts)
     begun: set[int] = set()
     turn, decode = next(turns, None), _decoder(config)
-    for token in engine.run():
+    for token in tokens:
         held[token.request].append(token)
         while turn is not None and held[turn]:
             ready, held[turn] = held[turn], []
@@ -186,25 +212,38 @@ def stream(
                 break
             out.write("\n")
             turn, decode = next(turns, None), _decoder(config)
+        if received and turn is not None:
+            out.write("\n" * (turn in begun))
+            out.flush()
+            return [turn, *turns]
         out.flush()
+    return []
 
 
 def read_prompts(
     lines: Iterable[str], config: ServeConfig, defaults: dict[str, Any], name: str
 ) -> Iterator[dict[str, Any] | ValueError]:
-    """Yields options for `Engine.submit` from each line, or an error about the line."""
+    """Yields options for `Engine.submit` from each line, or an error about the line.
+
+    Bytes of a line that are not UTF-8 are surrogates, as `_opened` reads them.
+    """
     for line in lines:
         text = line.rstrip("\n")
         if not text:
             continue
         try:
+            text.encode("utf-8", "surrogateescape").decode("utf-8")
             options: dict[str, Any] = {"prompt": text}
             if name.endswith(".jsonl"):
                 options = _read_object(text)
             options["prompt"] = as_tokens(config, options["prompt"])
             yield defaults | options
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            yield ValueError(f"{text[:40]!r} is not UTF-8 ({error.reason}).")
         except ValueError as error:
             yield error
+        except RecursionError:
+            yield ValueError(f"{text[:40]!r} is nested too deeply.")
 
 
 def _read_object(text: str) -> dict[str, Any]:
@@ -271,8 +310,11 @@ def summary(metrics: dict[str, float]) -> str:
 
 @contextlib.contextmanager
 def _opened(name: str) -> Iterator[TextIO]:
+    # Bytes that are not UTF-8 concern their own line only; see `read_prompts`.
     if name == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         yield sys.stdin
     else:
-        with Path(name).open(encoding="utf-8") as file:
+        with Path(name).open(encoding="utf-8", errors="surrogateescape") as file:
             yield file

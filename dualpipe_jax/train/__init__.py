@@ -44,6 +44,7 @@ try:
     from dualpipe_jax.train.model import ModelConfig, PipelineModel
     from dualpipe_jax.train.programs import Programs
     from dualpipe_jax.train.report import write_report as write_report
+    from dualpipe_jax.train.signals import stop_signals as stop_signals
     from dualpipe_jax.train.state import TrainState, rest_specs as rest_specs
     from dualpipe_jax.train.step import make_programs
 except ModuleNotFoundError as error:

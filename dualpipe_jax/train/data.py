@@ -226,8 +226,8 @@ def _read_tokens(files: Sequence[Path]) -> np.ndarray:
     arrays = []
     for file in files:
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            array = np.lib.format.open_memmap(file, mode="r")
+        except (ValueError, EOFError, OverflowError) as error:
             raise ValueError(
                 f"token file {file} is not a readable .npy file ({error}); write it "
                 "with numpy.save."

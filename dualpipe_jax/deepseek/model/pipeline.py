@@ -250,6 +250,11 @@ def unpipelined(
 def _check_architecture(arch: DeepSeekConfig, saved: dict[str, Any]) -> None:
     """Raises a ValueError if a checkpoint is of another architecture."""
     own = dataclasses.asdict(arch)
+    if not saved:
+        raise ValueError(
+            "the checkpoint is of another model: it has no architecture of DeepSeek's; "
+            "use the config that wrote it."
+        )
     # A version that had no such field computed what its default stands for.
     fields = dataclasses.fields(DeepSeekConfig)
     missing = dataclasses.MISSING
@@ -262,8 +267,13 @@ def _check_architecture(arch: DeepSeekConfig, saved: dict[str, Any]) -> None:
                 f"dualpipe_jax: its architecture has {what} {name}; resume with the "
                 "version that wrote it."
             )
-        if own[name] != saved[name]:
-            raise ValueError(
-                f"the checkpoint is of another model: its {name} is {saved[name]}, but "
-                f"the config's is {own[name]}; resume with the config that wrote it."
-            )
+    others = [name for name in own if own[name] != saved[name]]
+    if others:
+        its, ours = (
+            ", ".join(f"{name} is {values[name]}" for name in others[:4])
+            for values in (saved, own)
+        )
+        raise ValueError(
+            f"the checkpoint is of another model: its {its}, but the config's {ours}; "
+            "use the config that wrote it."
+        )

@@ -132,8 +132,8 @@ class Engine:
           ValueError: a prompt that is empty, too long, or of another vocabulary, or an
             invalid option. Other requests are not affected.
         """
+        check_options(max_tokens, temperature, seed)
         tokens = as_prompt(self.config, prompt, max_tokens)
-        check_options(temperature, seed)
         request = Request(
             next(self._numbers), tokens, max_tokens, temperature, seed, stop_token
         )
@@ -195,6 +195,9 @@ class Engine:
         Raises:
           ValueError: see `submit`; no prompt is queued then.
         """
+        check_options(
+            max_tokens, options.get("temperature", 0.0), options.get("seed", 0)
+        )
         for prompt in prompts:
             as_prompt(self.config, prompt, max_tokens)
         generated: dict[int, list[int]] = {

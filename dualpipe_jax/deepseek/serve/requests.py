@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from dualpipe_jax.deepseek.serve.config import ServeConfig
+from eplb_jax.placement import is_count
 
 
 class RequestSlot(NamedTuple):
@@ -77,8 +78,6 @@ def as_prompt(config: ServeConfig, prompt: ArrayLike, max_tokens: int) -> np.nda
             f"prompt has {tokens.size} tokens, but max_prompt_length="
             f"{config.max_prompt_length}; shorten it."
         )
-    if not isinstance(max_tokens, (int, np.integer)) or max_tokens < 1:
-        raise ValueError(f"{max_tokens=} must be an integer, at least 1.")
     if tokens.size + max_tokens > config.context_length:
         raise ValueError(
             f"the prompt's {tokens.size} tokens and {max_tokens=} do not fit "
@@ -87,13 +86,16 @@ def as_prompt(config: ServeConfig, prompt: ArrayLike, max_tokens: int) -> np.nda
     return tokens.astype(np.int32)
 
 
-def check_options(temperature: float, seed: int) -> None:
+def check_options(max_tokens: int, temperature: float, seed: int) -> None:
     """Raises a ValueError for an invalid option of `Engine.submit`."""
+    if not is_count(max_tokens):
+        raise ValueError(f"{max_tokens=} must be an integer, at least 1.")
     try:
-        is_number = math.isfinite(np.float32(temperature)) and temperature >= 0
+        with np.errstate(over="ignore"):
+            is_number = math.isfinite(np.float32(temperature)) and temperature >= 0
     except (TypeError, ValueError, OverflowError):
         is_number = False
     if not is_number:
-        raise ValueError(f"{temperature=} must be a number, at least 0.")
+        raise ValueError(f"{temperature=} must be a finite number, at least 0.")
     if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**31:
         raise ValueError(f"{seed=} must be an integer from 0 to 2^31 - 1.")

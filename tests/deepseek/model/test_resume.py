@@ -71,7 +71,10 @@ def test_another_mesh_schedule_and_placement(tmp_path):
     [
         ({"hidden_size": None}, "has no field hidden_size; resume with the version"),
         ({"dim": 12}, "has the unknown field dim; resume with the version"),
-        ({"v_head_dim": 4}, "of another model: its v_head_dim is 4, but the config's"),
+        (
+            {"v_head_dim": 4, "kv_lora_rank": 3},
+            "its kv_lora_rank is 3, v_head_dim is 4, but the config's kv_lora_rank is",
+        ),
     ],
 )
 def test_checkpoints_of_other_models_and_versions_are_refused(change, message):
@@ -90,3 +93,5 @@ def test_checkpoints_of_other_models_and_versions_are_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         model.from_checkpoint_info(info | {"architecture": sizes})
+    with pytest.raises(ValueError, match="of another model: it has no architecture of"):
+        model.from_checkpoint_info({"layout": [2, 2]})

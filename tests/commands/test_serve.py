@@ -1,0 +1,100 @@
+"""`serve`: prompts and options that are refused, and how it ends when it is told to."""
+
+import io
+import json
+import os
+
+import pytest
+
+from dualpipe_jax.commands import main as cli, serve
+from dualpipe_jax.configs import tiny_server
+from dualpipe_jax.deepseek.serve import Token
+
+CONFIG = tiny_server.config()
+DEFAULTS = {"max_tokens": 4, "temperature": 0.0, "seed": 0}
+
+
+def found_in(path):
+    with serve._opened(str(path)) as file:
+        return list(serve.read_prompts(file, CONFIG, DEFAULTS, str(path)))
+
+
+def test_an_invalid_byte_refuses_its_own_prompt_only(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"one\n\n\xffbad\ncaf\xc3\xa9\n")
+    one, bad, last = found_in(path)
+    assert one == DEFAULTS | {"prompt": list(b"one")}
+    assert str(bad) == r"'\udcffbad' is not UTF-8 (invalid start byte)."
+    assert last == DEFAULTS | {"prompt": list(b"caf\xc3\xa9")}
+
+
+def test_bad_lines_of_json_are_refused_one_by_one(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "\xff"}',
+        b"[" * 100_000,
+        b'{"prompt": "a", "max_tokens": true}',
+        b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}",
+        json.dumps({"prompt": "fine", "seed": 7}).encode(),
+    ]
+    path.write_bytes(b"\n".join(lines))
+    *refused, fine = found_in(path)
+    for error, message in zip(
+        refused,
+        ("surrogates not allowed", "invalid start", "too deeply", "max_tokens", ""),
+        strict=True,
+    ):
+        assert isinstance(error, ValueError) and message in str(error)
+        assert "\n" not in str(error) and len(str(error)) < 200
+    assert fine == DEFAULTS | {"prompt": list(b"fine"), "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--temperature=nan", "temperature=nan must be a finite number, at least 0"),
+        ("--temperature=-1", "temperature=-1.0 must be a finite number"),
+        ("--temperature=1e39", "temperature=1e+39 must be a finite number"),
+        (f"--seed={2**31}", "seed=2147483648 must be an integer from 0 to 2^31 - 1"),
+        ("--max-tokens=0", "max_tokens=0 must be an integer, at least 1"),
+    ],
+)
+def test_options_are_refused_before_anything_is_loaded(option, message, capsys):
+    assert cli.main(["serve", "tiny_server", "--run", "nowhere", option]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def recited(received=None, after=0):
+    """Yields four tokens of three requests each, two at a time, as an engine does."""
+    for number, running in enumerate([(0, 1)] * 4 + [(2,)] * 4):
+        if received is not None and number == after:
+            received.append("SIGTERM")
+        for request in running:
+            yield Token(request, ord("abc"[request]), number % 4 == 3)
+
+
+TEXTS = {0: "0:", 1: "1:", 2: "2:"}
+
+
+def test_what_a_signal_leaves_is_said():
+    out = io.StringIO()
+    assert serve.stream(recited(), CONFIG, TEXTS, out) == []
+    assert out.getvalue() == "0:aaaa\n1:bbbb\n2:cccc\n"
+    for after, text, left in (
+        (0, "0:a\n", [0, 1, 2]),
+        (3, "0:aaaa\n1:bbb\n", [1, 2]),
+        (5, "0:aaaa\n1:bbbb\n2:cc\n", [2]),
+    ):
+        out, received = io.StringIO(), []
+        tokens = recited(received, after)
+        assert serve.stream(tokens, CONFIG, TEXTS, out, received) == left
+        assert out.getvalue() == text
+
+
+def test_a_closed_pipe_ends_the_stream():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError), os.fdopen(writer, "w") as out:
+        serve.stream(recited(), CONFIG, TEXTS, out)  # `main` then ends quietly
