@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,7 +28,6 @@ class ScheduleArrays:
       stage: [tasks].
       microbatch: [tasks].
       step: [tasks] that each task is in.
-      order: [steps] all steps, each after those that it depends on.
       made: [4, stages, microbatches] the step that makes a task's result, under the op
         F, I (of a B, too) or W; -1: none.
     """
@@ -40,14 +38,11 @@ class ScheduleArrays:
     stage: np.ndarray
     microbatch: np.ndarray
     step: np.ndarray
-    order: np.ndarray
     made: np.ndarray
 
     @classmethod
-    def of(
-        cls, schedule: StepTable, order: Sequence[tuple[int, int]]
-    ) -> ScheduleArrays:
-        """Reads a schedule; `order` is its `dependency_order`."""
+    def of(cls, schedule: StepTable) -> ScheduleArrays:
+        """Reads a schedule whose tasks are complete."""
         steps = [step for own in schedule.steps for step in own]
         tasks = np.array(
             [(_CODES[op], stage, m) for step in steps for op, stage, m in step],
@@ -61,7 +56,6 @@ class ScheduleArrays:
         )
         made[np.where(op == B, I, op), stage, microbatch] = step
         first = np.concatenate([[0], np.cumsum(lengths)])
-        rank, position = np.array(order).T
         return cls(
             first=first,
             rank=np.repeat(np.arange(len(lengths)), lengths),
@@ -69,7 +63,6 @@ class ScheduleArrays:
             stage=stage,
             microbatch=microbatch,
             step=step,
-            order=first[rank] + position,
             made=made,
         )
 

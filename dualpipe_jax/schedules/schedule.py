@@ -156,12 +156,12 @@ class Schedule:
     @functools.cached_property
     def arrays(self) -> ScheduleArrays:
         """All steps and tasks as arrays."""
-        return ScheduleArrays.of(self, self.dependency_order)
+        return ScheduleArrays.of(self)
 
     @functools.cached_property
     def dependency_order(self) -> tuple[tuple[int, int], ...]:
         """(rank, position) of every step, each after the steps that it depends on."""
-        return _validate.dependency_order(self)
+        return _validate.dependency_order(self, self.arrays)
 
     def forward_only(self) -> Schedule:
         """Returns the same order with its F tasks only, for inference."""

@@ -209,11 +209,12 @@ def simulate_steps(schedule: Schedule, costs: Costs) -> tuple[list[float], list[
     free = [0.0] * schedule.num_ranks
     # Ranks run in order and share nothing but results, so any order in which steps
     # follow those that they depend on gives the event-driven times.
-    columns = (arrays.rank, *arrays.awaited, *delays, durations)
+    rank, position = np.array(schedule.dependency_order).T
+    order = arrays.first[rank] + position
+    columns = (order, rank, *arrays.awaited[:, order], *delays[:, order])
+    columns = (column.tolist() for column in (*columns, durations[order]))
     for step, rank, one, two, one_delay, two_delay, duration in zip(
-        arrays.order.tolist(),
-        *(column[arrays.order].tolist() for column in columns),
-        strict=True,
+        *columns, strict=True
     ):
         start = max(free[rank], ends[one] + one_delay, ends[two] + two_delay)
         starts[step] = start

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections import deque
+from collections import Counter, deque
 
+from dualpipe_jax.schedules.arrays import ScheduleArrays
 from dualpipe_jax.schedules.tasks import (
     OPS,
     StepTable,
@@ -106,38 +107,60 @@ def check_complete(schedule: StepTable, where: dict[Task, tuple[int, int]]) -> N
                 raise ValueError(f"{name} runs W before its I; move I earlier.")
 
 
-def dependency_order(schedule: StepTable) -> tuple[tuple[int, int], ...]:
+def dependency_order(
+    schedule: StepTable, arrays: ScheduleArrays
+) -> tuple[tuple[int, int], ...]:
     """Returns (rank, position) of every step, each after those that it depends on.
 
     Takes linear time: a rank that must wait is visited again only when its input is
     done. If ranks still wait when none can go on, they deadlock.
+
+    Args:
+      schedule: of steps that `check_complete` has found in order on each rank.
+      arrays: of the schedule.
     """
     order: list[tuple[int, int]] = []
-    done: set[Task] = set()
-    waiting: dict[Task, list[int]] = {}
-    position = [0] * schedule.num_ranks
+    first, (one, two) = arrays.first.tolist(), arrays.awaited.tolist()
+    done = bytearray(len(one) + 1)
+    done[-1] = True  # for what there is no need to wait for
+    waiting: dict[int, list[int]] = {}
+    following = first[:-1]
     awake = deque(range(schedule.num_ranks))
     while awake:
         rank = awake.popleft()
-        while position[rank] < len(schedule.steps[rank]):
-            step = schedule.steps[rank][position[rank]]
-            needs = (need for task in step for need in predecessors(task, schedule))
-            missing = next((need for need in needs if need not in done), None)
-            if missing is not None:
+        for step in range(following[rank], first[rank + 1]):
+            missing = two[step] if done[one[step]] else one[step]
+            if not done[missing]:
                 waiting.setdefault(missing, []).append(rank)
                 break
-            order.append((rank, position[rank]))
-            position[rank] += 1
-            for result in map(result_of, step):
-                done.add(result)
-                awake.extend(waiting.pop(result, ()))
+            order.append((rank, step - first[rank]))
+            following[rank], done[step] = step + 1, True
+            if step in waiting:
+                awake.extend(waiting.pop(step))
     if waiting:
-        waits = ", ".join(
-            f"rank {rank} at {step_to_text(schedule.steps[rank][position[rank]])} "
-            f"waits for {'the backward' if need.op == 'I' else 'the forward'} of "
-            f"stage {need.stage}, microbatch {need.microbatch}"
-            for need, ranks in waiting.items()
-            for rank in ranks
-        )
-        raise ValueError(f"The schedule deadlocks: {waits}; reorder these steps.")
+        blocked = [rank for ranks in waiting.values() for rank in ranks]
+        raise ValueError(_deadlock(schedule, order, blocked))
     return tuple(order)
+
+
+def _deadlock(
+    schedule: StepTable, order: list[tuple[int, int]], blocked: list[int]
+) -> str:
+    """Says what the ranks wait for that are blocked after the steps of `order`."""
+    num_done = Counter(rank for rank, _ in order)
+    done = {
+        result_of(task)
+        for rank, position in order
+        for task in schedule.steps[rank][position]
+    }
+    waits = []
+    for rank in blocked:
+        step = schedule.steps[rank][num_done[rank]]
+        needs = (need for task in step for need in predecessors(task, schedule))
+        need = next(need for need in needs if need not in done)
+        waits.append(
+            f"rank {rank} at {step_to_text(step)} waits for "
+            f"{'the backward' if need.op == 'I' else 'the forward'} of stage "
+            f"{need.stage}, microbatch {need.microbatch}"
+        )
+    return f"The schedule deadlocks: {', '.join(waits)}; reorder these steps."
