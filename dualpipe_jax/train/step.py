@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -31,6 +32,8 @@ from dualpipe_jax.train.trained import filled, prepared_flags, trained_flags
 from eplb_jax.runtime import zero_after
 
 P = PartitionSpec
+# Beyond any cluster, and far within what XLA counts in 64 bits.
+MAX_VALUES = 2**55
 
 
 def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
@@ -70,7 +73,14 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
         optimizer=optimizer,
         states=States(config, model, optimizer, mesh),
     )
-    return builder.programs()
+    programs = builder.programs()
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(programs.abstract_state))
+    if size > MAX_VALUES:
+        raise ValueError(
+            f"The model and its optimizer have {size:.2g} numbers, more than "
+            f"{MAX_VALUES:.2g}; use a smaller model."
+        )
+    return programs
 
 
 def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:

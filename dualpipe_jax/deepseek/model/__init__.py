@@ -9,7 +9,11 @@ eplb_jax.layer, eplb_jax.runtime.
 """
 
 from dualpipe_jax.deepseek.model.balancing import RouterState as RouterState
-from dualpipe_jax.deepseek.model.config import DeepSeekConfig, Positive as Positive
+from dualpipe_jax.deepseek.model.config import (
+    MAX_VALUES as MAX_VALUES,
+    DeepSeekConfig,
+    Positive as Positive,
+)
 from dualpipe_jax.deepseek.model.layers import (
     Head as Head,
     Layer as Layer,
@@ -21,6 +25,7 @@ from dualpipe_jax.deepseek.model.pipeline import DeepSeekPipeline as DeepSeekPip
 from dualpipe_jax.deepseek.model.placement_config import (
     ComputeDtype as ComputeDtype,
     EplbConfig,
+    NumRedundant as NumRedundant,
     PlacementConfig as PlacementConfig,
     rows_of_buffer as rows_of_buffer,
 )

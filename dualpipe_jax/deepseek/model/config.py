@@ -15,6 +15,9 @@ from dualpipe_jax.deepseek.model.rope import Positive, RopeScaling
 # the tables of placements have a row for each.
 NumLayers = Annotated[int, Range(1, 4096)]
 NumExperts = Annotated[int, Range(1, 65_536)]
+# Beyond any machine, and far within what XLA counts in 64 bits.
+MAX_PARAMETERS = 2**50
+MAX_VALUES = 2**44
 # How a router scores experts, and the ways to select some that go with it.
 TOPK_METHODS = {"softmax": ("greedy", "group_limited_greedy"), "sigmoid": ("noaux_tc",)}
 
@@ -153,6 +156,54 @@ class DeepSeekConfig:
             raise ValueError(
                 f"{self.num_nextn_predict_layers=} must be 0 or 1; deeper multi-token "
                 "prediction is not implemented."
+            )
+        if (total := self.count_parameters().total) > MAX_PARAMETERS:
+            sizes = {
+                name: size for name, size in vars(self).items() if size is not None
+            }
+            largest = max(
+                (name for name, size in sizes.items() if type(size) is int),
+                key=sizes.__getitem__,
+            )
+            raise ValueError(
+                f"{largest}={sizes[largest]:,} makes {total:.2g} parameters, more than "
+                f"{MAX_PARAMETERS:.2g}; use smaller sizes."
+            )
+
+    def check_activations(
+        self, num_tokens: int, context_length: int, num_rows: int
+    ) -> None:
+        """Refuses sizes whose arrays no device could hold, before anything compiles.
+
+        Args:
+          num_tokens: of a microbatch on a device.
+          context_length: tokens that one of them may attend to.
+          num_rows: of a device's buffer for the tokens of its experts.
+
+        Raises:
+          ValueError: an array would have more than `MAX_VALUES` numbers.
+        """
+        heads = self.num_attention_heads
+        head = max(self.qk_nope_head_dim + self.v_head_dim, self.qk_head_dim)
+        for what, size in (
+            (f"{context_length=} with {heads} heads", heads * context_length),
+            (f"heads of {head} numbers", heads * head),
+            (f"{self.vocab_size=}", self.vocab_size),
+            (f"{self.intermediate_size=}", self.intermediate_size),
+            (f"{self.hidden_size=}", self.hidden_size),
+        ):
+            if num_tokens * size > MAX_VALUES:
+                raise ValueError(
+                    f"num_tokens={num_tokens:,} of a microbatch on a device, and {what}"
+                    f", make an array of {num_tokens * size:.2g} numbers, more than "
+                    f"{MAX_VALUES:.2g}; use smaller sizes, or more devices."
+                )
+        width = max(self.hidden_size, 2 * self.moe_intermediate_size)
+        if num_rows * width > MAX_VALUES:
+            raise ValueError(
+                f"num_rows={num_rows:,} of {width:,} numbers that may arrive at a "
+                f"device's experts are more than {MAX_VALUES:.2g} numbers; use smaller "
+                "sizes, or a buffer_factor."
             )
 
     @classmethod

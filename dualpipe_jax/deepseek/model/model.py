@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from jax.sharding import Mesh
 
@@ -92,11 +93,17 @@ class DeepSeek(DeepSeekOptions):
         devices = mesh.shape["ep"]
         tokens = microbatch_size * sequence_length / (mesh.shape["dp"] * devices)
         num_choices = tokens * self.architecture.num_experts_per_tok
+        num_rows = rows_of_buffer(self.buffer_factor, num_choices, devices)
+        self.architecture.check_activations(
+            math.ceil(tokens),
+            sequence_length,
+            math.ceil(num_choices * devices) if num_rows is None else num_rows,
+        )
         parallel = ExpertParallel(
             axis_name="ep" if devices > 1 else None,
             num_devices=devices,
             num_nodes=self.eplb.num_nodes if self.eplb else 1,
-            num_rows=rows_of_buffer(self.buffer_factor, num_choices, devices),
+            num_rows=num_rows,
             payload=self.payload,
             remat="experts" in self.remat,
         )

@@ -6,9 +6,10 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from dualpipe_jax.checked import Count, Range, Size, check_fields
+from dualpipe_jax.checked import Count, Range, check_fields
 from eplb_jax.placement import Policy
 
+NumRedundant = Annotated[int, Range(0, 65_536)]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -64,6 +65,6 @@ class EplbConfig(PlacementConfig):
       decay: per step, of the moving average of the loads.
     """
 
-    num_redundant: Size
+    num_redundant: NumRedundant
     num_nodes: Count = 1
     policy: Policy = "auto"

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from dualpipe_jax.checked import INT32_MAX, Count, Range, Size, check_fields
+from dualpipe_jax.checked import INT32_MAX, Count, Range, check_fields
 from dualpipe_jax.deepseek.model import (
+    MAX_VALUES,
     ComputeDtype,
     DeepSeekConfig,
+    NumRedundant,
     PlacementConfig,
     Positive,
     rows_of_buffer,
@@ -95,7 +97,7 @@ class ServeConfig:
     compute_dtype: ComputeDtype = "float32"
     num_devices: Count
     num_nodes: Count = 1
-    num_redundant: Size = 0
+    num_redundant: NumRedundant = 0
     requests_per_device: _Divided
     context_length: Count
     prompts_per_device: _Divided = 2
@@ -147,6 +149,21 @@ class ServeConfig:
             raise ValueError(
                 f"{self.max_prefill_tokens=} must be at least "
                 f"{self.max_prompt_length=}, so that every prompt fits one prefill."
+            )
+        self._check_arrays()
+
+    def _check_arrays(self) -> None:
+        arch = self.architecture
+        tokens = max(self.max_prefill_tokens, self.requests_per_device)
+        num_rows = self.parallel(tokens).num_rows
+        if num_rows is None:
+            num_rows = self.num_devices * tokens * arch.num_experts_per_tok
+        arch.check_activations(tokens, self.context_length, num_rows)
+        cached = self.requests_per_device * self.context_length * self.latent_width
+        if (size := cached * arch.num_hidden_layers) > MAX_VALUES:
+            raise ValueError(
+                f"{self.requests_per_device=} and {self.context_length=} make a cache "
+                f"of {size:.2g} numbers, more than {MAX_VALUES:.2g}; use smaller sizes."
             )
 
     @property

@@ -200,6 +200,11 @@ def test_head_flops_are_those_of_its_products():
             "n_group=2 has no meaning with topk_method='greedy'",
         ),
         ({"rope_scaling": {"type": "yarn"}}, "must be a RopeScaling or None"),
+        (
+            {"hidden_size": 2**31 - 1, "vocab_size": 2**30},
+            r"hidden_size=2,147,483,647 makes 4.6e\+18 parameters, more than 1.1e\+15",
+        ),
+        ({"num_hidden_layers": 5000}, "num_hidden_layers=5000 must be at most 4096"),
     ],
 )
 def test_sizes_that_do_not_fit(changes, message):

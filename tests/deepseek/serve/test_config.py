@@ -42,6 +42,16 @@ def test_lengths_that_are_not_given_follow_from_others(given, expected):
     [
         ({"phase": "train"}, "phase='train' must be 'prefill' or 'decode'"),
         ({"route": "by-node"}, "route='by-node' must be 'direct' or 'by_node'"),
+        (
+            {"context_length": 2**31 - 1, "max_prompt_length": 96},
+            r"context_length=2147483647 with 128 heads, make an array of 5.3e\+13 num",
+        ),
+        (
+            {"context_length": 2**18, "max_prompt_length": 96}
+            | {"requests_per_device": 2**17 + 2, "max_prefill_tokens": 96}
+            | {"architecture": dataclasses.replace(SIZES, num_attention_heads=1)},
+            r"requests_per_device=131074 and .*context_length=262144 make a cache of",
+        ),
         ({"payload": "fp4"}, "payload='fp4' must be 'plain' or 'fp8'"),
         ({"compute_dtype": "float64"}, "must be 'float32' or 'bfloat16'"),
         ({"num_devices": 0}, "num_devices=0 must be at least 1"),
