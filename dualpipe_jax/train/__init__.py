@@ -40,7 +40,10 @@ try:
         newest_checkpoint as newest_checkpoint,
     )
     from dualpipe_jax.train.loop import Result, train
-    from dualpipe_jax.train.mesh import ask_for_devices as ask_for_devices
+    from dualpipe_jax.train.mesh import (
+        ask_for_devices as ask_for_devices,
+        check_memory as check_memory,
+    )
     from dualpipe_jax.train.model import ModelConfig, PipelineModel
     from dualpipe_jax.train.programs import Programs
     from dualpipe_jax.train.report import write_report as write_report

@@ -48,6 +48,31 @@ def ask_for_devices(count: int, platform: str | None) -> None:
         ) from error
 
 
+def check_memory(num_bytes: int, mesh: Mesh, what: str) -> None:
+    """Refuses arrays that this machine cannot hold, where the CPU is the device.
+
+    A GPU says so by itself. The system would lend a process more memory than there is,
+    until it has filled it.
+
+    Args:
+      num_bytes: on all devices of this process.
+      mesh: the devices.
+      what: takes them.
+
+    Raises:
+      ValueError: they are more than the machine's memory.
+    """
+    here = set(mesh.devices.flat) & set(jax.local_devices())
+    if not here or next(iter(here)).platform != "cpu" or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > memory:
+        raise ValueError(
+            f"{what} takes {num_bytes / 1e9:,.0f} GB, but this machine has "
+            f"{memory / 1e9:,.0f} GB of memory; use smaller sizes."
+        )
+
+
 def make_mesh(config: TrainConfig) -> Mesh:
     """The config's mesh over the first devices, virtual ones on a CPU.
 

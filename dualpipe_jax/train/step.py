@@ -22,7 +22,7 @@ from dualpipe_jax.executor import (
 from dualpipe_jax.schedules import Schedule
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.integrity import names_of
-from dualpipe_jax.train.mesh import BATCH, DATA_AXES, make_mesh
+from dualpipe_jax.train.mesh import BATCH, DATA_AXES, check_memory, make_mesh
 from dualpipe_jax.train.model import PipelineModel
 from dualpipe_jax.train.objective import Objective
 from dualpipe_jax.train.optimizer import learning_rate, make_optimizer, num_updates
@@ -80,6 +80,14 @@ def make_programs(config: TrainConfig, mesh: Mesh | None = None) -> Programs:
             f"The model and its optimizer have {size:.2g} numbers, more than "
             f"{MAX_VALUES:.2g}; use a smaller model."
         )
+    per_device = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(programs.abstract_state)
+    )
+    num_here = len(set(mesh.devices.flat) & set(jax.local_devices()))
+    check_memory(
+        per_device * num_here, mesh, "The state of the model and its optimizer"
+    )
     return programs
 
 

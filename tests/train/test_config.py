@@ -147,6 +147,12 @@ def test_a_config_file_that_raises_is_one_line(text, message, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_interrupted_command_says_so_in_one_line(tmp_path, capsys):
+    (tmp_path / "slow.py").write_text("raise KeyboardInterrupt")
+    assert cli.main(["train", str(tmp_path / "slow.py")]) == 130
+    assert capsys.readouterr().err == "\npython -m dualpipe_jax: interrupted\n"
+
+
 def test_json_names_the_schedule():
     read = json.loads(tiny.config().to_json())
     assert read["schedule"] == "dualpipe"

@@ -159,11 +159,11 @@ class ServeConfig:
         if num_rows is None:
             num_rows = self.num_devices * tokens * arch.num_experts_per_tok
         arch.check_activations(tokens, self.context_length, num_rows)
-        cached = self.requests_per_device * self.context_length * self.latent_width
-        if (size := cached * arch.num_hidden_layers) > MAX_VALUES:
+        if self.cache_bytes > 4 * MAX_VALUES:
             raise ValueError(
                 f"{self.requests_per_device=} and {self.context_length=} make a cache "
-                f"of {size:.2g} numbers, more than {MAX_VALUES:.2g}; use smaller sizes."
+                f"of {self.cache_bytes:.2g} bytes, more than {4 * MAX_VALUES:.2g}; use "
+                "smaller sizes."
             )
 
     @property
@@ -212,6 +212,13 @@ class ServeConfig:
     def latent_width(self) -> int:
         """Numbers that the cache keeps for each token and layer."""
         return self.architecture.kv_lora_rank + self.architecture.qk_rope_head_dim
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of a device's cache."""
+        tokens = self.requests_per_device * self.context_length
+        size = 2 if self.compute_dtype == "bfloat16" else 4
+        return tokens * self.latent_width * self.architecture.num_hidden_layers * size
 
     @property
     def balancer(self) -> ExpertBalancer:
