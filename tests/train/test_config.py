@@ -13,6 +13,7 @@ import pytest
 
 from dualpipe_jax.commands import main as cli
 from dualpipe_jax.train import config as config_module
+from dualpipe_jax.train.mesh import ask_for_devices, check_memory, make_mesh
 from tests.train import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +146,15 @@ def test_a_config_file_that_raises_is_one_line(text, message, tmp_path, capsys):
     errors = capsys.readouterr().err
     assert re.search(message, errors) and errors.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_more_than_a_machine_has_is_refused():
+    mesh = make_mesh(tiny.config())
+    check_memory(10**6, mesh, "A little")
+    with pytest.raises(ValueError, match=r"A lot takes 1,000,000,000 GB, but this mac"):
+        check_memory(10**18, mesh, "A lot")
+    with pytest.raises(ValueError, match=r"needs 5,000 devices in this process, more"):
+        ask_for_devices(5000, "cpu")
 
 
 def test_an_interrupted_command_says_so_in_one_line(tmp_path, capsys):
