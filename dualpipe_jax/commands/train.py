@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run may be resumed on another mesh and schedule",
     )
     parser.add_argument(
+        "--pretrained",
+        metavar="FOLDER",
+        help="begin with the weights of this published model, a Hugging Face folder; "
+        "the config's architecture is DeepSeekConfig.from_pretrained of it",
+    )
+    parser.add_argument(
         "--data",
         nargs="+",
         metavar="PATH",
@@ -163,6 +169,7 @@ def configured(args: argparse.Namespace) -> TrainConfig:
     changes: dict[str, Any] = {
         "num_steps": args.steps,
         "schedule": args.schedule,
+        "pretrained": args.pretrained,
         "mesh": None if args.mesh is None else parse_mesh(args.mesh),
     }
     changes = {name: value for name, value in changes.items() if value is not None}

@@ -108,6 +108,8 @@ class TrainConfig:
       seed: of the parameters and of the data order.
       shard_at_rest: divides parameters and optimizer state over `dp` and `ep` too,
         where a matrix can be; a step gathers what the pipeline needs whole (ZeRO-1).
+      pretrained: folder of a published model whose weights the run begins with; None:
+        it begins with random ones.
       sample_tokens: tokens of generated text at the end of the run.
       overlap: see `pipeline_value_and_grad`.
       platform: `"cpu"` trains on virtual CPU devices even where there are others,
@@ -131,6 +133,7 @@ class TrainConfig:
     held_out_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.05
     seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
     shard_at_rest: bool = False
+    pretrained: str | None = None
     sample_tokens: Annotated[int, Range(0, 65_536)] = 0  # one forward pass for each
     platform: Platform | None = None
     overlap: bool | None = None

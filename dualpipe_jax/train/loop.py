@@ -168,7 +168,10 @@ def _compile(
     with CompileProgress(console) as progress:
         programs = programs.compile(progress)
         begun: TrainState = programs.init() if state is None else state
-        return programs, begun, progress.elapsed_s
+        seconds = progress.elapsed_s
+    if state is None and programs.published is not None:
+        begun = programs.published(begun)
+    return programs, begun, seconds
 
 
 class _Step(NamedTuple):

@@ -7,6 +7,7 @@ a subclass of `PipelineModel` with four methods.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -163,6 +164,26 @@ class PipelineModel(abc.ABC):
         """Buffers of `old`, in this model's layout."""
         del old
         return buffers
+
+    def published(
+        self, folder: str
+    ) -> Callable[[PipelineParams, PyTree], tuple[PipelineParams, PyTree]]:
+        """Opens a folder with published weights of this model.
+
+        Args:
+          folder: that of `TrainConfig.pretrained`.
+
+        Returns:
+          A function from parameters and buffers, of which it uses shapes and shardings,
+          to those to begin with.
+
+        Raises:
+          ValueError: the folder is not that of this model, or the model reads none.
+        """
+        raise ValueError(
+            f"pretrained={folder!r}: {type(self).__name__} reads no published weights; "
+            "leave it out."
+        )
 
     def sample(
         self, params: PipelineParams, buffers: PyTree, prompt: Any, num_tokens: int

@@ -38,6 +38,7 @@ class Programs:
         (the abstract state to read, the function from that to this run's state).
         Raises ValueError for another model.
       grad_names: the parameters that have a gradient, by their path.
+      published: state -> the same with published weights, or None.
       sample: (state, prompt tokens [n] int32) -> new tokens, or None.
       vocab_size: see `PipelineModel`.
       description: see `PipelineModel`.
@@ -56,6 +57,7 @@ class Programs:
     checkpoint_info: dict[str, Any]
     restore_plan: Callable[[dict[str, Any]], tuple[TrainState, Callable]]
     grad_names: tuple[str, ...]
+    published: Callable[[TrainState], TrainState] | None
     sample: Callable[..., np.ndarray] | None
     vocab_size: int | None
     description: str

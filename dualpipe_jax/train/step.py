@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -190,6 +191,7 @@ class _Builder:
             ),
             checkpoint_info=self.model.checkpoint_info,
             restore_plan=states.restore_plan,
+            published=self.published(),
             sample=self.sample if self.config.sample_tokens else None,
             grad_names=tuple(names_of(states.trained(states.abstract.params))),
             vocab_size=self.model.vocab_size,
@@ -260,6 +262,18 @@ class _Builder:
         )
         targets = self.objective.weighted(targets)
         return evaluate(prepared.embed, prepared.head, outputs, targets)
+
+    def published(self) -> Callable[[TrainState], TrainState] | None:
+        """What puts published weights into the first state, if the config wants it."""
+        if self.config.pretrained is None:
+            return None
+        read = self.model.published(self.config.pretrained)
+
+        def begin(state: TrainState) -> TrainState:
+            params, buffers = read(state.params, state.buffers)
+            return state._replace(params=params, buffers=buffers)
+
+        return begin
 
     def sample(self, state: TrainState, prompt: np.ndarray) -> np.ndarray:
         """New tokens after a prompt."""

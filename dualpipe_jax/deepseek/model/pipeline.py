@@ -24,7 +24,7 @@ from dualpipe_jax.deepseek.model.sampling import sample
 from dualpipe_jax.deepseek.model.stage import StageRunner
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import PipelineModel
-from eplb_jax import ExpertParallel
+from eplb_jax import ExpertParallel, lookup
 from eplb_jax.runtime import zero_after
 
 PyTree = Any
@@ -224,6 +224,10 @@ class DeepSeekPipeline(PipelineModel):
         if old.num_saved_physical_experts == self.balancer.num_physical_experts:
             return buffers
         return self.balancer.replan(buffers)
+
+    def published(self, folder: str) -> Any:
+        """See `dualpipe_jax.deepseek.pretrained`, which is above this room."""
+        return lookup.find("dualpipe_jax.deepseek.pretrained:reader_for")(self, folder)
 
     def sample(
         self, params: PipelineParams, buffers: RouterState, prompt: Any, num_tokens: int

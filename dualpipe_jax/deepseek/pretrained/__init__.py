@@ -9,8 +9,10 @@ Imports: schedules.generators, executor, train, deepseek.model.
 
 from dualpipe_jax.deepseek.pretrained.pretrained import (
     Pretrained,
+    check_same as check_same,
     load_pretrained,
     open_folder as open_folder,
+    reader_for as reader_for,
 )
 from dualpipe_jax.deepseek.pretrained.reading import (
     read_bias as read_bias,

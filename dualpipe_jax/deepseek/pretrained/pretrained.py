@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,65 @@ def load_pretrained(
     bias = jax.device_put(read_bias(source, model), everywhere)
     buffers = buffers._replace(bias=bias)
     return Pretrained(config, params, buffers, model, whole, source)
+
+
+def reader_for(
+    model: DeepSeekPipeline, folder: str | os.PathLike[str]
+) -> Callable[[PipelineParams, RouterState], tuple[PipelineParams, RouterState]]:
+    """Opens the folder of a published model for a training run.
+
+    Args:
+      model: of the run.
+      folder: see `load_pretrained`.
+
+    Returns:
+      A function from the parameters and buffers of the run's first state to those with
+      the published weights and bias, in the same dtypes and shardings. It gives the
+      memory of the parameters back before it reads.
+
+    Raises:
+      ValueError: see `load_pretrained`, or the folder has another model.
+    """
+    published, source = open_folder(folder)
+    if model.arch.num_nextn_predict_layers > published.num_nextn_predict_layers:
+        raise ValueError(
+            f"{folder} has no weights of a multi-token prediction module; set "
+            "num_nextn_predict_layers=0."
+        )
+    check_same(model.arch, published, folder)
+
+    def read(
+        params: PipelineParams, buffers: RouterState
+    ) -> tuple[PipelineParams, RouterState]:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()
+        bias = jax.device_put(read_bias(source, model), buffers.bias.sharding)
+        params = read_params(source, model, shardings, "float32")
+        return params, buffers._replace(bias=bias)
+
+    return read
+
+
+def check_same(
+    config: DeepSeekConfig, published: DeepSeekConfig, folder: str | os.PathLike[str]
+) -> None:
+    """Checks that a model is the one of a folder.
+
+    Multi-token prediction may be left out, and weights that are read have no
+    `initializer_range`.
+
+    Raises:
+      ValueError: a field differs.
+    """
+    for field in dataclasses.fields(config):
+        own, other = (getattr(each, field.name) for each in (config, published))
+        may_differ = ("num_nextn_predict_layers", "initializer_range")
+        if own != other and field.name not in may_differ:
+            raise ValueError(
+                f"the architecture has {field.name}={own!r}, but {folder} has "
+                f"{other!r}; set it to DeepSeekConfig.from_pretrained of that folder."
+            )
 
 
 def open_folder(folder: str | os.PathLike[str]) -> tuple[DeepSeekConfig, Source]:

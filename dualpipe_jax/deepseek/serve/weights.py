@@ -27,7 +27,12 @@ from dualpipe_jax.deepseek.model import (
     map_with_names,
     parameters,
 )
-from dualpipe_jax.deepseek.pretrained import open_folder, read_bias, read_params
+from dualpipe_jax.deepseek.pretrained import (
+    check_same,
+    open_folder,
+    read_bias,
+    read_params,
+)
 from dualpipe_jax.deepseek.serve.arrays import PARAM_SPECS, ServeParams
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
@@ -182,17 +187,10 @@ def load_published(
     """
     mesh = make_serve_mesh(config) if mesh is None else mesh
     published, source = open_folder(folder)
-    own, other = (
-        dataclasses.replace(each, num_nextn_predict_layers=0, initializer_range=0.0)
-        for each in (config.architecture, published)
-    )
-    if own != other:
-        raise ValueError(
-            f"the server's architecture is not that of {folder}; set it to "
-            "DeepSeekConfig.from_pretrained of that folder."
-        )
+    check_same(config.architecture, published, folder)
     # The multi-token prediction module is not served, nor read.
-    model = DeepSeek(architecture=other).build_unpipelined()
+    arch = dataclasses.replace(published, num_nextn_predict_layers=0)
+    model = DeepSeek(architecture=arch).build_unpipelined()
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     shardings = jax.tree.map(lambda leaf: _divided(leaf, mesh).sharding, shapes)
     params = read_params(source, model, shardings, config.compute_dtype)

@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 
 from dualpipe_jax.configs import tiny_server
-from dualpipe_jax.deepseek import load_pretrained
+from dualpipe_jax.deepseek import (
+    DeepSeek,
+    DeepSeekConfig,
+    EplbConfig,
+    load_pretrained,
+)
 from dualpipe_jax.deepseek.pretrained import open_folder
 from dualpipe_jax.deepseek.serve import load_published
+from dualpipe_jax.train import OptimizerConfig, TrainConfig, make_programs
 from tests.deepseek.pretrained.folders import V2, V3, config_of, raw, write
 
 NORM = "model.norm.weight"
@@ -218,5 +224,62 @@ def test_other_bad_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             pretrained.logits(tokens)
-    with pytest.raises(ValueError, match=r"architecture is not that of .*v2_lite; set"):
+    with pytest.raises(ValueError, match=r"vocab_size=256, but .*v2_lite has 96; set"):
         load_published(tiny_server.config(), V2)
+
+
+def a_run(folder, **changes):
+    architecture = DeepSeekConfig.from_pretrained(folder)
+    sizes = dataclasses.replace(architecture, num_nextn_predict_layers=0, **changes)
+    eplb = EplbConfig(every=1, num_redundant=2)
+    return TrainConfig(
+        name="finetune",
+        model=DeepSeek(architecture=sizes, eplb=eplb),
+        mesh={"pp": 2, "ep": 2},
+        schedule="dualpipe",
+        num_microbatches=4,
+        microbatch_size=2,
+        sequence_length=8,
+        num_steps=1,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+        pretrained=str(folder),
+        shard_at_rest=True,
+    )
+
+
+def test_a_run_begins_with_published_weights():
+    programs = make_programs(a_run(V3))
+    abstract = programs.abstract_state
+    random = jax.tree.map(
+        lambda leaf: jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding),
+        abstract,
+    )
+    state = programs.published(random)
+    for leaf, like in zip(
+        jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True
+    ):
+        assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+        assert leaf.sharding == like.sharding
+    want = load_pretrained(V3)
+    np.testing.assert_array_equal(state.buffers.bias, want.buffers.bias)
+    np.testing.assert_array_equal(state.params.embed, want.params.embed)
+    stages, layers = state.params.stages, want.params.stages
+    for stage, layer in enumerate(layers):
+        for name in ("attention", "attention_norm", *({"dense", "moe"} & layer.keys())):
+            jax.tree.map(
+                lambda ours, theirs, at=stage: np.testing.assert_array_equal(
+                    ours[at], theirs[0]
+                ),
+                stages[0][name],
+                layer[name],
+            )
+
+
+def test_runs_that_cannot_begin_with_a_folder():
+    with pytest.raises(ValueError, match=r"has v_head_dim=8, but .*v3_fp8 has 16; set"):
+        make_programs(a_run(V3, v_head_dim=8))
+    config = a_run(V3)
+    whole = DeepSeekConfig.from_pretrained(V3)
+    model = dataclasses.replace(config.model, architecture=whole)
+    with pytest.raises(ValueError, match="no weights of a multi-token prediction mod"):
+        make_programs(dataclasses.replace(config, model=model))
