@@ -38,6 +38,9 @@ COMMANDS = {
         "start a training run's processes, and again when some are lost", "train"
     ),
     "serve": Command("complete prompts with a trained model", "train"),
+    "export": Command(
+        "write a training run's weights as a Hugging Face folder", "train"
+    ),
     "report": Command("write a training run as one HTML page", "train"),
     "overlap": Command(
         "show which communication of a compiled step is hidden", "train"

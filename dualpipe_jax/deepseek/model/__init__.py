@@ -33,6 +33,7 @@ from dualpipe_jax.deepseek.model.published import (
     CONFIG_FILE as CONFIG_FILE,
     read_config as read_config,
 )
+from dualpipe_jax.deepseek.model.restoring import restore_run as restore_run
 from dualpipe_jax.deepseek.model.rope import RopeScaling
 from dualpipe_jax.deepseek.model.trees import (
     map_with_names as map_with_names,

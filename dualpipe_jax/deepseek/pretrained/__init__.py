@@ -7,6 +7,7 @@ what a folder holds, `safetensors` and `fp8` how it lies in files; `reading` and
 Imports: schedules.generators, executor, train, deepseek.model.
 """
 
+from dualpipe_jax.deepseek.pretrained.exporting import export_run as export_run
 from dualpipe_jax.deepseek.pretrained.pretrained import (
     Pretrained,
     check_same as check_same,

@@ -24,16 +24,14 @@ from dualpipe_jax.deepseek.pretrained.source import (
     WEIGHTS_FILE,
     Source,
 )
+from dualpipe_jax.deepseek.pretrained.target import Target
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import distributed
-
-# Of weights in any format; what else is in a folder is copied.
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 
 
 def save_folder(
     folder: str | os.PathLike[str],
-    source: Source,
+    source: Source | Target,
     model: DeepSeekPipeline,
     params: PipelineParams,
     buffers: RouterState,
@@ -60,9 +58,7 @@ def save_folder(
     if distributed.is_main():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for path in source.folder.iterdir():
-            if path.is_file() and not any(map(path.match, _WEIGHTS)):
-                shutil.copy(path, partial / path.name)
+        source.write_others(partial)
     tensors = _Tensors(source, model, params, buffers)
     files = tensors.divided(max_file_bytes)
     places, total = {}, 0
@@ -100,7 +96,7 @@ class _Tensors:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Target,
         model: DeepSeekPipeline,
         params: PipelineParams,
         buffers: RouterState,
@@ -133,6 +129,9 @@ class _Tensors:
         """Returns the names of the tensors of each file, in the source's order."""
         files, room = [], 0
         for name in self._source.names():
+            other = self._copies.get(name, name)
+            if other not in self._places and other not in self._rows:
+                continue  # multi-token prediction, which this model is without
             size = sum(_num_bytes(info) for _, info in self.stored(name))
             if not files or size > room:
                 files.append([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ _FP8 = "F8_E4M3"
 # Constants that older versions of transformers saved, too.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 _ALL = slice(None)
+# In any format; what else is in a folder is copied when it is saved.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 
 
 class Source:
@@ -70,6 +73,12 @@ class Source:
     def block_of(self, name: str) -> tuple[int, int] | None:
         """Returns what shares a scale, if a tensor has scales."""
         return self.block if self.dtype(name) == _FP8 else None
+
+    def write_others(self, folder: Path) -> None:
+        """Copies what is in the folder beside the weights, such as the tokenizer."""
+        for path in self.folder.iterdir():
+            if path.is_file() and not any(map(path.match, _WEIGHTS)):
+                shutil.copy(path, folder / path.name)
 
     def check(
         self, wanted: Mapping[str, tuple[int, ...]], may_have: Mapping[str, Any]

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from dualpipe_jax.deepseek.model import (
     initial_layer,
     map_with_names,
     parameters,
+    restore_run,
 )
 from dualpipe_jax.deepseek.pretrained import (
     check_same,
@@ -37,7 +37,6 @@ from dualpipe_jax.deepseek.serve.arrays import PARAM_SPECS, ServeParams
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
 from dualpipe_jax.executor import PipelineParams
-from dualpipe_jax.train import Checkpoints
 from eplb_jax import ExpertWeights, rebalance_experts
 from eplb_jax.layer import ONE_DEVICE
 from eplb_jax.placement import take_or_zero
@@ -137,25 +136,10 @@ def load_checkpoint(
     mesh = make_serve_mesh(config) if mesh is None else mesh
     arch = config.architecture
     single = DeepSeek(architecture=arch).build_unpipelined()
-    found = []
-
-    def plan(info: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
-        model = single.from_checkpoint_info(info)
-        found.append(model)
-        shapes = jax.eval_shape(
-            lambda: {
-                "params": model.init(jax.random.key(0)),
-                "buffers": model.init_buffers()._asdict(),
-            }
-        )
-        return jax.tree.map(lambda leaf: _divided(leaf, mesh), shapes), lambda x: x
-
-    checkpoints = Path(folder) / "checkpoints"
-    if not checkpoints.is_dir():
-        raise ValueError(f"no checkpoint in {folder}; train a model there first.")
-    with Checkpoints(checkpoints, say) as opened:
-        _, state, _ = opened.restore(plan, partial=True)
-    make = functools.partial(_of_a_server, config, found[-1], is_placed)
+    model, state = restore_run(
+        folder, single.from_checkpoint_info, lambda leaf: _divided(leaf, mesh), say
+    )
+    make = functools.partial(_of_a_server, config, model, is_placed)
     weights = ServeParams(*(NamedSharding(mesh, spec) for spec in PARAM_SPECS))
     out_shardings = weights, NamedSharding(mesh, P())
     params, placement = jax.jit(make, out_shardings=out_shardings)(state)

@@ -17,6 +17,8 @@ from dualpipe_jax.deepseek import (
     load_pretrained,
 )
 from dualpipe_jax.deepseek.pretrained import open_folder
+from dualpipe_jax.deepseek.pretrained.saving import save_folder
+from dualpipe_jax.deepseek.pretrained.target import Target
 from dualpipe_jax.deepseek.serve import load_published
 from dualpipe_jax.train import OptimizerConfig, TrainConfig, make_programs
 from tests.deepseek.pretrained.folders import V2, V3, config_of, raw, write
@@ -98,6 +100,27 @@ def test_float8_weights_that_changed_get_new_scales(tmp_path):
     old, new = (np.frombuffer(each[scale][2], np.float32) for each in (before, after))
     np.testing.assert_allclose(new, 3 * old, rtol=1e-6)
     assert before[UP][2] == after[UP][2]
+
+
+def test_a_model_that_was_never_published_is_written_as_one(tmp_path):
+    for folder, dtype, fp8 in ((V2, "float32", False), (V3, "bfloat16", True)):
+        pretrained, out = load_pretrained(folder), tmp_path / folder.name
+        target = Target(pretrained.config, dtype, 64, fp8=fp8)
+        state = pretrained.model, pretrained.params, pretrained.buffers
+        save_folder(out, target, *state, 10**9)
+        kinds = [
+            {name: own[:2] for name, own in raw(each).items()} for each in (out, folder)
+        ]
+        assert kinds[0] == kinds[1]
+        again = load_pretrained(out)
+        assert again.config == pretrained.config
+        for ours, theirs in zip(
+            jax.tree.leaves(again.params),
+            jax.tree.leaves(pretrained.params),
+            strict=True,
+        ):
+            # What float8 holds exactly, and scales rounded again.
+            np.testing.assert_allclose(ours, theirs, rtol=3e-7)
 
 
 def changed(tmp_path, folder, config=(), **tensors):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from dualpipe_jax import read_trace
 from dualpipe_jax.commands import main as cli
 from dualpipe_jax.commands.serve import as_text, as_tokens
-from dualpipe_jax.deepseek.serve import Engine, load_checkpoint
+from dualpipe_jax.deepseek.serve import Engine, load_checkpoint, load_published
 from dualpipe_jax.train import Text, train
 from tests.deepseek.model import small
 
@@ -167,6 +168,19 @@ def test_serve_writes_completions_in_order(folder, config, capsys, tmp_path):
     report = read_trace(tmp_path / "profile")
     assert {"attn(F)", "dispatch(F)", "mlp(F)", "combine(F)"} == report.phases.keys()
     assert len(report.devices) == config.num_devices
+
+
+def test_an_exported_run_is_a_published_model(folder, config, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["export", str(folder), "--out", str(out), "--dtype", "float32"]
+    assert cli.main(arguments) == 0 and capsys.readouterr().out == f"{out}\n"
+    want, _ = load_checkpoint(config, folder)
+    got = load_published(config, out)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert cli.main(arguments) == 2
+    assert "out exists; save to a new folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
