@@ -48,7 +48,7 @@ class CheapPrograms:
         )
         self.schedule = dualpipe(2, 4)
         self.checkpoint_info = {"tokens": size}
-        self.sample = None
+        self.sample = self.published = None
         self.grad_names = ("table",)
         self.description = "a table of bytes"
         self.compiled = None
