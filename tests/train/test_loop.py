@@ -9,6 +9,7 @@ import signal
 import socket
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -319,6 +320,26 @@ def test_a_sample_ends_a_run_that_is_done(tmp_path, monkeypatch):
     assert prompt == bytes(range(len(prompt))).decode() and len(prompt) > 4
     # Continuation bytes that continue nothing.
     assert (tmp_path / "sample.txt").read_text() == prompt + new and len(new) == 3
+
+
+def test_a_run_begins_with_published_weights_but_resumes_with_its_own(
+    tmp_path, monkeypatch
+):
+    calls = []
+
+    class Published(cheap.CheapPrograms):
+        def __init__(self, config):
+            super().__init__(config)
+            self.published = lambda state: (
+                calls.append(1) or state._replace(table=jnp.zeros_like(state.table))
+            )
+
+    monkeypatch.setattr(loop, "make_programs", Published)
+    result, _ = run(tmp_path, num_steps=1)
+    # Of zeros, a float32 mean; the program's own table is off by 1e-3.
+    assert result.metrics[0]["loss"] == pytest.approx(np.log(256), rel=1e-5)
+    run(tmp_path, num_steps=2, resume=True)
+    assert calls == [1]
 
 
 def test_the_loss_curve_needs_no_held_out_loss_and_no_step(tmp_path):
