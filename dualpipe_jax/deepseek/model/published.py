@@ -101,7 +101,7 @@ def fields_of(config: dict[str, Any], path: str | os.PathLike[str]) -> dict[str,
         implemented.
     """
     kind = config.get("model_type")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         known = ", ".join(DEFAULTS)
         raise ValueError(
             f"{path}: model_type={kind!r} is not implemented; the known ones are "
@@ -124,10 +124,10 @@ def fields_of(config: dict[str, Any], path: str | os.PathLike[str]) -> dict[str,
 
 
 def _check_implemented(given: dict[str, Any], path: Any) -> None:
-    only = _ONLY | {
-        "num_key_value_heads": given["num_attention_heads"],
-        "qk_head_dim": given["qk_nope_head_dim"] + given["qk_rope_head_dim"],
-    }
+    only = _ONLY | {"num_key_value_heads": given["num_attention_heads"]}
+    widths = [given["qk_nope_head_dim"], given["qk_rope_head_dim"]]
+    if all(isinstance(width, int) for width in widths):  # else refused later
+        only["qk_head_dim"] = sum(widths)
     for name, value in only.items():
         if name in given and given[name] != value:
             raise ValueError(

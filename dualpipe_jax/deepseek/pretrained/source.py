@@ -186,15 +186,15 @@ def _block_of(config: dict[str, Any], path: Path) -> tuple[int, int] | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    method = quantization.get("quant_method")
-    block = quantization.get("weight_block_size")
-    is_e4m3 = quantization.get("fmt", "e4m3") == "e4m3"
-    if method != "fp8" or not is_e4m3 or not block or len(block) != 2:
-        raise ValueError(
-            f"{path}: quantization_config={quantization!r} is not implemented; only "
-            "quant_method='fp8' in e4m3 with a weight_block_size is."
-        )
-    return int(block[0]), int(block[1])
+    given = quantization if isinstance(quantization, dict) else {}
+    is_e4m3 = (given.get("quant_method"), given.get("fmt", "e4m3")) == ("fp8", "e4m3")
+    match given.get("weight_block_size"):
+        case [int(rows), int(columns)] if is_e4m3 and rows > 0 and columns > 0:
+            return rows, columns
+    raise ValueError(
+        f"{path}: quantization_config={quantization!r} is not implemented; only "
+        "quant_method='fp8' in e4m3 with a weight_block_size of rows and columns is."
+    )
 
 
 def _files_of(folder: Path) -> dict[str, File]:
@@ -209,12 +209,13 @@ def _files_of(folder: Path) -> dict[str, File]:
         file = File(folder / WEIGHTS_FILE)
         return dict.fromkeys(file.tensors, file)
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        by_name = {name: File(folder / name) for name in sorted(set(places.values()))}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        paths = {place: folder / place for place in sorted(set(places.values()))}
+    except (ValueError, LookupError, TypeError):
         raise ValueError(
             f"{index} is no index of tensors; download it again."
         ) from None
+    by_name = {place: File(path) for place, path in paths.items()}
     for name, place in places.items():
         if name not in by_name[place].tensors:
             raise ValueError(

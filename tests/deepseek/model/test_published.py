@@ -111,6 +111,8 @@ def test_deepseek_v2(tmp_path):
     "changes, message",
     [
         ({"model_type": "llama"}, "model_type='llama' is not implemented; the known"),
+        ({"model_type": ["deepseek_v3"]}, r"\['deepseek_v3'\] is not implemented"),
+        ({"qk_nope_head_dim": "128"}, "qk_nope_head_dim='128' must be an integer"),
         ({"hidden_size": None}, "has no hidden_size, which a deepseek_v3 model needs"),
         ({"hidden_size": "7168"}, "hidden_size='7168' must be an integer"),
         ({"attention_bias": True}, "attention_bias=True is not implemented; only"),

@@ -176,6 +176,11 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, folder, tensors, message):
     "config, message",
     [
         ({"quantization_config": None}, "F8_E4M3, but .*has no quantization_config"),
+        ({"quantization_config": [1]}, r"quantization_config=\[1\] is not implemented"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}},
+            "is not implemented; only quant_method='fp8' in e4m3 with a weight_block_s",
+        ),
         (
             {"quantization_config": {"quant_method": "gptq"}},
             r"quantization_config=\{'quant_method': 'gptq'\} is not implemented; only",
