@@ -21,10 +21,8 @@ from dualpipe_jax.deepseek.model import (
     restore_run,
 )
 from dualpipe_jax.deepseek.pretrained.pretrained import check_same, open_folder
-from dualpipe_jax.deepseek.pretrained.saving import save_folder
+from dualpipe_jax.deepseek.pretrained.saving import MAX_FILE_BYTES, save_folder
 from dualpipe_jax.deepseek.pretrained.target import Target
-
-MAX_FILE_BYTES = 5 * 10**9
 
 
 def export_run(

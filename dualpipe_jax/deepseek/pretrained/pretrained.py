@@ -27,7 +27,7 @@ from dualpipe_jax.deepseek.pretrained.names import (
     published_shapes,
 )
 from dualpipe_jax.deepseek.pretrained.reading import read_bias, read_params
-from dualpipe_jax.deepseek.pretrained.saving import save_folder
+from dualpipe_jax.deepseek.pretrained.saving import MAX_FILE_BYTES, save_folder
 from dualpipe_jax.deepseek.pretrained.source import Source
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import rest_specs
@@ -87,7 +87,7 @@ class Pretrained:
         return batch_logits(self.model, self.mesh, self.params, self.buffers, inputs)
 
     def save(
-        self, folder: str | os.PathLike[str], *, max_file_bytes: int = 5 * 10**9
+        self, folder: str | os.PathLike[str], *, max_file_bytes: int = MAX_FILE_BYTES
     ) -> None:
         """Writes the model as a Hugging Face folder.
 

@@ -28,6 +28,9 @@ from dualpipe_jax.deepseek.pretrained.target import Target
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import distributed
 
+# As transformers divides weights.
+MAX_FILE_BYTES = 5 * 10**9
+
 
 def save_folder(
     folder: str | os.PathLike[str],
