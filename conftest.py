@@ -58,25 +58,27 @@ def pytest_collection_modifyitems(items):
     """Slow tests first, on every worker: the last to finish then has a quick one.
 
     pytest-xdist gives each worker as many tests, in this order, and moves some when a
-    worker has run all of its own.
+    worker has run all of its own. Tests `as_users` come before all others: nothing that
+    jax traced survives a change between them.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers == 1:
         return
-    quick = [item for item in items if item.get_closest_marker("slow") is None]
-    slow = [item for item in items if item.get_closest_marker("slow") is not None]
-    # Whole modules, whose tests share what they compile; first those `as_users`, since
-    # nothing that jax traced survives a change between them and others.
-    slow.sort(key=_compiles_quickly)
-    modules = [list(each) for _, each in itertools.groupby(slow, lambda x: x.path)]
+    first, others = [], []
+    for item in items:
+        is_slow = item.get_closest_marker("slow") is not None
+        (first if is_slow or not _compiles_quickly(item) else others).append(item)
+    first.sort(key=_compiles_quickly)
+    # Whole modules, whose tests share what they compile.
+    modules = [list(each) for _, each in itertools.groupby(first, lambda x: x.path)]
     ordered = []
     for worker in range(workers):
         own = list(itertools.chain(*modules[worker::workers]))
         end = len(items) * (worker + 1) // workers
         number = max(0, end - len(ordered) - len(own))
-        ordered += own + quick[:number]
-        quick = quick[number:]
-    items[:] = ordered + quick
+        ordered += own + others[:number]
+        others = others[number:]
+    items[:] = ordered + others
 
 
 def _compiles_quickly(item):
@@ -90,3 +92,12 @@ def pytest_runtest_setup(item):
     if jax.config.values[name] != quickly:
         jax.config.update(name, quickly)
         jax.clear_caches()  # or a test would depend on what ran before it
+        gc.unfreeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.path != item.path:
+        # Tests that collect garbage look no further back than their module.
+        gc.collect()
+        gc.freeze()
