@@ -66,6 +66,7 @@ def test_a_function_of_a_module():
         config_module.load_config("no.such.module:config")
 
 
+@pytest.mark.slow
 def test_recipes_are_where_only_the_packages_are_installed(tmp_path):
     # As a wheel has them: links are files there.
     find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

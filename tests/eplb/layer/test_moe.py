@@ -100,6 +100,7 @@ def test_other_routes_to_the_experts_and_back(changes):
     np.testing.assert_array_equal(stats.tokens_per_expert, direct.tokens_per_expert)
 
 
+@pytest.mark.slow
 def test_a_new_placement_compiles_nothing():
     run = SPREAD()
     one, other = (run(placement(seed))[0] for seed in (3, 4))
