@@ -4,7 +4,7 @@ A step's call chain: `loop` (the job), `step` (the jitted programs), `model` (wh
 model is), then `executor`.
 
 Imports: checked, processes, schedules, schedules.generators, lowering, pictures,
-executor, gpu.overlap, profiles, eplb_jax.runtime.
+executor, gpu.overlap, profiles.
 """
 
 import importlib.util

@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dualpipe_jax import compat
 from dualpipe_jax.executor import (
     PipelineParams,
     pipeline_forward,
@@ -30,7 +29,6 @@ from dualpipe_jax.train.optimizer import learning_rate, make_optimizer, num_upda
 from dualpipe_jax.train.programs import Programs
 from dualpipe_jax.train.state import States, TrainState
 from dualpipe_jax.train.trained import filled, prepared_flags, trained_flags
-from eplb_jax.runtime import zero_after
 
 P = PartitionSpec
 # Beyond any cluster, and far within what XLA counts in 64 bits.
@@ -224,11 +222,7 @@ class _Builder:
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate,
         }
-        now = step
-        if compat.platform_of(self.mesh) == "cpu":
-            # Its collectives after those of the gradients; see `eplb_jax.runtime`.
-            now = step + zero_after((metrics["loss"], metrics["grad_norm"]))
-        buffers, observed = model.observe(state.buffers, aux, now)
+        buffers, observed = model.observe(state.buffers, aux, step)
         new = TrainState(step, params.combine(frozen), opt_state, buffers)
         if config.max_skipped_steps:
             new, metrics["skipped"] = _unless_finite(metrics, new, state)

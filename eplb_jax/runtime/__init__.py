@@ -3,4 +3,8 @@
 Imports: nothing.
 """
 
-from eplb_jax.runtime.order import on_cpu as on_cpu, zero_after as zero_after
+from eplb_jax.runtime.order import (
+    on_cpu as on_cpu,
+    wait_for as wait_for,
+    zero_after as zero_after,
+)

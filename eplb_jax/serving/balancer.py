@@ -30,7 +30,7 @@ from eplb_jax.placement import (
     is_traced,
     put_like,
 )
-from eplb_jax.runtime import on_cpu, zero_after
+from eplb_jax.runtime import wait_for
 from eplb_jax.serving.agreement import agree
 from eplb_jax.serving.migration import migrate
 from eplb_jax.serving.planning import (
@@ -262,7 +262,7 @@ class ExpertBalancer(BalancerSettings):
                 f"{self.num_layers}; pass a list of one pytree per layer."
             )
 
-        def change(layer: int, weights: PyTree, zero: jax.Array) -> PyTree:
+        def change(layer: int, weights: PyTree, before: PyTree) -> PyTree:
             is_it_P = plan.is_changed & (plan.layers == layer)
             row = jnp.argmax(is_it_P)
 
@@ -277,16 +277,12 @@ class ExpertBalancer(BalancerSettings):
                 )
 
             # A loop of no or one trip: `lax.cond` would copy the weights.
-            num_trips = is_it_P.any().astype(jnp.int32) + zero
+            num_trips = wait_for(is_it_P.any().astype(jnp.int32), before)
             return lax.fori_loop(0, num_trips, once, weights)
 
         changed: list[PyTree] = []
-        zero = jnp.zeros((), jnp.int32)
         for layer, each in enumerate(weights):
-            changed.append(change(layer, each, zero))
-            # One layer after the other: see `runtime`.
-            first = jax.tree.leaves(changed[-1])[:1]
-            zero = on_cpu(zero_after, lambda _: jnp.zeros((), jnp.int32), first)
+            changed.append(change(layer, each, changed[-1:]))
         return changed
 
     def switch(self, state: BalancerState, plan: RebalancePlan) -> BalancerState:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
 from dualpipe_jax import compat
 from dualpipe_jax.deepseek.model.balancing import RouterState, TrainingBalancer
@@ -25,7 +26,6 @@ from dualpipe_jax.deepseek.model.stage import StageRunner
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import PipelineModel
 from eplb_jax import ExpertParallel, lookup
-from eplb_jax.runtime import zero_after
 
 PyTree = Any
 
@@ -186,16 +186,23 @@ class DeepSeekPipeline(PipelineModel):
         if stats:
             # All devices of `ep` report the same counts.
             counts_LE = stats["tokens_per_expert"] // num_copies
-            totals = {
-                "overflow": (stats["overflow"] // num_copies).sum(),
-                "balance_loss": stats["balance_loss"].mean() / share,
-            }
-            if compat.platform_of(self.mesh) == "cpu":
-                step = step + zero_after(totals)  # see `eplb_jax.runtime`
+            counts_LE, buffers = self._replicated((counts_LE, buffers))
             buffers, metrics = self.balancer.observe(buffers, counts_LE, step)
-            metrics |= totals
+            buffers, metrics = self._replicated((buffers, metrics))
+            metrics["overflow"] = (stats["overflow"] // num_copies).sum()
+            metrics["balance_loss"] = stats["balance_loss"].mean() / share
         metrics |= {name: value / share for name, value in loss.items()}
         return buffers, metrics
+
+    def _replicated(self, tree: PyTree) -> PyTree:
+        """On CPU devices, arrays of which each has the whole.
+
+        Then a new placement, in a branch, needs no collective; `eplb_jax.runtime` says
+        why. On GPUs the ranks of the pipeline plan for their own layers.
+        """
+        if compat.platform_of(self.mesh) != "cpu":
+            return tree
+        return lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P()))
 
     # Checkpoints.
 
