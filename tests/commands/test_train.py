@@ -230,10 +230,14 @@ def test_the_flags_in_the_documents_exist():
     text = (ROOT / "docs" / "training.md").read_text()
     # Those of other commands are tested where they run: tests/docs.
     text = re.sub(r"dualpipe_jax (?!train)\w+[^`\n]*", "", text)
-    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
     launchers = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--requeue"}
     launchers |= {"--signal", "--kill-on-bad-exit"}
-    flags = {flag for action in parser._actions for flag in action.option_strings}
+    others = argparse.ArgumentParser(), argparse.ArgumentParser()
+    for other, name in zip(others, ("launch", "export"), strict=True):
+        cli.add_arguments(other, name)
+    actions = [action for each in (parser, *others) for action in each._actions]
+    flags = {flag for action in actions for flag in action.option_strings}
     assert found - launchers <= flags, found - launchers - flags
     # Each launch line by itself, whatever the shell would put in place of a variable.
     lines = re.findall(r"dualpipe_jax train (.*?)(?:\s[#&].*)?$", text, re.M)
