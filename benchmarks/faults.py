@@ -51,7 +51,7 @@ def config():
 PHASES = ("compiling", "step", "checkpoint", "evaluation", "report")
 KINDS = ("process", "one of two", "launcher")
 VALUES = ("step", "loss", "grad_norm", "held_out_loss", "balancedness")
-PATIENCE_S = 300
+PATIENCE_S = 600
 
 
 class Run:
