@@ -202,7 +202,7 @@ def _mix_by_node(
         jnp.where(is_here_MK, weight_MK, 0.0),
         expert_weights,
         per_node,
-        dataclasses.replace(p, num_devices=p.num_devices // num_nodes),
+        dataclasses.replace(p, num_devices=p.num_devices // num_nodes, num_nodes=1),
         node,
         implementation,
     )
