@@ -43,7 +43,7 @@ def config():
     eplb = EplbConfig(every={EVERY}, num_redundant=2)
     return dataclasses.replace(
         tiny.config(), model=DeepSeek(architecture=sizes, eplb=eplb),
-        mesh={{"pp": 2, "ep": 2}}, num_microbatches=4, sequence_length=64,
+        mesh={{"pp": 2, "ep": 2}}, num_microbatches=8, sequence_length=64,
         num_steps={STEPS}, eval_every={EVERY}, checkpoint_every={EVERY},
         sample_tokens=0,
     )
