@@ -153,8 +153,10 @@ def run(args: argparse.Namespace) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except jax.errors.JaxRuntimeError:
-        # Of the devices, their memory or their network: a new start may do.
+    except jax.errors.JaxRuntimeError as error:
+        if str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise  # it would come again
+        # Of the devices or their network: a new start may do.
         traceback.print_exc()
         print("error: see above; --resume continues the run.", file=sys.stderr)
         return LOST
