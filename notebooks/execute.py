@@ -59,6 +59,10 @@ def run(path: Path) -> nbformat.NotebookNode:
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, path_of_modules)),
     }
+    if any("gpu_mesh" in cell.source for cell in notebook.cells):
+        # jax would keep programs for compile-only devices, and warn that it cannot
+        # load them.
+        env.pop("JAX_COMPILATION_CACHE_DIR", None)
     nbclient.NotebookClient(
         notebook,
         timeout=300,  # seconds per cell
