@@ -135,10 +135,10 @@ def wait_until(condition, what):
 
 def kill_once(run, phase, rng):
     """One kill; returns the seconds until the next record, or None: it had ended."""
-    # Some steps after the last start, so that a chain gets on.
-    begun = run.num_records()
+    # A checkpoint after the last start, so that a chain gets on.
+    wanted = run.num_records() + EVERY + rng.randrange(EVERY)
     if phase != "compiling":
-        wait_until(lambda: run.has_ended or run.num_records() > begun + 2, "steps")
+        wait_until(lambda: run.has_ended or run.num_records() > wanted, "steps")
     wait_until(lambda: run.has_ended or run.is_in(phase), phase)
     time.sleep(
         rng.random() * {"compiling": 2, "step": 0.3, "evaluation": 0.3}.get(phase, 0)
