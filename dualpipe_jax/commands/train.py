@@ -14,11 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from dualpipe_jax.commands.arguments import add_no_cache
-from dualpipe_jax.processes import HEARTBEAT_S, LOST, Watch, distributed, launcher
+from dualpipe_jax.processes import (
+    HEARTBEAT_S,
+    LOST,
+    Watch,
+    distributed,
+    launcher,
+    may_pass,
+)
 from dualpipe_jax.schedules.generators import SCHEDULES
 from dualpipe_jax.train import (
     AXES,
@@ -153,10 +159,9 @@ def run(args: argparse.Namespace) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except jax.errors.JaxRuntimeError as error:
-        if str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise  # it would come again
-        # Of the devices or their network: a new start may do.
+    except RuntimeError as error:
+        if not may_pass(error):
+            raise
         traceback.print_exc()
         print("error: see above; --resume continues the run.", file=sys.stderr)
         return LOST

@@ -19,4 +19,5 @@ from dualpipe_jax.processes.watch import (
     HEARTBEAT_S as HEARTBEAT_S,
     LOST as LOST,
     Watch as Watch,
+    may_pass as may_pass,
 )

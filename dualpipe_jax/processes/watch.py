@@ -35,6 +35,15 @@ _MOST_BYTES = 4096
 Report = Callable[[str], None]
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether an error is of the devices or their network, so that a new start may do.
+
+    One of a device's memory would come again.
+    """
+    is_of_runtime = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return is_of_runtime and not str(error).startswith("RESOURCE_EXHAUSTED")
+
+
 class Peer:
     """Another process, at the other end of a connection."""
 
@@ -102,7 +111,7 @@ class Watch:
         self._reports: list[Report] = []
         self._progress = ""
         self._fault: _Fault | None = None
-        self._has_failed = False
+        self._has_failed, self._status = False, 1
         self._has_left = False
         if self._peers or launcher is not None:
             self._wake, self._woken = socket.socketpair()  # ends the thread's waiting
@@ -140,6 +149,7 @@ class Watch:
     def fail(self, error: BaseException) -> None:
         """Tells the others that this process ends because of an error."""
         self._has_failed, self._fault = True, None
+        self._status = LOST if may_pass(error) else 1
         text = " ".join(f"{type(error).__name__}: {error}".split())
         for peer in self._peers:
             peer.tell(f"failed {self._process_id} {text}"[:_MOST_BYTES])
@@ -243,7 +253,7 @@ class Watch:
         if self._has_left:
             return
         if self._has_failed:  # and has said why
-            self._end(1)
+            self._end(self._status)
             return
         after = f" after {self._progress}" if self._progress else ""
         line = line.replace("{after}", after, 1)

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from dualpipe_jax.processes import LOST, Watch, watch as watch_module
 
@@ -107,12 +108,20 @@ def test_the_error_of_one_ends_the_others(run, capsys):
     assert line.startswith("error: process 1 failed: OSError: the disk is gone; start")
 
 
-def test_an_error_of_all_is_left_to_each(run, capsys):
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("no"), 1),
+        (JaxRuntimeError("UNKNOWN: Gloo AllGather failed"), LOST),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: of memory"), 1),
+    ],
+)
+def test_an_error_of_all_is_left_to_each(error, status, run, capsys):
     three = run()
     for each in three.watches:
-        each.fail(ValueError("no"))
+        each.fail(error)
     three.pairs[1][0].shutdown(socket.SHUT_RDWR)  # process 0 is through
-    assert three.wait(1) == [1]
+    assert three.wait(1) == [status]
     assert lines(capsys) == []
 
 
