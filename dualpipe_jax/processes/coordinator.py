@@ -1,7 +1,7 @@
 """jax's coordination service in a process of its own, beside process 0.
 
 In process 0 it would end with it, and jax's client, which then ends every other
-process from C++ (SIGABRT and a stack, jax 0.10 to 0.12), would be there before our
+process from C++ (SIGABRT and a stack, jax 0.10.2), would be there before our
 `watch` has said who was lost. This process outlives process 0 by a moment instead.
 
 As a program, which takes what `Coordinator` does, it imports jaxlib only.

@@ -2,7 +2,7 @@
 
 Its runtime executes a program's collectives in their order, unless it has read the
 program from the compilation cache: then those of each loop and branch have an order of
-their own (jaxlib 0.10 to 0.12), devices may wait for each other in different ones, and
+their own (jaxlib 0.10.2), devices may wait for each other in different ones, and
 collectives of one kind and group may take each other's values.
 """
 
