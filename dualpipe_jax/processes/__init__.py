@@ -15,6 +15,7 @@ from dualpipe_jax.processes.launch import (
     Machines as Machines,
     local_gpus as local_gpus,
 )
+from dualpipe_jax.processes.signals import handled as handled
 from dualpipe_jax.processes.watch import (
     HEARTBEAT_S as HEARTBEAT_S,
     LOST as LOST,

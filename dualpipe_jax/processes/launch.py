@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dualpipe_jax.processes.group import Ended, Group
+from dualpipe_jax.processes.signals import handled
 from dualpipe_jax.processes.watch import LOST
 
 # After the first of them has failed; the others notice at once, unless stopped.
@@ -198,7 +196,7 @@ class Launch:
                 environment["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, own))
         group = Group(commands, environments, grace=self.grace)
         try:
-            with _forwarded(group):
+            with handled(lambda number, _: group.signal(number)):
                 ended = group.wait()
         finally:
             group.kill()
@@ -251,23 +249,6 @@ def _status(ended: Ended) -> int:
     if errors := [status for status in told if status > 0]:
         return max(errors)
     return LOST if told or LOST in ended.statuses else 0
-
-
-@contextlib.contextmanager
-def _forwarded(group: Group) -> Iterator[None]:
-    """Sends SIGTERM and SIGINT on to a group."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    names = (signal.SIGTERM, signal.SIGINT)
-    before = {name: signal.getsignal(name) for name in names}
-    for name in names:
-        signal.signal(name, lambda number, _: group.signal(number))
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 def _free_port() -> int:

@@ -233,8 +233,9 @@ class Watch:
         self._suspect(f"process {number} was lost{{after}} ({how})", 0)
 
     def _suspect(self, line: str, grace: float) -> None:
-        # One that is gone need not be waited for; who has failed is said first. If this
-        # process has failed too, it is about to end.
+        # The first line stays: a process that fails also closes its connection. A loss
+        # ends the wait for the others, unless this process has failed, too, and is
+        # about to end by itself.
         if self._has_failed:
             grace = GRACE_S
         due = time.monotonic() + grace

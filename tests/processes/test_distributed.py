@@ -65,14 +65,19 @@ def start(
     ]
 
 
-def finish(processes, timeout=240):
-    """Waits; returns what each printed. All end well, or all are killed."""
+def wait_for_all(processes, timeout):
+    """What each printed, and their statuses. All end, or all are killed."""
     try:
         printed = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    statuses = [process.returncode for process in processes]
+    return printed, [process.returncode for process in processes]
+
+
+def finish(processes, timeout=240):
+    """Waits; returns what each printed. All end well."""
+    printed, statuses = wait_for_all(processes, timeout)
     assert statuses == [0] * len(processes), "\n=====\n".join(printed)
     return printed
 
@@ -187,12 +192,8 @@ def launched(folder, args, *, kill_after):
 
 def refused(processes, timeout=60):
     """The one line that all processes end with."""
-    try:
-        printed = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [2, 2], printed
+    printed, statuses = wait_for_all(processes, timeout)
+    assert statuses == [2, 2], printed
     (line,) = {
         line for text in printed for line in text.splitlines() if " error: " in line
     }

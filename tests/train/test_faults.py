@@ -1,4 +1,4 @@
-"""Runs in which something fails: what is kept, what is said, and how they end."""
+"""Failing runs: what they keep, what they print, and how they end."""
 
 import contextlib
 import json
