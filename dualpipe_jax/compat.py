@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -278,6 +278,36 @@ def cache_settings(settings: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         update(before)
+
+
+@contextlib.contextmanager
+def cache_keys_for_topology(choose: Callable[[int], int]) -> Iterator[None]:
+    """Finds programs for CPU devices under another process's key, in this block.
+
+    The key holds a hash of the devices' topology, which differs from process to process
+    (0.10 to 0.12), while process 0 alone writes: the others would find nothing.
+
+    Args:
+      choose: returns the hash to use, given this process's own.
+    """
+    from jax._src import cache_key
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
+
+    hash_own = cache_key._hash_accelerator_config
+
+    def hash_chosen(hash_obj: Any, devices: Any) -> None:
+        if devices.flat[0].platform != "cpu":
+            hash_own(hash_obj, devices)
+            return
+        topology = xla_client.get_topology_for_devices(list(devices.flat))
+        chosen = choose(topology.fingerprint())
+        hash_obj.update(chosen.to_bytes(8, byteorder="big"))
+
+    cache_key._hash_accelerator_config = hash_chosen
+    try:
+        yield
+    finally:
+        cache_key._hash_accelerator_config = hash_own
 
 
 def key_impl(aval: Any) -> Any:

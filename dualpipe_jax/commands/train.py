@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if not may_pass(error):
             raise
         traceback.print_exc()

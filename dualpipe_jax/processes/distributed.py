@@ -29,7 +29,7 @@ TIMEOUT_S = 60.0
 _MOST_S = 1e6
 _NOWHERE = "127.0.0.1:0"  # a port that nobody is told
 _TEXT_BYTES = 256
-_agreements = itertools.count()  # all processes count alike
+_meetings = itertools.count()  # all processes count alike
 
 
 def connect(
@@ -153,7 +153,7 @@ def agree(facts: Mapping[str, str]) -> None:
     number, client = num_processes(), distributed.global_state.client
     if number == 1 or client is None:
         return
-    folder = f"dualpipe_jax/agree/{next(_agreements)}"
+    folder = f"dualpipe_jax/agree/{next(_meetings)}"
     own = distributed.global_state.process_id
     client.key_value_set(f"{folder}/{own}", json.dumps(dict(facts)))
     try:
@@ -198,9 +198,36 @@ def on_host(tree: PyTree) -> PyTree:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has called this."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Waits until every process has called this, however long the others take.
+
+    Collectives of devices do not wait so long: those of CPUs 30 s.
+    """
+    client = distributed.global_state.client
+    if num_processes() > 1 and client is not None:
+        name = f"dualpipe_jax/{name}/{next(_meetings)}"
+        client.wait_at_barrier(name, round(1000 * _MOST_S))
+
+
+def text_of_main(name: str, text: str) -> str | None:
+    """The text of process 0, without using devices.
+
+    Args:
+      name: of the text; it has one in a run.
+      text: process 0's own.
+
+    Returns:
+      The text, or None if process 0 has not called this within a minute.
+    """
+    client, name = distributed.global_state.client, f"dualpipe_jax/{name}"
+    if num_processes() == 1 or client is None:
+        return text
+    try:
+        if is_main():
+            client.key_value_set(name, text, allow_overwrite=True)
+            return text
+        return client.blocking_key_value_get(name, round(1000 * TIMEOUT_S))
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def all_texts(text: str) -> list[str]:

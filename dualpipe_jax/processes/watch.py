@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import selectors
 import socket
 import sys
@@ -39,9 +40,16 @@ def may_pass(error: BaseException) -> bool:
     """Whether an error is of the devices or their network, so that a new start may do.
 
     One of a device's memory would come again.
+
+    Examples:
+      >>> may_pass(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed"))
+      True
     """
     is_of_runtime = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
-    return is_of_runtime and not str(error).startswith("RESOURCE_EXHAUSTED")
+    # Where jaxlib converts a status by itself, it is a ValueError.
+    is_of_network = re.match(r"[A-Z_]+: Gloo ", str(error)) is not None
+    is_of_memory = str(error).startswith("RESOURCE_EXHAUSTED")
+    return (is_of_runtime or is_of_network) and not is_of_memory
 
 
 class Peer:
@@ -113,6 +121,7 @@ class Watch:
         self._fault: _Fault | None = None
         self._has_failed, self._status = False, 1
         self._has_left = False
+        self._wake: socket.socket | None = None
         if self._peers or launcher is not None:
             self._wake, self._woken = socket.socketpair()  # ends the thread's waiting
             atexit.register(self.leave)
@@ -162,7 +171,8 @@ class Watch:
             for peer in self._peers:
                 peer.tell("bye")
         self._has_left = True
-        self._wake.close()
+        if self._wake is not None:
+            self._wake.close()
 
     # In the thread.
 

@@ -8,9 +8,11 @@ never the run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import os
 import re
+import socket
 import sys
 import tempfile
 import warnings
@@ -56,7 +58,30 @@ def compilation_cache(
             settings["jax_compilation_cache_dir"] = str(folder)
             # Small programs too: a run has dozens of them.
             settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
-    with compat.cache_settings(settings), _failures_as_lines(say, folder):
+    with (
+        compat.cache_settings(settings),
+        _keys_of_main(),
+        _failures_as_lines(say, folder),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _keys_of_main() -> Iterator[None]:
+    """Finds what process 0 writes, where it is on the same machine."""
+    if distributed.num_processes() == 1:
+        yield
+        return
+    here = socket.gethostname()
+
+    @functools.cache
+    def choose(own: int) -> int:
+        # Another machine's CPU may lack instructions.
+        found = distributed.text_of_main("topology", f"{own} {here}") or ""
+        topology, _, there = found.partition(" ")
+        return int(topology) if there == here else own
+
+    with compat.cache_keys_for_topology(choose):
         yield
 
 

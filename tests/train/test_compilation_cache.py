@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
+from dualpipe_jax import compat
 from dualpipe_jax.train.compilation_cache import (
     compilation_cache,
     default_folder,
@@ -186,6 +187,25 @@ def test_other_warnings_stay_warnings(lines):
     ):
         warnings.warn("something else", stacklevel=1)
     assert not lines
+
+
+def test_programs_are_found_by_the_topology_that_is_given(lines):
+    """What all processes of a machine do, whose own topologies have other hashes."""
+    own, found = [], []
+    with compilation_cache(lines.append), counted("cache_hits") as hits:
+        for number in (7, 8, 7):
+
+            def choose(hashed, number=number):
+                own.append(hashed)
+                return number
+
+            before = len(hits)
+            with compat.cache_keys_for_topology(choose):
+                compile_something()
+            found.append(len(hits) > before)
+    # The third finds what the first has written, and the second does not.
+    assert found == [False, False, True] and len(set(own)) == 1
+    assert len(entries()) == 2
 
 
 def test_the_entries_used_longest_ago_make_room(tmp_path):
