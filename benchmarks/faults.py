@@ -1,6 +1,6 @@
 """Kills training runs, in chains, and compares what is left with a run that was not.
 
-    python benchmarks/faults.py                45 kills, about fifteen minutes
+    python benchmarks/faults.py                45 kills, about half an hour
     python benchmarks/faults.py --kills 9      three of each kind
 
 Three kinds of chains: a process that trains alone, one of two processes under `launch`,
@@ -27,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.progress import track
+from rich.progress import Progress
 
 STEPS, EVERY = 120, 5
 CONFIG = f"""
@@ -182,28 +182,32 @@ def main():
             expected[kind] = values(run.folder)
         expected["launcher"] = expected["one of two"]
         phases = itertools.cycle(PHASES)
-        runs = {}
-        for number in track(range(args.kills), "kills"):
-            kind = KINDS[number * len(KINDS) // args.kills]
-            if kind not in runs or runs[kind].has_ended:
-                folder = room / f"run-{number}"
-                runs[kind] = Run(kind, config, folder, text)
-                runs[kind].start()
-            phase = next(phases)
-            took = kill_once(runs[kind], phase, rng)
-            if took is not None:
-                kills[kind, phase] += 1
-                seconds[kind].append(took)
-            is_last = (number + 1) * len(KINDS) // args.kills
-            if runs[kind].has_ended or is_last > KINDS.index(kind):
-                run = runs[kind]
-                if status := run.process.wait(timeout=PATIENCE_S):
-                    sys.exit(f"{kind}: status {status}\n{run.log.read_text()[-3000:]}")
-                found = values(run.folder)
-                steps = [record["step"] for record in found]
-                lost += steps != list(range(1, STEPS + 1))
-                pairs = zip(found, expected[kind], strict=False)
-                differing += sum(one != other for one, other in pairs)
+        wanted = {
+            kind: (args.kills + at) // len(KINDS) for at, kind in enumerate(KINDS)
+        }
+        with Progress() as progress:
+            task = progress.add_task("kills", total=args.kills)
+            for kind in KINDS:
+                chain = itertools.count()
+                while len(seconds[kind]) < wanted[kind]:
+                    folder = room / f"{kind.replace(' ', '-')}-{next(chain)}"
+                    run = Run(kind, config, folder, text)
+                    run.start()
+                    while not run.has_ended and len(seconds[kind]) < wanted[kind]:
+                        phase = next(phases)
+                        took = kill_once(run, phase, rng)
+                        if took is not None:
+                            kills[kind, phase] += 1
+                            seconds[kind].append(took)
+                            progress.advance(task)
+                    if status := run.process.wait(timeout=PATIENCE_S):
+                        end = run.log.read_text()[-3000:]
+                        sys.exit(f"{kind}: status {status}\n{end}")
+                    found = values(run.folder)
+                    steps = [record["step"] for record in found]
+                    lost += steps != list(range(1, STEPS + 1))
+                    pairs = zip(found, expected[kind], strict=False)
+                    differing += sum(one != other for one, other in pairs)
     print("| kills | " + " | ".join(PHASES) + " | training again, s: median, largest |")
     print("|---|" + "---|" * (len(PHASES) + 1))
     for kind in KINDS:
