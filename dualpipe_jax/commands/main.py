@@ -32,11 +32,15 @@ class Command(NamedTuple):
     extra: str = "viz"
 
 
+# Packages that only some uses of a command need, and the extra that installs them.
+_EXTRAS = {"tokenizers": "text", "jinja2": "text", "pyarrow": "parquet"}
+
 COMMANDS = {
     "train": Command("train a language model from a config", "train"),
     "launch": Command(
         "start a training run's processes, and again when some are lost", "train"
     ),
+    "tokenize": Command("write text as tokens to train on", "text"),
     "serve": Command("complete prompts with a trained model", "train"),
     "export": Command(
         "write a training run's weights as a Hugging Face folder", "train"
@@ -88,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         name = " ".join([parser.prog, *argv[:1]])
         if package := _missing_package(error):
-            extra = COMMANDS[argv[0]].extra
+            extra = _EXTRAS.get(package, COMMANDS[argv[0]].extra)
             error = f"needs {package}; pip install 'dualpipe-jax[{extra}]'."
         if is_too_large:
             what = f"{type(error).__name__}: {error}".removesuffix(": ")

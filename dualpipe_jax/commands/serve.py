@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import io
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 
 from dualpipe_jax.commands.arguments import add_no_cache
+from dualpipe_jax.commands.prompts import OPTIONS, read_prompts
 from dualpipe_jax.deepseek.serve import (
     Engine,
     ServeConfig,
@@ -26,15 +25,21 @@ from dualpipe_jax.deepseek.serve import (
     prometheus,
 )
 from dualpipe_jax.profiles import profile
+from dualpipe_jax.tokens import (
+    ByteTokenizer,
+    NumberTokenizer,
+    PublishedTokenizer,
+    Tokenizer,
+    has_tokenizer,
+)
 from dualpipe_jax.train import (
+    TOKENIZER,
     CompileProgress,
     compilation_cache,
     load_as,
     rare_collections,
     stop_signals,
 )
-
-_OPTIONS = ("max_tokens", "temperature", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="-",
         metavar="FILE",
-        help="one prompt per line; or, in FILE.jsonl, objects with a prompt and "
-        "optionally max_tokens, temperature and seed (default: standard input)",
+        help="one prompt per line; or, in FILE.jsonl, objects with a prompt, or "
+        "messages for the chat template, and optionally max_tokens, temperature and "
+        "seed (default: standard input)",
     )
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument(
@@ -65,6 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="Hugging Face folder of the published model that is served; the config's "
         "architecture is DeepSeekConfig.from_pretrained of it",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="with tokenizer.json (default: the model's own folder; without one, bytes "
+        "for a vocabulary of 256, else numbers)",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="each line is a user's message, and the model's reply is written",
     )
     parser.add_argument(
         "--max-tokens",
@@ -112,8 +130,9 @@ def run(args: argparse.Namespace) -> int:
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     config = load_as(ServeConfig, args.config)
-    defaults = {name: getattr(args, name) for name in _OPTIONS}
+    defaults = {name: getattr(args, name) for name in OPTIONS}
     check_options(**defaults)
+    tokenizer = choose_tokenizer(config, args)
     number = num_refused = num_left = 0
     cache = compilation_cache(console.print, enabled=not args.no_cache)
     with cache, _opened(args.prompts) as file:
@@ -126,20 +145,25 @@ def run(args: argparse.Namespace) -> int:
             profiled = profile(args.profile, *engine.programs.compiled)
         for lines in groups:
             texts: dict[int, str] = {}
-            for found in read_prompts(lines, config, defaults, args.prompts):
+            prompts = read_prompts(
+                lines, tokenizer, defaults, args.prompts, is_chat=args.chat
+            )
+            for found in prompts:
                 number += 1
                 try:
                     if isinstance(found, ValueError):
                         raise found
-                    request = engine.submit(**found)
+                    request = engine.submit(
+                        **found.options, stop_tokens=tokenizer.stop_tokens
+                    )
                 except ValueError as error:
                     console.print(f"prompt {number} is refused: {error}", markup=False)
                     num_refused += 1
                 else:
-                    texts[request] = as_text(config, found["prompt"])
+                    texts[request] = found.shown
             if texts:
                 with profiled, stop_signals() as received:
-                    left = stream(engine.run(), config, texts, sys.stdout, received)
+                    left = stream(engine.run(), tokenizer, texts, sys.stdout, received)
                 profiled = contextlib.nullcontext()
                 if num_left := len(left):
                     console.print(
@@ -153,6 +177,28 @@ def run(args: argparse.Namespace) -> int:
     if args.metrics is not None:
         args.metrics.write_text(prometheus(engine.metrics()))
     return 1 if num_refused or num_left else 0
+
+
+def choose_tokenizer(config: ServeConfig, args: argparse.Namespace) -> Tokenizer:
+    """The tokenizer that the arguments name, or the model's own.
+
+    Raises:
+      ImportError: the package tokenizers is not installed.
+      ValueError: there is none, its vocabulary is larger than the model's, or it has no
+        chat template, but `--chat` needs one.
+    """
+    vocab_size, folder = config.architecture.vocab_size, args.tokenizer
+    if folder is None:
+        own = args.pretrained if args.run is None else args.run / TOKENIZER
+        folder = own if has_tokenizer(own) else None
+    if folder is not None:
+        tokenizer = PublishedTokenizer(folder)
+    else:
+        tokenizer = ByteTokenizer() if vocab_size == 256 else NumberTokenizer()
+    tokenizer.check_fits(vocab_size)
+    if args.chat:
+        tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
+    return tokenizer
 
 
 def _start(config: ServeConfig, args: argparse.Namespace, console: Console) -> Engine:
@@ -176,7 +222,7 @@ def _start(config: ServeConfig, args: argparse.Namespace, console: Console) -> E
 
 def stream(
     tokens: Iterable[Token],
-    config: ServeConfig,
+    tokenizer: Tokenizer,
     texts: Mapping[int, str],
     out: TextIO,
     received: Sequence[str] = (),
@@ -188,8 +234,8 @@ def stream(
 
     Args:
       tokens: of all requests, as `Engine.run` yields them.
-      config: the engine's.
-      texts: the prompt of each request.
+      tokenizer: of the model.
+      texts: for each request, what is written before its completion.
       out: where to.
       received: once it has an item, such as the name of a signal, this ends: the
         line of the request that is being written is ended where it is.
@@ -200,7 +246,7 @@ def stream(
     held: dict[int, list[Token]] = {request: [] for request in texts}
     turns = iter(texts)
     begun: set[int] = set()
-    turn, decode = next(turns, None), _decoder(config)
+    turn, decode = next(turns, None), tokenizer.decoder()
     for token in tokens:
         held[token.request].append(token)
         while turn is not None and held[turn]:
@@ -211,90 +257,13 @@ def stream(
             if not ready[-1].is_last:
                 break
             out.write("\n")
-            turn, decode = next(turns, None), _decoder(config)
+            turn, decode = next(turns, None), tokenizer.decoder()
         if received and turn is not None:
             out.write("\n" * (turn in begun))
             out.flush()
             return [turn, *turns]
         out.flush()
     return []
-
-
-def read_prompts(
-    lines: Iterable[str], config: ServeConfig, defaults: dict[str, Any], name: str
-) -> Iterator[dict[str, Any] | ValueError]:
-    """Yields options for `Engine.submit` from each line, or an error about the line.
-
-    Bytes of a line that are not UTF-8 are surrogates, as `_opened` reads them.
-    """
-    for line in lines:
-        text = line.rstrip("\n")
-        if not text:
-            continue
-        try:
-            text.encode("utf-8", "surrogateescape").decode("utf-8")
-            options: dict[str, Any] = {"prompt": text}
-            if name.endswith(".jsonl"):
-                options = _read_object(text)
-            options["prompt"] = as_tokens(config, options["prompt"])
-            yield defaults | options
-        except (UnicodeDecodeError, UnicodeEncodeError) as error:
-            yield ValueError(f"{text[:40]!r} is not UTF-8 ({error.reason}).")
-        except ValueError as error:
-            yield error
-        except RecursionError:
-            yield ValueError(f"{text[:40]!r} is nested too deeply.")
-
-
-def _read_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{text[:60]!r} is not JSON ({error}).") from error
-    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
-        raise ValueError(f'{text[:60]!r} must be an object with "prompt": "...".')
-    if unknown := found.keys() - {"prompt", *_OPTIONS}:
-        raise ValueError(
-            f"{sorted(unknown)[0]!r} is unknown; use prompt, {', '.join(_OPTIONS)}."
-        )
-    for option in _OPTIONS:
-        kinds = (int, float) if option == "temperature" else (int,)
-        if option in found and type(found[option]) not in kinds:
-            raise ValueError(f"{option}={found[option]!r} must be a number.")
-    return found
-
-
-def as_tokens(config: ServeConfig, text: str) -> list[int]:
-    """Returns a prompt's bytes; for a larger vocabulary, the numbers it consists of.
-
-    Raises:
-      ValueError: the vocabulary is larger, and the prompt is not made of numbers.
-    """
-    if config.architecture.vocab_size == 256:
-        return list(text.encode())
-    words = text.split()
-    if not all(word.isdecimal() for word in words):
-        raise ValueError(
-            f"prompt {text[:40]!r} must be token numbers, separated by spaces."
-        )
-    return [int(word) for word in words]
-
-
-def as_text(config: ServeConfig, tokens: list[int]) -> str:
-    """Inverts `as_tokens`."""
-    return _decoder(config)(tokens, True)
-
-
-def _decoder(config: ServeConfig) -> Callable[[list[int], bool], str]:
-    """Returns a function from tokens, and whether they are the last, to text.
-
-    It is called with a few tokens at a time. Bytes that are not UTF-8 become U+FFFD.
-    """
-    if config.architecture.vocab_size == 256:
-        # A character of several bytes is written when all of them are there.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda tokens, is_last: decoder.decode(bytes(tokens), is_last)
-    return lambda tokens, is_last: "".join(f"{token} " for token in tokens)
 
 
 def summary(metrics: dict[str, float]) -> str:

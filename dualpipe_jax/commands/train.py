@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         metavar="PATH",
-        help="files or folders of text (default: the Python standard library's source)",
+        help="files or folders of text, or what `tokenize` has written (default: the "
+        "Python standard library's source)",
     )
     parser.add_argument("--out", type=Path, help="the run's folder (runs/NAME)")
     parser.add_argument(
@@ -241,7 +242,10 @@ def summary(
             f"(first step {losses[0]:.3f})"
         )
     if result.held_out_loss is not None:
-        lines.append(f"held-out loss  {result.held_out_loss:.3f} nats per {unit}")
+        line = f"held-out loss  {result.held_out_loss:.3f} nats per {unit}"
+        if (bits := result.held_out_bits_per_byte) is not None:
+            line += f", {bits:.3f} bits per byte"
+        lines.append(line)
     if skipped := sum(series("skipped")):
         lines.append(f"skipped        {skipped:.0f} steps that were not finite")
     if without := series("balancedness_unplaced")[-10:]:

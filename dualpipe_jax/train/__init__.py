@@ -3,8 +3,8 @@
 A step's call chain: `loop` (the job), `step` (the jitted programs), `model` (what a
 model is), then `executor`.
 
-Imports: checked, processes, schedules, schedules.generators, lowering, pictures,
-executor, gpu.overlap, profiles.
+Imports: checked, files, tokens, processes, schedules, schedules.generators, lowering,
+pictures, executor, gpu.overlap, profiles.
 """
 
 import importlib.util
@@ -37,6 +37,7 @@ try:
     from dualpipe_jax.train.data import Text, load_text
     from dualpipe_jax.train.folder import (
         LAUNCHES as LAUNCHES,
+        TOKENIZER as TOKENIZER,
         newest_checkpoint as newest_checkpoint,
     )
     from dualpipe_jax.train.loop import Result, train

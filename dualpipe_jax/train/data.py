@@ -7,19 +7,21 @@ state of a run is that one number.
 from __future__ import annotations
 
 import dataclasses
-import os
-import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dualpipe_jax.files import find_files, in_mixed_order, stdlib_files
+from dualpipe_jax.tokens import (
+    ByteTokenizer,
+    NumberTokenizer,
+    TokenDataset,
+    Tokenizer,
+    is_dataset,
+)
 from dualpipe_jax.train.shuffle import mix, permuted
 
-# Not part of the library's source proper, or not on every machine.
-_STDLIB_EXCLUDED = frozenset(
-    ["__pycache__", "dist-packages", "idlelib", "site-packages", "test", "tests"]
-)
 _INT32_MAX = 2**31 - 1
 
 
@@ -31,46 +33,29 @@ class Text:
       train: [num_train_tokens] of any integer dtype; uint8 for bytes.
       held_out: [num_held_out_tokens] of the same.
       source: what they are, for the reader of a log.
-      unit: what one of them is called, `"byte"` or `"token"`.
+      tokenizer: what they mean.
     """
 
     train: np.ndarray
     held_out: np.ndarray
     source: str
-    unit: str = "byte"
+    tokenizer: Tokenizer = dataclasses.field(default_factory=ByteTokenizer)
 
+    @property
+    def unit(self) -> str:
+        """What one token is called, `"byte"` or `"token"`."""
+        return self.tokenizer.unit
 
-def stdlib_files() -> list[Path]:
-    """The Python standard library's source files, in order of their relative path."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return [f for f in _files_below(root, _STDLIB_EXCLUDED) if f.suffix == ".py"]
+    def count_bytes(self, tokens: np.ndarray) -> int | None:
+        """Bytes of the text that tokens stand for; None if that is not known.
 
-
-def find_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Finds the files that `paths` name: files, and all files below folders.
-
-    Hidden files and folders are left out, unless a path names them. So is what cannot
-    be read as a file: pipes, sockets, links that lead nowhere.
-
-    Raises:
-      ValueError: a path does not exist, or there is no file at all.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += _files_below(path)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise ValueError(
-                f"data path {path} is not a file or folder; give one that exists."
-            )
-    if not files:
-        raise ValueError(
-            f"data paths {', '.join(map(str, paths))} hold no file; give files or "
-            "folders with text in them."
-        )
-    return files
+        Examples:
+          >>> data = np.arange(9, dtype=np.uint8)
+          >>> Text(train=data, held_out=data, source="nine bytes").count_bytes(data)
+          9
+        """
+        sizes = self.tokenizer.token_bytes
+        return None if sizes is None else int(sizes[tokens].sum())
 
 
 def load_text(
@@ -84,8 +69,9 @@ def load_text(
     Files are joined in a fixed order that mixes them, and the end of the result is
     held out: for many files that is a sample of whole files, for one its tail.
 
-    A `.npy` file holds tokens: one axis, any integer dtype and vocabulary. A single
-    one is memory-mapped, so it may be larger than the memory; several are joined in
+    A `.npy` file holds tokens: one axis, any integer dtype and vocabulary. A folder
+    that `tokenize` has written holds tokens and their tokenizer. A single file of
+    tokens is memory-mapped, so it may be larger than the memory; several are joined in
     memory.
 
     Args:
@@ -95,25 +81,18 @@ def load_text(
       held_out_fraction: the part that is held out.
 
     Raises:
-      ValueError: a path does not exist, a token file cannot be read, text and tokens
-        are mixed, or there is too little of them.
+      ImportError: a folder with a tokenizer needs the package tokenizers.
+      ValueError: a path does not exist, a token file cannot be read, text and tokens,
+        or tokens of several tokenizers, are mixed, or there is too little of them.
     """
-    files = stdlib_files() if paths is None else find_files(paths)
-    order = np.random.default_rng(0).permutation(len(files))
-    files = [files[i] for i in order]
-    tokens = [file for file in files if file.suffix == ".npy"]
-    if tokens and len(tokens) < len(files):
-        text = next(file for file in files if file.suffix != ".npy")
-        raise ValueError(
-            f"data paths hold tokens ({tokens[0]}) and text ({text}), which are not "
-            "of one vocabulary; give either."
-        )
-    data = _read_tokens(tokens) if tokens else _read_bytes(files)
-    unit = "token" if tokens else "byte"
+    files, tokenizer = _files_of(paths)
+    is_tokens = not isinstance(tokenizer, ByteTokenizer)
+    data = _read_tokens(files) if is_tokens else _read_bytes(files)
+    unit = tokenizer.unit
     name = (
         "the Python standard library" if paths is None else ", ".join(map(str, paths))
     )
-    size = f"{data.size / 1e6:.1f} {'M tokens' if tokens else 'MB'}"
+    size = f"{data.size / 1e6:.1f} {'M tokens' if is_tokens else 'MB'}"
     source = f"{name} ({len(files)} file{'s' * (len(files) != 1)}, {size})"
     if data.size == 0:
         raise ValueError(f"data is empty: {source}; give --data files with text.")
@@ -125,7 +104,34 @@ def load_text(
             f"{sequence_length + 1}; give more text or a smaller sequence_length."
         )
     split = data.size - num_held_out
-    return Text(train=data[:split], held_out=data[split:], source=source, unit=unit)
+    return Text(data[:split], data[split:], source, tokenizer)
+
+
+def _files_of(paths: Sequence[str | Path] | None) -> tuple[list[Path], Tokenizer]:
+    """The files that hold the data, in the order in which they are joined."""
+    if paths is None:
+        return in_mixed_order(stdlib_files()), ByteTokenizer()
+    datasets = [TokenDataset.open(path) for path in paths if is_dataset(path)]
+    others = [path for path in paths if not is_dataset(path)]
+    files = find_files(others) if others or not datasets else []
+    files = in_mixed_order([*files, *(each.path for each in datasets)])
+    tokens = [file for file in files if file.suffix == ".npy"]
+    if tokens and len(tokens) < len(files):
+        text = next(file for file in files if file.suffix != ".npy")
+        raise ValueError(
+            f"data paths hold tokens ({tokens[0]}) and text ({text}), which are not "
+            "of one vocabulary; give either."
+        )
+    if not datasets:
+        return files, NumberTokenizer() if tokens else ByteTokenizer()
+    first = datasets[0].tokenizer
+    for other in (each.tokenizer for each in datasets):
+        if other.digest != first.digest:
+            raise ValueError(
+                f"data paths hold tokens of several tokenizers ({first.folder} and "
+                f"{other.folder}); give those of one."
+            )
+    return files, first
 
 
 def train_batch(
@@ -244,14 +250,3 @@ def _read_tokens(files: Sequence[Path]) -> np.ndarray:
             )
         arrays.append(array)
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def _files_below(folder: Path, excluded: frozenset[str] = frozenset()) -> list[Path]:
-    """All files except in excluded or hidden folders, sorted by relative path."""
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        # In place: os.walk then does not enter them.
-        folders[:] = [f for f in folders if f not in excluded and f[0] != "."]
-        paths = (Path(parent, name) for name in names if name[0] != ".")
-        files += [path for path in paths if path.is_file()]
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())

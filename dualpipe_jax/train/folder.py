@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from dualpipe_jax.files import Lock, remove_unfinished
 from dualpipe_jax.processes import distributed
-from dualpipe_jax.train.files import remove_unfinished
-from dualpipe_jax.train.lock import Lock
 
 # What `launch` has met: a line of JSON for each time that it started the run again.
 LAUNCHES = "launches.jsonl"
+# The folder of the tokenizer that its tokens are of, if they have one.
+TOKENIZER = "tokenizer"
 # What a run writes into its folder; nothing else there is ever touched. In the order
 # in which they are moved aside: after a kill in between, no run continues from what is
 # left, and run.json still tells that it is left of an earlier run.
@@ -26,6 +27,7 @@ ARTEFACTS = (
     "schedule.png",
     "loss.png",
     "sample.txt",
+    TOKENIZER,
     "report.html",
     "profile",
     "overlap.json",

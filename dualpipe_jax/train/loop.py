@@ -58,8 +58,21 @@ class Result:
 
     @property
     def held_out_loss(self) -> float | None:
-        losses = [r["held_out_loss"] for r in self.metrics if "held_out_loss" in r]
-        return losses[-1] if losses else None
+        """The last loss on held-out text, nats per token."""
+        return self._last("held_out_loss")
+
+    @property
+    def held_out_bits_per_byte(self) -> float | None:
+        """The same in bits per byte of text, for models of different tokenizers.
+
+        Tokens that stand for no text, such as those that end documents, are predicted
+        too and count in the bits. None: it is not known which text tokens stand for.
+        """
+        return self._last("held_out_bits_per_byte")
+
+    def _last(self, name: str) -> float | None:
+        values = [record[name] for record in self.metrics if name in record]
+        return values[-1] if values else None
 
 
 def train(
@@ -103,6 +116,7 @@ def train(
     programs = make_programs(config)
     for tokens in (text.held_out, text.train[:CHECKED_TOKENS]):
         programs.check_tokens(tokens)
+    text.tokenizer.check_fits(programs.vocab_size)
     console, watch = console or Console(stderr=True), watch or Watch({})
     if not distributed.is_main():
         console = Console(quiet=True)
@@ -204,6 +218,7 @@ def _steps(
     """Yields what each step left to do has done."""
     shape = (config.num_microbatches, config.microbatch_size)
     held_out = data.held_out_batch(text.held_out, shape, config.sequence_length)
+    bytes_per_token = _bytes_per_token(text, held_out[1], config.ignore_index)
     guard = Guard(config.max_skipped_steps)
     for step in range(int(state.step) + 1, config.num_steps + 1):
         started = time.perf_counter()
@@ -225,9 +240,22 @@ def _steps(
         fault = guard.fault(record, programs.grad_names, grads_finite)
         is_due = step % config.eval_every == 0 or step == config.num_steps
         if is_due and not fault:
-            loss = programs.held_out_loss(state, *held_out)
-            record["held_out_loss"] = float(loss)
+            loss = float(programs.held_out_loss(state, *held_out))
+            record["held_out_loss"] = loss
+            if bytes_per_token:
+                bits = loss / math.log(2) / bytes_per_token
+                record["held_out_bits_per_byte"] = bits
         yield _Step(state, position, record, fault)
+
+
+def _bytes_per_token(
+    text: data.Text, targets: np.ndarray, ignore_index: int | None
+) -> float | None:
+    """How much text a target stands for; None if that is not known."""
+    if ignore_index is not None:
+        targets = targets[targets != ignore_index]
+    num_bytes = text.count_bytes(targets)
+    return num_bytes / targets.size if num_bytes else None
 
 
 def _plain(value: Any) -> float | list[float]:
@@ -245,9 +273,4 @@ def _sample(
     prompt = np.asarray(text.held_out[:length], np.int32)
     new = np.asarray(programs.sample(state, prompt))
 
-    def as_text(tokens: np.ndarray) -> str:
-        if text.unit == "byte":
-            return bytes(tokens.astype(np.uint8)).decode(errors="replace")
-        return " ".join(map(str, tokens.tolist())) + " "
-
-    return as_text(prompt), as_text(new)
+    return text.tokenizer.decode(prompt.tolist()), text.tokenizer.decode(new.tolist())

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dualpipe_jax.train.files import replace_text
+from dualpipe_jax.files import replace_text
 from eplb_jax import style
 
 

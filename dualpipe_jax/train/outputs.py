@@ -13,6 +13,7 @@ import jax
 from rich.console import Console
 
 from dualpipe_jax import pictures
+from dualpipe_jax.files import Lock, replace_text
 from dualpipe_jax.lowering import lower
 from dualpipe_jax.processes import Watch, distributed
 from dualpipe_jax.schedules import simulate
@@ -20,9 +21,7 @@ from dualpipe_jax.train.checkpoint import Checkpoints
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.data import Text
 from dualpipe_jax.train.data_order import data_order, differences
-from dualpipe_jax.train.files import replace_text
-from dualpipe_jax.train.folder import DONE, STOPPED, Resume, prepare
-from dualpipe_jax.train.lock import Lock
+from dualpipe_jax.train.folder import DONE, STOPPED, TOKENIZER, Resume, prepare
 from dualpipe_jax.train.metrics import MetricsLog, draw_loss
 from dualpipe_jax.train.profiler import StepProfiler
 from dualpipe_jax.train.programs import Programs
@@ -128,6 +127,7 @@ class RunOutputs:
             self._console.print(self._programs.description)
         if distributed.is_main():
             replace_text(self._folder / "config.json", self._config.to_json() + "\n")
+            self._text.tokenizer.save(self._folder / TOKENIZER)
             for suffix in ("svg", "png"):
                 pictures.save(self._timeline, self._folder / f"schedule.{suffix}")
 

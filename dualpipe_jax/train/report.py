@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dualpipe_jax.files import replace_text
 from dualpipe_jax.train import page as _page, report_overlap, report_sections
-from dualpipe_jax.train.files import replace_text
 from dualpipe_jax.train.metrics import read_metrics
 from dualpipe_jax.train.report_sections import RUNNING, Record, is_number
 

@@ -58,6 +58,7 @@ def headline(records: list[Record]) -> dict[str, str]:
     values = {
         "loss": (_last(records, "loss"), ".3f"),
         "held-out loss": (_last(records, "held_out_loss"), ".3f"),
+        "bits per byte": (_last(records, "held_out_bits_per_byte"), ".3f"),
         "tokens/s (median)": (rates[len(rates) // 2] if rates else None, ",.0f"),
         "balancedness": (_last(records, "balancedness"), ".3f"),
         "bubble of the schedule": (_last(records, "pipeline_bubble_ratio"), ".1%"),

@@ -24,6 +24,8 @@ NOT_RUN = {
     "python -m dualpipe_jax overlap profiles:decode --gpu h800": "compiles as long",
     "python -m dualpipe_jax memory deepseek_v3 --gpu h800": "compiles for six minutes",
     "python -m dualpipe_jax train configs/small.py --data texts.txt": "needs a GPU",
+    'python -c "import transformers as t; print(t.AutoModelForCausalLM'
+    ".from_pretrained('finetuned').num_parameters())\"": "needs torch",
 }
 # Cheap commands, which start no threads and change no settings of jax.
 _IN_PROCESS = {

@@ -90,7 +90,7 @@ def test_documents_of_a_training_run(tmp_path):
 
 def of_the_command_line():
     """Returns commands that are not run, and those inside scripts and manifests."""
-    for text in NOT_RUN:
+    for text in (each for each in NOT_RUN if "-m dualpipe_jax" in each):
         yield pytest.param(text, id=text)
     for document in DOCUMENTS:
         for block in blocks_of(document):

@@ -50,6 +50,7 @@ class CheapPrograms:
         self.checkpoint_info = {"tokens": size}
         self.sample = self.published = None
         self.grad_names = ("table",)
+        self.vocab_size = NUM_TOKENS
         self.description = "a table of bytes"
         self.compiled = None
         split, whole = (

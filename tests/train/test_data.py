@@ -1,12 +1,12 @@
 """What is read, what is held out, and the order in which sequences come."""
 
-import os
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dualpipe_jax.files import stdlib_files
 from dualpipe_jax.train import data
 
 
@@ -33,31 +33,6 @@ def test_every_byte_is_either_trained_on_or_held_out(folder):
     assert len(held_out) == 3 and held_out != {27, 28, 29}
 
 
-def test_the_order_of_files_depends_on_their_names_only(folder, monkeypatch):
-    first = data.load_text([folder], sequence_length=8)
-    walk = data.os.walk
-
-    def backwards(*args):
-        for parent, folders, names in walk(*args):
-            folders.reverse()
-            yield parent, folders, names[::-1]
-
-    monkeypatch.setattr(data.os, "walk", backwards)
-    again = data.load_text([folder], sequence_length=8)
-    np.testing.assert_array_equal(again.train, first.train)
-    np.testing.assert_array_equal(again.held_out, first.held_out)
-
-
-def test_what_is_no_file_is_left_out(folder):
-    before = data.find_files([folder])
-    os.mkfifo(folder / "pipe")  # to open it would wait for a writer
-    (folder / "link").symlink_to(folder / "nowhere")
-    (folder / "loop").symlink_to(folder / "loop")
-    assert data.find_files([folder]) == before
-    with pytest.raises(ValueError, match="pipe is not a file or folder"):
-        data.find_files([folder / "pipe"])
-
-
 def test_a_hidden_file_is_read_if_it_is_named(folder):
     text = data.load_text([folder / ".hidden"], sequence_length=2)
     assert set(text.train.tolist()) == {0xFE}
@@ -67,7 +42,7 @@ def test_the_default_is_the_standard_library():
     text = data.load_text(sequence_length=128)
     assert text.train.size > 5_000_000
     root = Path(sysconfig.get_path("stdlib"))
-    names = {path.relative_to(root).as_posix() for path in data.stdlib_files()}
+    names = {path.relative_to(root).as_posix() for path in stdlib_files()}
     assert {"argparse.py", "json/decoder.py"} <= names
     left_out = {"site-packages", "test", "tests", "__pycache__"}
     assert all(left_out.isdisjoint(name.split("/")) for name in names)

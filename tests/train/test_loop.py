@@ -1,12 +1,11 @@
 """Runs of seconds: what they record, how they resume, and how they end."""
 
 import dataclasses
-import errno
 import json
+import math
 import os
 import shutil
 import signal
-import socket
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,13 @@ import numpy as np
 import pytest
 
 from dualpipe_jax import lower, read_trace, simulate
+from dualpipe_jax.files import Lock
 from dualpipe_jax.profiles.events import read_events
 from dualpipe_jax.profiles.reading import find_trace
-from dualpipe_jax.train import data, folder as folder_module, loop
-from dualpipe_jax.train.lock import Lock
+from dualpipe_jax.tokens import NumberTokenizer, PublishedTokenizer
+from dualpipe_jax.train import TOKENIZER, Text, data, folder as folder_module, loop
 from dualpipe_jax.train.metrics import draw_loss, read_metrics
+from tests.tokens.small import small_tokenizer
 from tests.train import cheap
 from tests.train.cheap_runs import TEXT, run, without_clock
 
@@ -198,21 +199,6 @@ def test_a_folder_in_use_is_refused_and_nothing_is_touched(tmp_path, after_step)
     assert run(tmp_path, num_steps=2, resume="must")[0].step == 2
 
 
-def test_where_files_cannot_be_locked_the_living_process_counts(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    lock, other = Lock(tmp_path), Lock(tmp_path)
-    assert lock.acquire() is None
-    assert other.acquire().startswith(f"process {os.getpid()} on ")
-    lock.release()
-    for left in (f'{{"pid": {2**22 + 1}, "host": "{socket.gethostname()}"}}', "[", "1"):
-        (tmp_path / ".lock").write_text(left)  # of no process: above Linux's largest
-        assert lock.acquire() is None
-        lock.release()
-
-
 def test_an_earlier_run_is_moved_aside(finished, tmp_path):
     (tmp_path / "mine.txt").write_text("not a run's file")
     run(tmp_path, num_steps=1)
@@ -320,6 +306,45 @@ def test_a_sample_ends_a_run_that_is_done(tmp_path, monkeypatch):
     assert prompt == bytes(range(len(prompt))).decode() and len(prompt) > 4
     # Continuation bytes that continue nothing.
     assert (tmp_path / "sample.txt").read_text() == prompt + new and len(new) == 3
+
+
+def test_a_run_of_tokens_keeps_their_tokenizer(tmp_path, monkeypatch):
+    tokenizer = small_tokenizer(tmp_path / "tokens", ["<end>", "a", "bc", "é?"])
+
+    class Sampling(cheap.CheapPrograms):
+        def __init__(self, config):
+            super().__init__(config)
+            self.sample = lambda state, prompt: np.array([3, 1, 200])
+
+    monkeypatch.setattr(loop, "make_programs", Sampling)
+    data = np.tile(np.array([1, 2, 3, 0], np.uint16), 800)
+    text = Text(data, data[:400], "tokens", tokenizer)
+    result, _ = run(tmp_path / "run", text=text, num_steps=4, eval_every=4)
+    # A target is one, two, three or no bytes, all equally often.
+    bits = result.held_out_loss / math.log(2) / 1.5
+    assert result.held_out_bits_per_byte == pytest.approx(bits, rel=0.02)
+    assert result.metrics[-1]["held_out_bits_per_byte"] == result.held_out_bits_per_byte
+    assert result.sample == ("abcé?abcé?", "é?a")
+    kept = tmp_path / "run" / TOKENIZER
+    assert PublishedTokenizer(kept).digest == tokenizer.digest
+    assert "bits per byte" in (tmp_path / "run" / "report.html").read_text()
+    # Another run takes its place, of bytes.
+    again, _ = run(tmp_path / "run", num_steps=2, eval_every=2)
+    bits = again.held_out_loss / math.log(2)
+    assert again.held_out_bits_per_byte == pytest.approx(bits) and not kept.exists()
+    assert (tmp_path / "run" / "previous-1" / TOKENIZER / "tokenizer.json").is_file()
+    # Tokens of which nobody knows what they stand for.
+    numbers = Text(data, data[:400], "numbers", NumberTokenizer())
+    result, _ = run(tmp_path / "numbers", text=numbers, num_steps=2, eval_every=2)
+    assert result.held_out_loss and result.held_out_bits_per_byte is None
+
+
+def test_a_vocabulary_that_is_too_large_is_refused(tmp_path):
+    names = [f"<{i}>" for i in range(cheap.NUM_TOKENS + 1)]
+    text = Text(TEXT.train, TEXT.held_out, "", small_tokenizer(tmp_path / "t", names))
+    with pytest.raises(ValueError, match="has 257 tokens, but the model's vocab_size"):
+        run(tmp_path / "run", text=text)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_begins_with_published_weights_but_resumes_with_its_own(

@@ -23,6 +23,8 @@ from dualpipe_jax.deepseek.model import (
 from dualpipe_jax.deepseek.pretrained.pretrained import check_same, open_folder
 from dualpipe_jax.deepseek.pretrained.saving import MAX_FILE_BYTES, save_folder
 from dualpipe_jax.deepseek.pretrained.target import Target
+from dualpipe_jax.tokens import has_tokenizer
+from dualpipe_jax.train import TOKENIZER
 
 
 def export_run(
@@ -40,7 +42,8 @@ def export_run(
       run: the run's folder.
       folder: a new one.
       like: a published model that names, dtypes and all other files, such as the
-        tokenizer's, are taken from; None: the one that the run began with, if any.
+        tokenizer's, are taken from; None: the one that the run began with, if any, else
+        the tokenizer is that of the run's data.
       dtype: of the weights, without such a model: "bfloat16" or "float32".
       fp8: without such a model, whether the matrices of the layers are written in
         float8, in DeepSeek's layout.
@@ -61,7 +64,14 @@ def export_run(
     config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
     like = config.get("pretrained") if like is None else like
     if like is None:
-        target = Target(model.arch, dtype, config["sequence_length"], fp8=fp8)
+        own = Path(run) / TOKENIZER
+        target = Target(
+            model.arch,
+            dtype,
+            config["sequence_length"],
+            fp8=fp8,
+            tokenizer=own if has_tokenizer(own) else None,
+        )
     else:
         published, target = open_folder(like)
         check_same(model.arch, published, like)

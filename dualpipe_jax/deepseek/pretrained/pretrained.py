@@ -30,6 +30,7 @@ from dualpipe_jax.deepseek.pretrained.reading import read_bias, read_params
 from dualpipe_jax.deepseek.pretrained.saving import MAX_FILE_BYTES, save_folder
 from dualpipe_jax.deepseek.pretrained.source import Source
 from dualpipe_jax.executor import PipelineParams
+from dualpipe_jax.tokens import PublishedTokenizer
 from dualpipe_jax.train import rest_specs
 
 P = PartitionSpec
@@ -57,6 +58,18 @@ class Pretrained:
     model: DeepSeekPipeline
     mesh: Mesh
     source: Source
+
+    @functools.cached_property
+    def tokenizer(self) -> PublishedTokenizer:
+        """The tokenizer of the folder: `encode`, `decode`, `encode_chat`.
+
+        Raises:
+          ImportError: the package tokenizers is not installed.
+          ValueError: the folder has none, or one of a larger vocabulary.
+        """
+        tokenizer = PublishedTokenizer(self.source.folder)
+        tokenizer.check_fits(self.config.vocab_size)
+        return tokenizer
 
     def logits(self, tokens: ArrayLike) -> jax.Array:
         """Computes logits, which compiles once for each shape.

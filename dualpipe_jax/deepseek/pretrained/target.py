@@ -9,6 +9,7 @@ from typing import Any
 
 from dualpipe_jax.deepseek.model import CONFIG_FILE, DeepSeekConfig
 from dualpipe_jax.deepseek.pretrained.names import copies, published_shapes
+from dualpipe_jax.tokens import copy_tokenizer, special_numbers
 
 BLOCK = (128, 128)
 _STORED = {"float32": "F32", "bfloat16": "BF16"}
@@ -23,7 +24,15 @@ class Target:
       block: rows and columns that share a scale; None: no weights in float8.
     """
 
-    def __init__(self, arch: DeepSeekConfig, dtype: str, length: int, *, fp8: bool):
+    def __init__(
+        self,
+        arch: DeepSeekConfig,
+        dtype: str,
+        length: int,
+        *,
+        fp8: bool,
+        tokenizer: Path | None = None,
+    ):
         """Chooses names and dtypes.
 
         Args:
@@ -31,6 +40,7 @@ class Target:
           dtype: of the tensors, "float32" or "bfloat16"; the router's bias is float32.
           length: tokens of the longest sequence that it was trained with.
           fp8: whether matrices inside the layers are float8, in DeepSeek's layout.
+          tokenizer: folder of the model's tokenizer, if it has one.
         """
         self.block = BLOCK if fp8 else None
         shapes = published_shapes(arch)
@@ -38,6 +48,9 @@ class Target:
             shapes |= {name: shapes[other] for name, other in copies(arch).items()}
         self._shapes, self._dtype = shapes, dtype
         self._config = published_config(arch, dtype, length)
+        self._tokenizer = tokenizer
+        if tokenizer is not None:
+            self._config |= special_numbers(tokenizer)
         if fp8:
             self._config["quantization_config"] = {
                 "activation_scheme": "dynamic",
@@ -75,6 +88,8 @@ class Target:
         """Writes what is in a folder beside the weights."""
         text = json.dumps(self._config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if self._tokenizer is not None:
+            copy_tokenizer(self._tokenizer, folder)
 
 
 def published_config(arch: DeepSeekConfig, dtype: str, length: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +113,7 @@ class Engine:
         max_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
-        stop_token: int | None = None,
+        stop_tokens: Collection[int] = (),
     ) -> int:
         """Queues a request.
 
@@ -123,7 +123,8 @@ class Engine:
           temperature: 0 takes the most likely token each time.
           seed: of the draws at a temperature. They do not depend on the other requests
             (unless `buffer_factor` drops choices, which depends on all of them).
-          stop_token: the token that ends the request; it is part of the completion.
+          stop_tokens: tokens that end the request; the one that does is part of the
+            completion.
 
         Returns:
           The request's id.
@@ -135,7 +136,12 @@ class Engine:
         check_options(max_tokens, temperature, seed)
         tokens = as_prompt(self.config, prompt, max_tokens)
         request = Request(
-            next(self._numbers), tokens, max_tokens, temperature, seed, stop_token
+            next(self._numbers),
+            tokens,
+            max_tokens,
+            temperature,
+            seed,
+            frozenset(stop_tokens),
         )
         self._scheduler.add(request)
         return request.number

@@ -35,7 +35,7 @@ class Request:
       max_tokens: most tokens to generate.
       temperature: 0 takes the most likely token.
       seed: of the draws.
-      stop_token: the token that ends it, or None.
+      stop_tokens: tokens that end it.
       num_generated: tokens so far.
       request_slot: None while it waits.
     """
@@ -45,14 +45,14 @@ class Request:
     max_tokens: int
     temperature: float
     seed: int
-    stop_token: int | None
+    stop_tokens: frozenset[int]
     num_generated: int = 0
     request_slot: RequestSlot | None = None
 
     def add(self, token: int) -> bool:
         """Counts a generated token; returns whether it is the last."""
         self.num_generated += 1
-        return token == self.stop_token or self.num_generated >= self.max_tokens
+        return token in self.stop_tokens or self.num_generated >= self.max_tokens
 
 
 def as_prompt(config: ServeConfig, prompt: ArrayLike, max_tokens: int) -> np.ndarray:

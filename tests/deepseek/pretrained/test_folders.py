@@ -20,8 +20,10 @@ from dualpipe_jax.deepseek.pretrained import open_folder
 from dualpipe_jax.deepseek.pretrained.saving import save_folder
 from dualpipe_jax.deepseek.pretrained.target import Target
 from dualpipe_jax.deepseek.serve import load_published
+from dualpipe_jax.tokens import PublishedTokenizer
 from dualpipe_jax.train import OptimizerConfig, TrainConfig, make_programs
 from tests.deepseek.pretrained.folders import V2, V3, config_of, raw, write
+from tests.tokens.small import small_tokenizer
 
 NORM = "model.norm.weight"
 GATE = "model.layers.1.mlp.gate.weight"
@@ -102,6 +104,26 @@ def test_float8_weights_that_changed_get_new_scales(tmp_path):
     assert before[UP][2] == after[UP][2]
 
 
+def test_the_tokenizer_of_a_run_is_written_beside_its_weights(tmp_path):
+    tokenizer = small_tokenizer(tmp_path / "tokenizer", ["<end>", "a"])
+    config = DeepSeekConfig.from_pretrained(V3)
+    target = Target(config, "float32", 64, fp8=False, tokenizer=tokenizer.folder)
+    (tmp_path / "out").mkdir()
+    target.write_others(tmp_path / "out")
+    assert PublishedTokenizer(tmp_path / "out").digest == tokenizer.digest
+    assert config_of(tmp_path / "out")["eos_token_id"] == tokenizer.end_token == 0
+
+
+def test_the_tokenizer_of_a_folder_must_fit(tmp_path):
+    shutil.copytree(V3, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        _ = load_pretrained(tmp_path / "model").tokenizer
+    other = small_tokenizer(tmp_path / "other", [f"<{i}>" for i in range(97)])
+    other.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="has 97 tokens, but the model's vocab_size"):
+        _ = load_pretrained(tmp_path / "model").tokenizer
+
+
 def test_a_model_that_was_never_published_is_written_as_one(tmp_path):
     for folder, dtype, fp8 in ((V2, "float32", False), (V3, "bfloat16", True)):
         pretrained, out = load_pretrained(folder), tmp_path / folder.name
@@ -114,6 +136,7 @@ def test_a_model_that_was_never_published_is_written_as_one(tmp_path):
         assert kinds[0] == kinds[1]
         again = load_pretrained(out)
         assert again.config == pretrained.config
+        assert not (out / "tokenizer.json").exists()
         for ours, theirs in zip(
             jax.tree.leaves(again.params),
             jax.tree.leaves(pretrained.params),

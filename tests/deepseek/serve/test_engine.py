@@ -159,7 +159,7 @@ def test_a_stop_token_and_a_request_that_is_cancelled(config, make_engine):
     prompts = small_server.prompts(20, config, seed=7)
     expected = make_engine().generate(prompts, max_tokens=9)
     stop = int(expected[0][4])
-    stopping = engine.submit(prompts[0], max_tokens=9, stop_token=stop)
+    stopping = engine.submit(prompts[0], max_tokens=9, stop_tokens=[stop, -1])
     rest = [engine.submit(each, max_tokens=9) for each in prompts[1:]]
     waiting, running = rest[-1], rest[0]
     engine.cancel(waiting)

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from dualpipe_jax import read_trace
 from dualpipe_jax.commands import main as cli
-from dualpipe_jax.commands.serve import as_text, as_tokens
 from dualpipe_jax.deepseek.serve import Engine, load_checkpoint, load_published
 from dualpipe_jax.train import Text, train
 from tests.deepseek.model import small
@@ -202,14 +201,3 @@ def test_bad_input_in_one_line(arguments, message, capsys, monkeypatch):
     assert status == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_a_larger_vocabulary_is_written_as_numbers(config):
-    sizes = dataclasses.replace(config.architecture, vocab_size=1000)
-    other = dataclasses.replace(config, architecture=sizes)
-    assert (
-        as_tokens(other, "7 999") == [7, 999] and as_text(other, [7, 999]) == "7 999 "
-    )
-    with pytest.raises(ValueError, match="'7 x' must be token numbers"):
-        as_tokens(other, "7 x")
-    assert as_text(config, list("é".encode())) == "é"
