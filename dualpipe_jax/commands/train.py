@@ -20,6 +20,7 @@ from dualpipe_jax.commands.arguments import add_no_cache
 from dualpipe_jax.processes import (
     HEARTBEAT_S,
     LOST,
+    STEP_TIMEOUT_S,
     Watch,
     distributed,
     launcher,
@@ -90,6 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "reads it",
     )
     add_no_cache(parser)
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
     several = parser.add_argument_group(
         "several processes", "start the same command once per process"
     )
@@ -113,6 +118,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="without a sign of life of a process, after which the others end with "
         "status 75 (%(default)g)",
+    )
+    several.add_argument(
+        "--step-timeout",
+        type=float,
+        default=STEP_TIMEOUT_S,
+        metavar="SECONDS",
+        help="that a step with its evaluation may take; then the processes print the "
+        "stacks of their threads and end with status 75; 0: any (%(default)g)",
     )
     several.add_argument(
         "--connect-timeout",
@@ -220,9 +233,12 @@ def _connect(args: argparse.Namespace) -> Watch:
         )
     if args.distributed or any(value is not None for value in given):
         return distributed.connect(
-            *given, timeout=args.connect_timeout, heartbeat=args.heartbeat
+            *given,
+            timeout=args.connect_timeout,
+            heartbeat=args.heartbeat,
+            step_timeout=args.step_timeout,
         )
-    return Watch({}, launcher=launcher())
+    return Watch({}, launcher=launcher(), step_timeout=args.step_timeout)
 
 
 def summary(

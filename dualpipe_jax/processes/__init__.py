@@ -19,6 +19,7 @@ from dualpipe_jax.processes.signals import handled as handled
 from dualpipe_jax.processes.watch import (
     HEARTBEAT_S as HEARTBEAT_S,
     LOST as LOST,
+    STEP_TIMEOUT_S as STEP_TIMEOUT_S,
     Watch as Watch,
     may_pass as may_pass,
 )

@@ -39,6 +39,7 @@ def connect(
     *,
     timeout: float = TIMEOUT_S,
     heartbeat: float = HEARTBEAT_S,
+    step_timeout: float = 0,
 ) -> Watch:
     """Makes this process one of several. Call it before jax initializes its devices.
 
@@ -53,6 +54,7 @@ def connect(
       heartbeat: seconds without a sign of life after which a process is lost. All
         others then say so and end, with the exit status `watch.LOST`; likewise if one
         ends by itself, or by an error. A process that is killed is lost at once.
+      step_timeout: seconds that a step may take, see `Watch`; 0: any.
 
     Returns:
       What watches the others, from a thread, until this process ends.
@@ -84,11 +86,7 @@ def connect(
             f"{process_id=} must be at least 0 and below {num_processes=}; number the "
             "processes from 0."
         )
-    for name, value in (("timeout", timeout), ("heartbeat", heartbeat)):
-        if not 0 < value < _MOST_S:
-            raise ValueError(
-                f"{name}={value} must be positive seconds, below {_MOST_S:g}."
-            )
+    _check_seconds(timeout, heartbeat, step_timeout)
     connections = rendezvous.meet(coordinator, num_processes, process_id, timeout)
     # Its handler of SIGTERM would replace the loop's.
     jax.config.update("jax_enable_preemption_service", False)
@@ -111,7 +109,25 @@ def connect(
         heartbeat_timeout_seconds=patience,
         shutdown_timeout_seconds=limit,
     )
-    return Watch(connections, process_id, heartbeat=heartbeat, launcher=launcher())
+    return Watch(
+        connections,
+        process_id,
+        heartbeat=heartbeat,
+        step_timeout=step_timeout,
+        launcher=launcher(),
+    )
+
+
+def _check_seconds(timeout: float, heartbeat: float, step_timeout: float) -> None:
+    for name, value in (("timeout", timeout), ("heartbeat", heartbeat)):
+        if not 0 < value < _MOST_S:
+            raise ValueError(
+                f"{name}={value} must be positive seconds, below {_MOST_S:g}."
+            )
+    if not 0 <= step_timeout < _MOST_S:
+        raise ValueError(
+            f"{step_timeout=} must be seconds, below {_MOST_S:g}; 0 is no limit."
+        )
 
 
 def _of_cluster(timeout: float) -> tuple:
@@ -138,11 +154,18 @@ def _of_cluster(timeout: float) -> tuple:
     return found
 
 
-def agree(facts: Mapping[str, str]) -> None:
+def agree(
+    facts: Mapping[str, str],
+    *,
+    verb: str = "was started with",
+    advice: str = "start all with the same config, options, data and versions",
+) -> None:
     """Checks that all processes have the same facts, without using their devices.
 
     Args:
       facts: for each name the value, in words.
+      verb: what a process does with them, for the error.
+      advice: how to make them equal.
 
     Raises:
       ValueError: they do not, or one of them does not call this; in all processes.
@@ -174,8 +197,7 @@ def agree(facts: Mapping[str, str]) -> None:
                 for each in (other, first)
             )
             raise ValueError(
-                f"process {i} was started with {one}, but process 0 with {zero}; start "
-                "all with the same config, options, data and versions."
+                f"process {i} {verb} {one}, but process 0 {verb} {zero}; {advice}."
             )
 
 

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from typing import Any, NamedTuple
 # sysexits.h, "try again". Starting the run again with --resume continues it.
 LOST = 75
 HEARTBEAT_S = 20.0
+# The longest that a step with its evaluation may take by default.
+STEP_TIMEOUT_S = 1800.0
 # Others may be about to fail by themselves, and say it better.
 GRACE_S = 5.0
 # What the report may take to be written.
@@ -57,6 +60,7 @@ class Peer:
 
     def __init__(self, number: int, connection: socket.socket):
         self.number, self.connection = number, connection
+        self.progress = ""
         self.heard = time.monotonic()
         self.has_ended = False
         self._received = b""
@@ -94,12 +98,18 @@ class Watch:
     context manager it tells the others of the error that leaves the block, so that
     they do not wait for this process for ever.
 
+    Processes may also be alive and wait for each other for ever, as in collectives that
+    they call in different orders. So each also ends if its run makes no progress; the
+    stacks of all its threads then are on the standard error.
+
     Args:
       connections: of process 0, one for each other process; of the others, that with
         process 0; by the number at the other end. None: there is nothing to watch.
       process_id: of this process.
       heartbeat: seconds without a sign of life after which a process is lost. One
         that was killed is lost at once.
+      step_timeout: seconds without a new `note` after which this process ends, from the
+        first one on; 0: never.
       launcher: the process that has started this one: without it, this one ends.
       end: called with the exit status, in place of `os._exit`.
     """
@@ -110,12 +120,15 @@ class Watch:
         process_id: int = 0,
         *,
         heartbeat: float = HEARTBEAT_S,
+        step_timeout: float = 0,
         launcher: int | None = None,
         end: Callable[[int], Any] = os._exit,
     ):
         self._peers = [Peer(*each) for each in connections.items()]
         self._process_id, self._heartbeat, self._end = process_id, heartbeat, end
-        self._launcher = launcher
+        self._launcher, self._step_timeout = launcher, step_timeout
+        self._noted: float | None = None
+        self._is_stuck = False
         self._reports: list[Report] = []
         self._progress = ""
         self._fault: _Fault | None = None
@@ -144,7 +157,11 @@ class Watch:
 
     def note(self, progress: str) -> None:
         """Remembers how far this process is: `"step 12"`."""
-        self._progress = progress
+        self._progress, self._noted = progress, time.monotonic()
+
+    def rest(self) -> None:
+        """Expects no progress until the next `note`."""
+        self._noted = None
 
     @contextlib.contextmanager
     def reporting(self, report: Report) -> Iterator[None]:
@@ -188,7 +205,7 @@ class Watch:
                 if now - beaten >= every:
                     beaten = now
                     for peer in self._peers:
-                        peer.tell("alive")
+                        peer.tell(f"alive {self._progress}")
                 ready = selector.select(self._until_next(beaten + every))
                 if time.monotonic() - now > 2 * every + 1:
                     # This process was stopped, and has not read what others said.
@@ -203,6 +220,8 @@ class Watch:
         due = beat if self._fault is None else min(beat, self._fault.due)
         if self._launcher is not None:
             due = min(due, time.monotonic() + _LOOK_S)
+        if self._step_timeout and self._noted is not None and not self._is_stuck:
+            due = min(due, self._noted + self._step_timeout)
         return max(0.01, due - time.monotonic())
 
     def _hear(self, peer: Peer) -> bool:
@@ -216,10 +235,16 @@ class Watch:
         for line in lines:
             word, _, rest = line.partition(" ")
             number, _, how = rest.partition(" ")
-            if word == "bye":
+            if word == "alive":
+                peer.progress = rest
+            elif word == "bye":
                 peer.has_ended = True
             elif word == "lost":
                 self._lose(int(number), how)
+            elif word == "stuck":
+                self._print_stacks()
+                self._suspect(f"process {number} made no progress for {how} s", 0)
+                self._tell_others(line, peer)
             elif word == "failed":
                 if not self._has_failed:
                     self._suspect(f"process {number} failed{{after}}: {how}", GRACE_S)
@@ -232,10 +257,35 @@ class Watch:
             if not peer.has_ended and now - peer.heard > self._heartbeat:
                 peer.has_ended = True
                 self._lose(peer.number, f"no sign of life for {self._heartbeat:g} s")
+        self._judge_progress(now)
         if self._launcher is not None and os.getppid() != self._launcher:
             self._suspect("the launcher was lost{after}", 0)
         if self._fault is not None and now >= self._fault.due:
             self._finish(self._fault.line)
+
+    def _judge_progress(self, now: float) -> None:
+        noted, timeout = self._noted, self._step_timeout
+        if self._is_stuck or not timeout or noted is None or now - noted < timeout:
+            return
+        self._is_stuck = True
+        for peer in self._peers:
+            peer.tell(f"stuck {self._process_id} {timeout:g}")
+        self._print_stacks()
+        others = [
+            f"; process {peer.number} is after {peer.progress}"
+            for peer in self._peers
+            if peer.progress not in ("", self._progress)
+        ]
+        line = f"no progress for {timeout:g} s{{after}}{''.join(others)}"
+        self._suspect(line, 0)
+
+    def _print_stacks(self) -> None:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        for ident, frame in sys._current_frames().items():
+            stack = "".join(traceback.format_stack(frame))
+            name = names.get(ident, str(ident))
+            where = f"process {self._process_id}, thread {name}"
+            print(f"{where}:\n{stack}", file=sys.stderr, end="", flush=True)
 
     def _lose(self, number: int, how: str) -> None:
         if self._fault is None:

@@ -8,13 +8,22 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
+from dualpipe_jax.gpu.overlap import KINDS
 from dualpipe_jax.processes import distributed
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.data import Text
 from dualpipe_jax.train.data_order import digest
 from dualpipe_jax.train.folder import Resume
+
+_COLLECTIVE = re.compile(
+    rf"= (\S+|\(.*?\)) ({'|'.join(map(re.escape, KINDS))})(?:-start)?\((.*)"
+)
+_GROUPS = re.compile(
+    r"(?:replica_groups|source_target_pairs|dimensions)=[^ ]*\}|channel_id=\d+"
+)
 
 
 def check_agreement(
@@ -37,6 +46,46 @@ def check_agreement(
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts[name] = importlib.metadata.version(name)
     distributed.agree({name: _in_words(value) for name, value in facts.items()})
+
+
+def check_programs(digests: Mapping[str, str]) -> None:
+    """Checks that all processes have compiled the same collectives, in the same order.
+
+    Processes compile for themselves, and on GPUs by what each has measured. Collectives
+    in another order would hang, or exchange the wrong arrays.
+
+    Args:
+      digests: for each program that of its collectives.
+
+    Raises:
+      ValueError: they differ; in all processes.
+    """
+    distributed.agree(
+        digests,
+        verb="has compiled collectives",
+        advice="give all the same XLA_FLAGS, driver and kind of device, or turn "
+        "autotuning off (--xla_gpu_autotune_level=0)",
+    )
+
+
+def digest_of_collectives(text: str) -> str:
+    r"""A digest of the collectives of a compiled program, in their order.
+
+    Args:
+      text: the program's HLO.
+
+    Examples:
+      >>> one = "%a = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, metadata={...}"
+      >>> digest_of_collectives(one) == digest_of_collectives(one.replace("%a", "%b"))
+      True
+      >>> digest_of_collectives(one) == digest_of_collectives("\n".join([one, one]))
+      False
+    """
+    found = [
+        (shape, opcode, _GROUPS.findall(rest))
+        for shape, opcode, rest in _COLLECTIVE.findall(text)
+    ]
+    return f"{len(found)} of digest {zlib.crc32(repr(found).encode()):08x}"
 
 
 def _in_words(value: Any) -> str:

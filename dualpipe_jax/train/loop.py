@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dualpipe_jax.processes import Watch, distributed
 from dualpipe_jax.train import data
-from dualpipe_jax.train.agreement import check_agreement
+from dualpipe_jax.train.agreement import check_agreement, check_programs
 from dualpipe_jax.train.compiling import CompileProgress
 from dualpipe_jax.train.config import TrainConfig
 from dualpipe_jax.train.folder import Resume
@@ -148,6 +148,7 @@ def train(
                     stopped_by = distributed.first_text(next(iter(received), None))
                     if stopped_by:
                         break
+            watch.rest()
             outputs.save(state, position, wait=True)
         train_s = time.perf_counter() - started
         sample = None
@@ -184,6 +185,7 @@ def _compile(
         # Collectives of CPUs wait for each other's first call for 30 s only, but one
         # process may compile what another finds in the cache.
         distributed.barrier("compiled")
+        check_programs(programs.collectives)
         begun: TrainState = programs.init() if state is None else state
         seconds = progress.elapsed_s
     if state is None and programs.published is not None:

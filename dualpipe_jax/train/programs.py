@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from dualpipe_jax.executor import BufferBytes
 from dualpipe_jax.gpu.overlap import compile_for, options_here
+from dualpipe_jax.processes import distributed
 from dualpipe_jax.schedules import Schedule
+from dualpipe_jax.train.agreement import digest_of_collectives
 from dualpipe_jax.train.compiling import CompileProgress, Job, compile_together
 from dualpipe_jax.train.state import TrainState
 
@@ -43,6 +45,8 @@ class Programs:
       vocab_size: see `PipelineModel`.
       description: see `PipelineModel`.
       compiled: the train step as XLA has compiled it; None before `compile`.
+      collectives: for each compiled program a digest of its collectives, in a run of
+        several processes.
     """
 
     schedule: Schedule
@@ -62,6 +66,7 @@ class Programs:
     vocab_size: int | None
     description: str
     compiled: jax.stages.Compiled | None = None
+    collectives: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Raises a ValueError for tokens outside of the model's vocabulary."""
@@ -106,13 +111,21 @@ class Programs:
                 lambda lowered: lowered.compile({**options, **quick}),
             ),
         )
-        train_step, held_out_loss, init = compile_together(jobs, progress)
+        compiled = compile_together(jobs, progress)
+        train_step, held_out_loss, init = compiled
+        digests = {}
+        if distributed.num_processes() > 1:
+            digests = {
+                job.name: digest_of_collectives(each.as_text())
+                for job, each in zip(jobs, compiled, strict=True)
+            }
         return dataclasses.replace(
             self,
             train_step=self._taking_whole_batches(train_step),
             held_out_loss=self._taking_whole_batches(held_out_loss),
             init=init,
             compiled=train_step,
+            collectives=digests,
         )
 
     def _taking_whole_batches(self, compiled: Any) -> Any:

@@ -209,7 +209,10 @@ def test_processes_that_were_not_started_alike_touch_nothing(tmp_path):
     ]
     line = refused(processes)
     assert "process 1 was started with num_steps=9, resume=true, but process" in line
-    assert "process 0 with num_steps=8, resume=false; start all with the same" in line
+    assert (
+        "process 0 was started with num_steps=8, resume=false; start all with the same"
+        in line
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,32 @@ def test_a_process_ends_with_its_launcher():
     )
     # Its own standard error, which the child has too, is at its end.
     assert "error: the launcher was lost; start all processes" in done.stderr
+
+
+def test_processes_that_make_no_progress_end_with_their_stacks(run, capsys):
+    three = run(heartbeat=0.4, step_timeout=0.0)
+    three.watches[0].note("step 7")
+    three.watches[1].note("step 6")
+    three.watches[2].note("step 7")
+    told = three.watches[0]._peers[0]
+    while told.progress != "step 6":  # by its next sign of life
+        time.sleep(0.01)
+    assert not three.ended[0].is_set()
+    three.watches[0]._step_timeout = 0.3
+    assert three.wait(0, 1, 2) == [LOST, LOST, LOST]
+    error = capsys.readouterr().err
+    assert (
+        "error: no progress for 0.3 s after step 7; process 1 is after step 6; start "
+        "all processes again"
+    ) in error
+    assert "error: process 0 made no progress for 0.3 s; start all" in error
+    for number in range(3):
+        assert f"process {number}, thread MainThread:" in error
+    assert "in test_processes_that_make_no_progress_end_with_their_stacks" in error
+
+
+def test_progress_is_expected_from_the_first_step_to_the_last(run):
+    three = run(heartbeat=0.2, step_timeout=0.5)
+    three.watches[0].note("step 1")
+    three.watches[0].rest()
+    assert not three.ended[0].wait(1)  # nor from the others, which compile

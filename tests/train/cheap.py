@@ -51,6 +51,7 @@ class CheapPrograms:
         self.sample = self.published = None
         self.grad_names = ("table",)
         self.vocab_size = NUM_TOKENS
+        self.collectives = {}
         self.description = "a table of bytes"
         self.compiled = None
         split, whole = (

@@ -5,9 +5,12 @@ import re
 import threading
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec as P
 from rich.console import Console
 
+from dualpipe_jax.train.agreement import digest_of_collectives
 from dualpipe_jax.train.compiling import (
     CompileProgress,
     Job,
@@ -140,3 +143,24 @@ def test_operations_inside_of_loops_count():
         return jax.jit(lambda x: jax.lax.fori_loop(0, 9, body, x)).lower(1.0)
 
     assert num_operations(loop(7)) == num_operations(loop(3)) + 4
+
+
+def test_the_digest_of_a_program_is_of_its_collectives():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+
+    def compiled(axes, scale):
+        def local(x):
+            for axis in axes:
+                x = (jax.lax.all_gather if axis else jax.lax.psum)(scale * x, "x").sum(
+                    0
+                )
+            return x
+
+        function = jax.shard_map(
+            local, mesh=mesh, in_specs=P("x"), out_specs=P(), check_vma=False
+        )
+        return jax.jit(function).lower(jnp.ones((8, 3))).compile().as_text()
+
+    texts = [compiled((0, 1), 2.0), compiled((0, 1), 3.0), compiled((1, 0), 2.0)]
+    same, also, other = map(digest_of_collectives, texts)
+    assert same == also != other and same.startswith("2 of digest")

@@ -16,6 +16,7 @@ from dualpipe_jax.gpu.overlap.compiling import (
     compile_overlapped,
     options_here as options_here,
 )
+from dualpipe_jax.gpu.overlap.links import KINDS as KINDS
 from dualpipe_jax.gpu.overlap.reading import overlap_report
 from dualpipe_jax.gpu.overlap.records import CollectiveReport, LoopReport
 from dualpipe_jax.gpu.overlap.report import OverlapReport
