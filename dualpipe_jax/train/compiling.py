@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -29,22 +30,29 @@ class Job(NamedTuple):
 
 
 def compile_together(
-    jobs: Sequence[Job], progress: CompileProgress | None = None
+    jobs: Sequence[Job],
+    progress: CompileProgress | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> list[Any]:
     """Lowers programs one after another, and compiles each in another thread.
 
     XLA's passes use one thread per program, and leave Python's lock to the tracing of
-    the next one.
+    the next one. For GPUs only one program compiles at a time: XLA chooses kernels by
+    timing them on the device, which another compilation would disturb.
 
     Args:
       jobs: the one that takes longest first.
       progress: where to show it.
+      mesh: the devices; None: CPUs.
 
     Returns:
       The compiled programs, in the order of the jobs.
     """
     progress = progress or CompileProgress(Console(quiet=True))
-    with rare_collections(), futures.ThreadPoolExecutor(len(jobs)) as pool:
+    on_cpu = mesh is None or mesh.devices.flat[0].platform == "cpu"
+    num_threads = len(jobs) if on_cpu else 1
+    with rare_collections(), futures.ThreadPoolExecutor(num_threads) as pool:
         running = []
         for job in jobs:
             progress.tracing(job.name)

@@ -111,7 +111,7 @@ class Programs:
                 lambda lowered: lowered.compile({**options, **quick}),
             ),
         )
-        compiled = compile_together(jobs, progress)
+        compiled = compile_together(jobs, progress, mesh=self.mesh)
         train_step, held_out_loss, init = compiled
         digests = {}
         if distributed.num_processes() > 1:

@@ -3,6 +3,7 @@
 import io
 import re
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 from rich.console import Console
 
+from dualpipe_jax import gpu_mesh
 from dualpipe_jax.train.agreement import digest_of_collectives
 from dualpipe_jax.train.compiling import (
     CompileProgress,
@@ -53,6 +55,23 @@ def test_programs_come_in_the_order_of_the_jobs():
         Job("two", lambda: lowered(2), second),
     ]
     assert compile_together(jobs) == ["first", "second"]
+
+
+def test_for_gpus_one_program_compiles_at_a_time():
+    running, most = [], []
+
+    def compile_one(name):
+        running.append(name)
+        most.append(len(running))
+        time.sleep(0.01)
+        running.remove(name)
+        return name
+
+    jobs = [
+        Job(str(i), lambda: lowered(1), lambda _, i=i: compile_one(i)) for i in range(3)
+    ]
+    assert compile_together(jobs, mesh=gpu_mesh("h100", {"x": 2})) == [0, 1, 2]
+    assert most == [1, 1, 1]
 
 
 def test_what_is_pending_is_shown_with_its_size():

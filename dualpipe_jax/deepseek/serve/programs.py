@@ -80,7 +80,7 @@ class ServePrograms:
             )
             for name in names
         ]
-        compiled = compile_together(jobs, progress)
+        compiled = compile_together(jobs, progress, mesh=self.mesh)
         return dataclasses.replace(self, **dict(zip(names, compiled, strict=True)))
 
     @property
