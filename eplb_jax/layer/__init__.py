@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING
 
 from eplb_jax import lookup
 from eplb_jax.layer.exchange import Transport as Transport
+from eplb_jax.layer.expert_weights import ExpertWeights
 from eplb_jax.layer.grouped_products import grouped_matmul
 from eplb_jax.layer.kernels import (
     cross_compiling as cross_compiling,
     load_tokamax as load_tokamax,
     on_cuda as on_cuda,
 )
+from eplb_jax.layer.microbatch_plan import MicrobatchPlan, plan_microbatch
 from eplb_jax.layer.mixture import (
     EXCHANGED as EXCHANGED,
-    ExpertWeights,
     mix_experts,
 )
 from eplb_jax.layer.parallel import (
     ONE_DEVICE as ONE_DEVICE,
+    Balance as Balance,
     ExpertParallel,
     Route as Route,
 )
@@ -48,11 +50,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ExpertParallel",
     "ExpertWeights",
+    "MicrobatchPlan",
     "MoE",
     "Routing",
     "grouped_matmul",
     "mix_experts",
     "physical_weights",
+    "plan_microbatch",
     "sequence_balance_loss",
     "sigmoid_group_top_k",
     "softmax_top_k",

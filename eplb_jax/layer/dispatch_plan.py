@@ -54,6 +54,7 @@ def plan_dispatch(
     num_rows: int | None = None,
     num_sent: int | None = None,
     is_distinct: bool = False,
+    counts: jax.Array | None = None,
 ) -> DispatchPlan:
     """Plans where the row of every choice of every token goes.
 
@@ -70,6 +71,7 @@ def plan_dispatch(
         choices are -1.
       is_distinct: whether no token chooses a physical expert twice. Then at most
         min(top_k, physical experts of a device) rows of a token can arrive, else top_k.
+      counts: [devices, physical experts] int32 choices; None: counted and gathered.
 
     Returns:
       A `DispatchPlan`.
@@ -91,8 +93,9 @@ def plan_dispatch(
     order_C = jnp.argsort(key_C, stable=True).astype(jnp.int32)
     position_C = jnp.arange(len(order_C), dtype=jnp.int32)
     inverse_C = jnp.zeros_like(position_C).at[order_C].set(position_C)
-    count_S = count_experts(physical_experts, num_physical_experts)
-    count_DDI, me = _gather_counts(count_S, num_devices, axis_name)
+    counts = _count(physical_experts, num_physical_experts, axis_name, counts)
+    count_DDI = counts.reshape(num_devices, num_devices, -1)
+    me = 0 if axis_name is None else axis_index(axis_name)
     if num_rows is None:
         most = min(top_k, count_DDI.shape[2]) if is_distinct else top_k
         num_rows = num_devices * num_tokens * most
@@ -113,12 +116,12 @@ def plan_dispatch(
     flat_ID = arrived_DI.T.reshape(-1)
     grouped_DI = (jnp.cumsum(flat_ID) - flat_ID).reshape(arrived_DI.T.shape).T
 
-    # All devices' counts are here already: no sum over the devices is needed.
+    # All devices' counts are here already.
     tokens_per_physical_expert = count_DDI.sum(axis=0, dtype=jnp.int32).reshape(-1)
     overflow = (wanted_DD - send_sizes_DD).sum(dtype=jnp.int32)
-    if axis_name is not None and is_typed(count_S):
+    if axis_name is not None and is_typed(counts):
         # Except where types must say that all devices have the same values.
-        tokens_per_physical_expert = psum(count_S, axis_name)
+        tokens_per_physical_expert = psum(counts[me], axis_name)
         overflow = (wanted_DD - send_sizes_DD)[me].sum(dtype=jnp.int32)
         overflow = psum(overflow, axis_name)
     segments = Segments(send_sizes_DD, input_offsets_DD, output_offsets_DD)
@@ -134,16 +137,17 @@ def plan_dispatch(
     )
 
 
-def _gather_counts(
-    count_S: jax.Array, num_devices: int, axis_name: Axis | None
-) -> tuple[jax.Array, jax.Array | int]:
-    """Counts of all devices, from device to physical expert, and this device."""
-    if axis_name is None:
-        return count_S[None, None], 0
-    count_DS = all_gather(count_S, axis_name)
-    per_device = len(count_S) // num_devices
-    count_DDI = count_DS.reshape(num_devices, num_devices, per_device)
-    return count_DDI, axis_index(axis_name)
+def _count(
+    physical_experts: jax.Array,
+    num_physical_experts: int,
+    axis_name: Axis | None,
+    known: jax.Array | None,
+) -> jax.Array:
+    """[devices, physical experts] choices of each device, unless they are known."""
+    if known is not None:
+        return known
+    count_S = count_experts(physical_experts, num_physical_experts)
+    return count_S[None] if axis_name is None else all_gather(count_S, axis_name)
 
 
 def _shifted(shift: jax.Array, sizes: jax.Array, num_rows: int) -> jax.Array:

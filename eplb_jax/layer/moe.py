@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from eplb_jax.layer.expert_weights import ExpertWeights
 from eplb_jax.layer.grouped_products import Implementation
-from eplb_jax.layer.mixture import ExpertWeights, mix_experts
+from eplb_jax.layer.mixture import mix
 from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.routing import (
     Routing,
@@ -35,16 +36,22 @@ class MoEStats(NamedTuple):
       tokens_per_expert: [experts] int32, tokens that chose each expert; input of load
         estimators and of `update_bias`.
       tokens_per_physical_expert: [physical experts] int32, tokens that were assigned to
-        each physical expert.
+        each physical expert. With exact balance a row that a fetched expert computes
+        counts where its weights were fetched from: these are the loads as they would
+        be without it.
       overflow: [] int32, choices that did not fit into a buffer; they count as zero.
       balance_loss: [] float32, `sequence_balance_loss`, mean over this device's
         sequences (so it may differ between devices); 1 is even.
+      device_rows: [devices] int32, rows that each device computes.
+      num_fetched: [] int32, experts that all devices fetch, with exact balance; else 0.
     """
 
     tokens_per_expert: jax.Array
     tokens_per_physical_expert: jax.Array
     overflow: jax.Array
     balance_loss: jax.Array
+    device_rows: jax.Array
+    num_fetched: jax.Array
 
 
 class MoE(nnx.Module):
@@ -228,7 +235,7 @@ class MoE(nnx.Module):
         held = physical
         if held is None:
             held = ExpertWeights(*(leaf[...] for leaf in self.experts))
-        outputs, tokens_per_physical_expert, overflow = mix_experts(
+        mixed = mix(
             tokens,
             experts.reshape(-1, self.top_k),
             routing.weights.reshape(-1, self.top_k),
@@ -239,15 +246,22 @@ class MoE(nnx.Module):
             implementation=self.implementation,
             is_distinct=True,
         )
+        outputs, counts = mixed.outputs, mixed.tokens_per_physical_expert
         if self.shared is not None:
             gate, up, down = (leaf[0].astype(dtype) for leaf in self.shared)
             outputs += (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
-        counts = tokens_per_physical_expert
         if tables is not None:
             # Each choice has one physical expert, whose count is that of all devices.
-            counts = tables.add_replicas(tokens_per_physical_expert)
+            counts = tables.add_replicas(counts)
         losses = sequence_balance_loss(routing.scores, self.top_k, is_padding)
         # Their mean; 0 without sequences.
         loss = losses.sum() / max(1, losses.size)
-        stats = MoEStats(counts, tokens_per_physical_expert, overflow, loss)
+        stats = MoEStats(
+            tokens_per_expert=counts,
+            tokens_per_physical_expert=mixed.tokens_per_physical_expert,
+            overflow=mixed.overflow,
+            balance_loss=loss,
+            device_rows=mixed.device_rows,
+            num_fetched=mixed.num_fetched,
+        )
         return outputs.reshape(x.shape).astype(x.dtype), stats

@@ -6,12 +6,14 @@ import dataclasses
 from typing import Literal
 
 from eplb_jax.layer.exchange import Transport
+from eplb_jax.layer.microbatch_plan import check_slack
 from eplb_jax.layer.payload import Payload
 from eplb_jax.layer.replicas import ReplicaChoice
 from eplb_jax.placement import check_choices, check_counts
 
 Route = Literal["direct", "by_node"]
 ApplyScores = Literal["before", "after"]
+Balance = Literal["placement", "exact"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +42,22 @@ class ExpertParallel:
         position in that node, which forwards it inside the node and sums the results
         (DeepSeek-V3 report, arXiv:2412.19437, section 3.2.2): fewer bytes between
         nodes, but more exchanges.
+      balance: `"placement"` computes each choice where the placement has its expert.
+        `"exact"` plans each call by its own counts, see `plan_microbatch`: devices
+        fetch the experts that even out their rows, so the buffer has
+        `ceil(tokens * top_k * (1 + slack))` rows whatever the router does.
+        `replica_choice` has no effect then.
+      num_fetched: experts that a device may fetch in a call, for `balance="exact"`. If
+        they do not suffice for equal rows, what does not fit counts as overflow, unless
+        `num_rows` is larger than the buffer above.
+      slack: see `plan_microbatch`.
+      keep_fetched: whether fetched weights are kept for the backward pass; else they
+        are fetched again there.
 
     Raises:
-      ValueError: for a field that has none of these values, or nodes that do not
-        divide the devices.
+      ValueError: for a field that has none of these values, nodes that do not divide
+        the devices, and `num_fetched`, `slack` or `keep_fetched` without
+        `balance="exact"`.
     """
 
     axis_name: str | None = None
@@ -56,6 +70,10 @@ class ExpertParallel:
     remat: bool = False
     apply_scores: ApplyScores = "before"
     route: Route = "direct"
+    balance: Balance = "placement"
+    num_fetched: int = 0
+    slack: float = 0.0
+    keep_fetched: bool = False
 
     def __post_init__(self):
         check_choices(
@@ -64,12 +82,28 @@ class ExpertParallel:
             payload=(self.payload, Payload),
             apply_scores=(self.apply_scores, ApplyScores),
             route=(self.route, Route),
+            balance=(self.balance, Balance),
         )
         check_counts(num_devices=self.num_devices, num_nodes=self.num_nodes)
         if self.num_rows is not None:
             check_counts(num_rows=self.num_rows)
         if self.num_devices % self.num_nodes:
             raise ValueError(f"{self.num_nodes=} must divide {self.num_devices=}.")
+        if self.num_fetched < 0:
+            raise ValueError(f"{self.num_fetched=} must be at least 0; a few suffice.")
+        check_slack(self.slack)
+        if self.balance != "exact":
+            for name in ("num_fetched", "slack", "keep_fetched"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} needs balance='exact'; "
+                        f"balance={self.balance!r} fetches nothing."
+                    )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether each call is planned by its own counts."""
+        return self.balance == "exact" and self.num_devices > 1
 
 
 ONE_DEVICE = ExpertParallel()

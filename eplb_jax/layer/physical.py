@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -190,7 +191,7 @@ def _gather_slices(
     def gather(part: jax.Array) -> jax.Array:
         return gather_weight_rows(part, plan, axis_name, transport)
 
-    return _by_slices(gather, rows, len(plan.received), count)
+    return by_slices(gather, rows, len(plan.received), count)
 
 
 def _gather_forward(
@@ -218,17 +219,24 @@ def _gather_backward(
         )
         return pullback(part)[0]
 
-    return _by_slices(sum_replicas, ct, num_rows, count), None
+    return by_slices(sum_replicas, ct, num_rows, count), None
 
 
 _gather_slices.defvjp(_gather_forward, _gather_backward)
 
 
-def _by_slices(function, rows: jax.Array, num_results: int, count: int) -> jax.Array:
+def by_slices(
+    function: Callable[[jax.Array], jax.Array],
+    rows: jax.Array,
+    num_results: int,
+    count: int,
+    dtype: Any = None,
+) -> jax.Array:
     """Applies `function`, [rows, n] to [results, n], to `count` slices of the features.
 
-    The result starts as some of the rows and not as zeros, although all of it is
-    overwritten: XLA allocates zeros when a step starts, and holds them until here.
+    `dtype` is that of the results; None: that of the rows. They start as some of the
+    rows and not as zeros, although all of it is overwritten: XLA allocates zeros when a
+    step starts, and holds them until here.
     """
     if count == 1:
         return function(rows)
@@ -242,7 +250,7 @@ def _by_slices(function, rows: jax.Array, num_results: int, count: int) -> jax.A
             new = function(part)
             return lax.dynamic_update_slice_in_dim(results, new, i * size, axis=1)
 
-        some = flat[jnp.arange(num_results) % len(rows)]
+        some = flat[jnp.arange(num_results) % len(rows)].astype(dtype or rows.dtype)
         results = lax.fori_loop(0, count, step, some)
         return results.reshape(num_results, *rows.shape[1:])
 

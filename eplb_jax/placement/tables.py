@@ -93,6 +93,17 @@ class ExpertTables(NamedTuple):
             tables.validate()
         return tables
 
+    @classmethod
+    def in_order(cls, num_experts: int) -> ExpertTables:
+        """Returns the tables of one layer in which physical expert i is expert i.
+
+        Examples:
+          >>> ExpertTables.in_order(3).physical_to_logical_map.tolist()
+          [0, 1, 2]
+        """
+        expert_E = jnp.arange(num_experts, dtype=jnp.int32)
+        return cls(expert_E, expert_E[:, None], jnp.ones_like(expert_E))
+
     @property
     def num_physical_experts(self) -> int:
         """Physical experts per layer."""
