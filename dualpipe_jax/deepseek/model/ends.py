@@ -91,7 +91,7 @@ class ModelEnds:
         module = self.modules.mtp(head["params"]["mtp"], balancing)
         with kernels_for(self.mesh):
             hidden, stats = module(x, self.embed(embed, targets), balancing.tables)
-        return hidden, stats_of(stats)
+        return hidden, stats_of(stats, self.modules.parallel)
 
     def _norm(self, head: PyTree, x: jax.Array) -> jax.Array:
         return self.modules.head(head["params"]).norm(x)

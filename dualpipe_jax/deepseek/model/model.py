@@ -39,6 +39,11 @@ class DeepSeek(DeepSeekOptions):
         of a layer only its input and what was exchanged.
       payload: `"fp8"` sends tokens to their experts in float8, and keeps them so; see
         `eplb_jax.ExpertParallel`.
+      balance: `"exact"` plans each microbatch by its own counts: devices fetch the
+        experts that even out their rows, and the buffer has room for the mean. See
+        `eplb_jax.ExpertParallel`.
+      num_fetched: experts that a device may fetch in a layer and microbatch, for
+        `balance="exact"`.
       layer_costs: costs of the layers, in any unit; None: those of
         `DeepSeekConfig.forward_flops`.
       head_cost: cost of what follows the layers, in the same unit.
@@ -97,7 +102,7 @@ class DeepSeek(DeepSeekOptions):
         self.architecture.check_activations(
             math.ceil(tokens),
             sequence_length,
-            math.ceil(num_choices * devices) if num_rows is None else num_rows,
+            self._most_rows(num_rows, num_choices, devices),
         )
         parallel = ExpertParallel(
             axis_name="ep" if devices > 1 else None,
@@ -106,6 +111,8 @@ class DeepSeek(DeepSeekOptions):
             num_rows=num_rows,
             payload=self.payload,
             remat="experts" in self.remat,
+            balance=self.balance,
+            num_fetched=self.num_fetched,
         )
         return DeepSeekPipeline(
             model=self,
@@ -115,6 +122,11 @@ class DeepSeek(DeepSeekOptions):
             parallel=parallel,
             description=str(partition),
         )
+
+    def _most_rows(self, num_rows: int | None, num_choices: float, devices: int) -> int:
+        if num_rows is not None:
+            return num_rows
+        return math.ceil(num_choices * (1 if self.balance == "exact" else devices))
 
     def build_unpipelined(self, num_microbatches: int = 1) -> DeepSeekPipeline:
         """Returns the model as one stage on one device, without redundant experts."""

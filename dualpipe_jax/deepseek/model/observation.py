@@ -10,36 +10,79 @@ import jax.numpy as jnp
 
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
 from dualpipe_jax.deepseek.model.layout import Layout
+from eplb_jax import ExpertParallel
 from eplb_jax.layer import MoEStats
 
 Stats = dict[str, jax.Array]
 
 
-def stats_of(stats: MoEStats) -> Stats:
+def stats_of(stats: MoEStats, parallel: ExpertParallel) -> Stats:
     """Returns the statistics of one MoE layer that are added up over microbatches."""
-    return {
+    some = {
         "tokens_per_expert": stats.tokens_per_expert,
         "overflow": stats.overflow,
         "balance_loss": stats.balance_loss,
     }
+    if parallel.is_exact:
+        home_DI = stats.tokens_per_physical_expert.reshape(parallel.num_devices, -1)
+        some |= {
+            "fullest_device": stats.device_rows.max(),
+            "fullest_home": home_DI.sum(axis=1, dtype=jnp.int32).max(),
+            "num_fetched": stats.num_fetched,
+        }
+    return some
 
 
-def no_stats(config: DeepSeekConfig) -> Stats:
+def no_stats(config: DeepSeekConfig, parallel: ExpertParallel) -> Stats:
     """Returns the statistics of a layer without experts, which are zeros."""
-    return {
+    none = jnp.zeros((), jnp.int32)
+    some = {
         "tokens_per_expert": jnp.zeros(config.n_routed_experts, jnp.int32),
-        "overflow": jnp.zeros((), jnp.int32),
+        "overflow": none,
         "balance_loss": jnp.zeros((), jnp.float32),
+    }
+    if parallel.is_exact:
+        some |= dict.fromkeys(("fullest_device", "fullest_home", "num_fetched"), none)
+    return some
+
+
+def exact_metrics(stats: Stats, parallel: ExpertParallel, share: int) -> Stats:
+    """How even the devices were in each microbatch, before and after its plan.
+
+    Args:
+      stats: of all layers, added up over microbatches and devices.
+      parallel: with exact balance.
+      share: how often each layer's statistics were added up.
+
+    Returns:
+      `balancedness_exact`, mean over maximum of the devices' rows, and
+      `balancedness_before`, the same if each row were computed where the weights of its
+      expert came from; `fetched_experts`, per device, layer and microbatch.
+    """
+    rows = stats["tokens_per_expert"].sum().astype(jnp.float32) / parallel.num_devices
+
+    def balancedness(fullest_L: jax.Array) -> jax.Array:
+        return rows / jnp.maximum(fullest_L.sum(), 1).astype(jnp.float32)
+
+    return {
+        "balancedness_exact": balancedness(stats["fullest_device"]),
+        "balancedness_before": balancedness(stats["fullest_home"]),
+        "fetched_experts": stats["num_fetched"].mean() / (share * parallel.num_devices),
     }
 
 
 def stack_stats(
-    config: DeepSeekConfig, layout: Layout, stages: Mapping[str, Any], mtp: Stats | None
+    config: DeepSeekConfig,
+    parallel: ExpertParallel,
+    layout: Layout,
+    stages: Mapping[str, Any],
+    mtp: Stats | None,
 ) -> Stats:
     """Stacks the statistics of all MoE layers, in model order.
 
     Args:
       config: the sizes.
+      parallel: how the experts are divided.
       layout: which layer is at which position.
       stages: by layer position (its number, as text), statistics of the stages' layers.
       mtp: statistics of the multi-token prediction module, which comes last.
@@ -52,7 +95,7 @@ def stack_stats(
         return {}
     every = [stages.get(str(at)) for at in range(layout.num_layer_positions)]
     stacked = {}
-    for name in no_stats(config):
+    for name in no_stats(config, parallel):
         column = [None if stats is None else stats[name] for stats in every]
         rows = layout.to_layers(column, first, last)
         stacked[name] = (

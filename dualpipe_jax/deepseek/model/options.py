@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from dualpipe_jax.checked import Count, Range, check_fields
+from dualpipe_jax.checked import Count, Range, Size, check_fields
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig, Positive
 from dualpipe_jax.deepseek.model.placement_config import ComputeDtype, EplbConfig
-from eplb_jax.layer import Payload, check_payload
+from eplb_jax.layer import Balance, Payload, check_payload
 
 Remat = Literal["attention", "experts"]
 StageCode = Literal["shared", "own"]
@@ -29,6 +29,8 @@ class DeepSeekOptions:
     buffer_factor: Positive | None = None
     remat: tuple[Remat, ...] = ()
     payload: Payload = "plain"
+    balance: Balance = "placement"
+    num_fetched: Size = 0
     layer_costs: tuple[Positive, ...] | None = None
     head_cost: NotNegative | None = None
     rank_speeds: tuple[Positive, ...] | None = None
@@ -38,6 +40,21 @@ class DeepSeekOptions:
     def __post_init__(self):
         check_fields(self)
         check_payload(self.payload, self.architecture.hidden_size)
+        if self.num_fetched and self.balance != "exact":
+            raise ValueError(
+                f"num_fetched={self.num_fetched} needs balance='exact'; "
+                f"balance={self.balance!r} fetches nothing."
+            )
+        if self.num_fetched > self.architecture.n_routed_experts:
+            raise ValueError(
+                f"num_fetched={self.num_fetched} must be at most n_routed_experts="
+                f"{self.architecture.n_routed_experts}; a few suffice."
+            )
+        if self.balance == "exact" and (self.buffer_factor or 1) < 1:
+            raise ValueError(
+                f"buffer_factor={self.buffer_factor} contradicts balance='exact', by "
+                "which all devices compute the mean; leave it out."
+            )
         if (self.layer_costs is None) != (self.head_cost is None):
             raise ValueError(
                 "layer_costs and head_cost share a unit; set both or neither."

@@ -18,7 +18,7 @@ from dualpipe_jax.deepseek.model.config import DeepSeekConfig
 from dualpipe_jax.deepseek.model.ends import ModelEnds
 from dualpipe_jax.deepseek.model.layout import Layout, relayout
 from dualpipe_jax.deepseek.model.modules import Modules
-from dualpipe_jax.deepseek.model.observation import stack_stats
+from dualpipe_jax.deepseek.model.observation import exact_metrics, stack_stats
 from dualpipe_jax.deepseek.model.options import DeepSeekOptions
 from dualpipe_jax.deepseek.model.preparation import ParamPreparation
 from dualpipe_jax.deepseek.model.sampling import sample
@@ -182,7 +182,7 @@ class DeepSeekPipeline(PipelineModel):
         share = self.num_microbatches * self.mesh.shape["dp"] * num_copies
         loss, metrics = dict(aux.loss), {}
         mtp = loss.pop("mtp", None)
-        stats = stack_stats(self.arch, self.layout, aux.stages, mtp)
+        stats = stack_stats(self.arch, self.parallel, self.layout, aux.stages, mtp)
         if stats:
             # All devices of `ep` report the same counts.
             counts_LE = stats["tokens_per_expert"] // num_copies
@@ -191,6 +191,8 @@ class DeepSeekPipeline(PipelineModel):
             buffers, metrics = self._replicated((buffers, metrics))
             metrics["overflow"] = (stats["overflow"] // num_copies).sum()
             metrics["balance_loss"] = stats["balance_loss"].mean() / share
+            if self.parallel.is_exact:
+                metrics |= exact_metrics(stats, self.parallel, share)
         metrics |= {name: value / share for name, value in loss.items()}
         return buffers, metrics
 

@@ -73,7 +73,9 @@ class StageRunner:
         kind = params["kind"][position]
         tree = params["layers"][position]
         balancing: Balancing | None = params["balancing"].get(str(position))
-        nothing = None if balancing is None else no_stats(self.modules.arch)
+        nothing = None
+        if balancing is not None:
+            nothing = no_stats(self.modules.arch, self.modules.parallel)
 
         def attend(x: jax.Array):
             with jax.named_scope("attn"):
@@ -127,4 +129,6 @@ class StageRunner:
         assert balancing is not None
         y, stats = layer.mix(x, balancing.tables)
         weight = self.options.balance_loss / self.num_microbatches
-        return add_loss(y, stats.balance_loss, weight), stats_of(stats)
+        return add_loss(y, stats.balance_loss, weight), stats_of(
+            stats, self.modules.parallel
+        )

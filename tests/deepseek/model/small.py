@@ -89,10 +89,11 @@ def unpipelined_steps(config, num_steps):
     """The metrics of each step of the same model on one device, by `jax.grad` alone.
 
     Args:
-      config: mesh, schedule and EPLB make no difference.
+      config: mesh, schedule, EPLB and exact balance make no difference.
       num_steps: how many steps.
     """
-    model = dataclasses.replace(config.model, eplb=None)
+    on_one = {"eplb": None, "balance": "placement", "num_fetched": 0}
+    model = dataclasses.replace(config.model, **on_one)
     return _unpipelined_steps(model, config.num_microbatches, num_steps)
 
 

@@ -97,6 +97,18 @@ def test_one_rank_tied_and_computed_again():
     assert {"mtp_loss", "z_loss"} <= pipelined[0].keys()
 
 
+def test_exact_balance_changes_where_rows_are_computed():
+    config = small.config(
+        mesh={"pp": 2, "ep": 4},
+        model={"eplb": None, "balance": "exact", "num_fetched": 3},
+    )
+    pipelined, _ = pipelined_steps(config, 4)
+    assert_equal_steps(pipelined, small.unpipelined_steps(config, 4), rtol=1e-4)
+    for record in pipelined:
+        assert record["balancedness_exact"] == 1 > record["balancedness_before"]
+        assert 0 < record["fetched_experts"] <= 3 and record["overflow"] == 0
+
+
 def test_bfloat16_computes_with_float32_masters():
     config = small.config(schedule="zb1p", architecture={"num_hidden_layers": 2})
     rounded = dataclasses.replace(config.model, compute_dtype="bfloat16")
