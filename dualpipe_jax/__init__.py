@@ -22,8 +22,14 @@ from dualpipe_jax.schedules import Costs, Schedule, Task, Timeline, simulate
 from dualpipe_jax.schedules.generators.dualpipe import dualpipe
 from dualpipe_jax.schedules.generators.dualpipev import dualpipev
 from dualpipe_jax.schedules.generators.gpipe import gpipe
+from dualpipe_jax.schedules.generators.interleaved_1f1b import interleaved_1f1b
+from dualpipe_jax.schedules.generators.interleaved_zero_bubble import (
+    interleaved_zero_bubble,
+)
+from dualpipe_jax.schedules.generators.looped_bfs import looped_bfs
 from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax.schedules.generators.zb1p import zb1p
+from dualpipe_jax.schedules.generators.zbv import zbv
 from eplb_jax import lookup
 
 if TYPE_CHECKING:
@@ -73,6 +79,9 @@ __all__ = [
     "gpipe",
     "gpu_compiler_options",
     "gpu_mesh",
+    "interleaved_1f1b",
+    "interleaved_zero_bubble",
+    "looped_bfs",
     "lower",
     "memory_report",
     "one_f_one_b",
@@ -88,6 +97,7 @@ __all__ = [
     "split_vjp",
     "stack_stages",
     "zb1p",
+    "zbv",
 ]
 
 # Exported names that need jax, and the rooms that define them.

@@ -43,6 +43,10 @@ SCHEDULES = {
     "zb1p": GREEN,
     "one_f_one_b": ORANGE,
     "gpipe": GREY,
+    "zbv": YELLOW,
+    "interleaved_1f1b": VERMILION,
+    "interleaved_zero_bubble": PURPLE,
+    "looped_bfs": INK,
 }
 POLICIES = {"never": GREY, "once": SKY, "upstream": ORANGE, "refine": GREEN}
 # Communication: hidden under compute, and exposed.

@@ -39,6 +39,9 @@ FROZEN = {
         "gpipe",
         "gpu_compiler_options",
         "gpu_mesh",
+        "interleaved_1f1b",
+        "interleaved_zero_bubble",
+        "looped_bfs",
         "lower",
         "memory_report",
         "one_f_one_b",
@@ -54,6 +57,7 @@ FROZEN = {
         "split_vjp",
         "stack_stages",
         "zb1p",
+        "zbv",
     ],
     eplb_jax: [
         "BalancerState",

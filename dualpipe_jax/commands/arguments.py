@@ -8,7 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dualpipe_jax.schedules import Costs, Schedule
-from dualpipe_jax.schedules.generators import SCHEDULES, check_size
+from dualpipe_jax.schedules.generators import (
+    SCHEDULES,
+    check_size,
+    with_stages_per_rank,
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -94,7 +98,7 @@ def read_integers(option: str, text: str) -> list[int]:
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `KIND --ranks P --microbatches M [--costs ...]`."""
+    """Adds `KIND --ranks P --microbatches M [--stages-per-rank V] [--costs ...]`."""
     parser.add_argument(
         "kind",
         metavar="KIND",
@@ -105,6 +109,12 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "--microbatches", metavar="M", type=int, help="of one training step"
     )
     parser.add_argument(
+        "--stages-per-rank",
+        metavar="V",
+        type=int,
+        help="of an interleaved schedule or looped_bfs (default 2)",
+    )
+    parser.add_argument(
         "--costs",
         default="",
         metavar="F=97,I=104,...",
@@ -113,14 +123,15 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_schedule(args: argparse.Namespace) -> Schedule:
-    """Returns the schedule that `KIND --ranks P --microbatches M` name.
+    """Returns the schedule that KIND, its ranks, microbatches and stages name.
 
     Raises:
       ValueError: it does not exist, or the file does not hold a schedule.
     """
     sizes = {"--ranks": args.ranks, "--microbatches": args.microbatches}
     if args.kind.endswith(".csv"):
-        given = [name for name, size in sizes.items() if size is not None]
+        every = sizes | {"--stages-per-rank": args.stages_per_rank}
+        given = [name for name, size in every.items() if size is not None]
         if given:
             raise ValueError(f"A CSV has its own sizes; leave out {given[0]}.")
         path = Path(args.kind)
@@ -133,5 +144,6 @@ def read_schedule(args: argparse.Namespace) -> Schedule:
     missing = [name for name, size in sizes.items() if size is None]
     if missing:
         raise ValueError(f"{args.kind} needs {' and '.join(missing)}.")
-    check_size(args.ranks, args.microbatches)
-    return SCHEDULES[args.kind](args.ranks, args.microbatches)
+    make = with_stages_per_rank(args.kind, args.stages_per_rank)
+    check_size(args.ranks, args.microbatches, args.stages_per_rank or 1)
+    return make(args.ranks, args.microbatches)

@@ -36,8 +36,8 @@ def bubble_ratios(
     Args:
       num_ranks: size of the pipeline.
       microbatches: per training step; by default from P to 8P, in steps of P/2.
-      costs: of one stage on one microbatch. DualPipeV, which has twice the stages, is
-        charged half of each, except `p2p`.
+      costs: of one of P stages on one microbatch. A schedule with several stages a
+        rank is charged as many parts of each, except `p2p`.
       kinds: names of schedules; all by default.
       lowered: simulate the lowered programs, including the waits that their permutes
         cause.
@@ -74,9 +74,9 @@ def bubble_ratios(
             except ValueError as error:
                 refused = error
                 continue
-            parts = schedule.num_stages // num_ranks if name == "dualpipev" else 1
+            part = _part(costs, schedule.num_stages // num_ranks)
             timed = lower(schedule) if lowered else schedule
-            found[num_microbatches] = simulate(timed, _part(costs, parts)).bubble_ratio
+            found[num_microbatches] = simulate(timed, part).bubble_ratio
     if not any(ratios.values()):
         raise ValueError(
             f"no schedule of {', '.join(ratios)} exists for {num_ranks=} and "
@@ -101,14 +101,16 @@ def bubble_table(ratios: dict[str, dict[int, float]]) -> str:
          8     7.7 %  11.1 %
     """
     names = {kind: KINDS.get(kind, kind) for kind in ratios}
-    width = 2 + max(7, *map(len, names.values()))
-    lines = [f"{'M':>4}" + "".join(f"{name:>{width}}" for name in names.values())]
+    widths = [2 + max(7, len(name)) for name in names.values()]
+    header = zip(names.values(), widths, strict=True)
+    lines = [f"{'M':>4}" + "".join(f"{name:>{width}}" for name, width in header)]
     for size in sorted({size for found in ratios.values() for size in found}):
         cells = [
             f"{100 * found[size]:.1f} %" if size in found else "-"
             for found in ratios.values()
         ]
-        lines.append(f"{size:>4}" + "".join(f"{cell:>{width}}" for cell in cells))
+        row = zip(cells, widths, strict=True)
+        lines.append(f"{size:>4}" + "".join(f"{cell:>{width}}" for cell, width in row))
     return "\n".join(lines)
 
 
@@ -155,13 +157,13 @@ def bubble_ratio(
             linewidth=1.6,
             marker="o",
             markersize=4,
-            # GPipe has the same bubbles as 1F1B; dashes let 1F1B's line show.
-            linestyle=(0, (4, 2)) if kind == "gpipe" else "-",
+            # The same bubbles as 1F1B's, or interleaved 1F1B's; dashes let both show.
+            linestyle=(0, (4, 2)) if kind in ("gpipe", "looped_bfs") else "-",
         )
     axes.set_ylim(bottom=0)
     axes.set_xlabel("microbatches of a step")
     axes.set_ylabel("bubbles, % of a rank's time")
-    style.legend(axes, above=True, columns=len(ratios))
+    style.legend(axes, above=True, columns=min(5, len(ratios)))
     given = ", ".join(f"{name}={value:g}" for name, value in vars(costs).items())
     ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
     program = ", lowered" if lowered else ""

@@ -27,6 +27,10 @@ KINDS = {
     "one_f_one_b": "1F1B",
     "zb1p": "ZB1P",
     "gpipe": "GPipe",
+    "zbv": "ZB-V",
+    "interleaved_1f1b": "Interleaved 1F1B",
+    "interleaved_zero_bubble": "Interleaved ZB",
+    "looped_bfs": "Looped BFS",
 }
 
 _ROW, _GAP, _FONT = 22.0, 3.0, 10.0

@@ -83,7 +83,7 @@ def rank_schedules(
       >>> memory = StageMemory(
       ...     residuals=2, wgrad_residuals=1, parameters=2, gradients=4)
       >>> rank_schedules(8, 32, costs, memory, limit=48)
-      Ranking(5 candidates, 4 fit; best: DualPipe, M=32)
+      Ranking(9 candidates, 7 fit; best: DualPipe, M=32)
       >>> ranking = rank_schedules(8, 32, costs, memory, limit=24)
       >>> ranking.best.schedule, ranking.best.memory.total
       ('1f1b', 22.0)

@@ -144,7 +144,7 @@ def test_all_options_reach_the_ranking(capsys):
             {"remat": "f:residuals=1,wgrad_residuals=2,cost=x"},
             "'cost=x': could not convert",
         ),
-        ({"schedules": "zbv"}, "names 'zbv', which is unknown"),
+        ({"schedules": "zb2p"}, "names 'zb2p', which is unknown"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(changes, message, capsys):

@@ -11,6 +11,7 @@ from dualpipe_jax.commands import main as cli
 from dualpipe_jax.lowering.program import lower
 from dualpipe_jax.pictures import show
 from dualpipe_jax.schedules.generators.dualpipe import dualpipe
+from dualpipe_jax.schedules.generators.interleaved_1f1b import interleaved_1f1b
 from dualpipe_jax.schedules.generators.names import SCHEDULES
 from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax.schedules.schedule import Schedule
@@ -41,6 +42,13 @@ def test_every_kind_travels_as_csv(kind, capsys, tmp_path):
     from_csv = json.loads(capsys.readouterr().out)
     assert cli.main(["simulate", kind, *SIZES, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == from_csv
+
+
+def test_stages_per_rank(capsys):
+    args = ["schedule", "interleaved_1f1b", *SIZES, "--stages-per-rank", "3"]
+    assert cli.main([*args, "--format", "csv"]) == 0
+    expected = interleaved_1f1b(4, 8, stages_per_rank=3)
+    assert capsys.readouterr().out == expected.to_csv()
 
 
 @pytest.mark.parametrize("name", sorted(show.FORMATS))
@@ -162,6 +170,19 @@ def test_simulate_table(capsys):
         (["bubbles", "--ranks", "4", *MANY], r"num_microbatches=1000000000 is more"),
         (["choose", "--ranks", "4", *MANY, *CHOICE], r"num_microbatches=1000000000 is"),
         (["report", "nested"], r"report: error: RecursionError: .*nested too deeply"),
+        (
+            ["schedule", "zb1p", *SIZES, "--stages-per-rank", "2"],
+            r"stages_per_rank=2 cannot be chosen for zb1p; leave it out, or use one of",
+        ),
+        (
+            ["schedule", "looped_bfs", *SIZES, "--stages-per-rank", "0"],
+            r"stages_per_rank=0 must be at least 1",
+        ),
+        (
+            ["schedule", "looped_bfs", *SIZES, "--stages-per-rank", "1000000"],
+            r"times stages_per_rank=1000000 is more than 1,048,576",
+        ),
+        (["simulate", "bad.csv", "--stages-per-rank", "2"], r"leave out --stages-per"),
         (["simulate", "missing.csv"], r"No such file or directory: 'missing.csv'"),
         (["simulate", "bad.csv", "--ranks", "2"], r"own sizes; leave out --ranks"),
         (["simulate", "bad.csv"], r"The schedule deadlocks: rank \d at"),

@@ -17,6 +17,7 @@ from dualpipe_jax.executor.pipeline import (
 )
 from tests.executor.toy import (
     SCHEDULES,
+    SEVERAL_STAGES,
     assert_grads_close,
     embed_fn,
     loss_fn,
@@ -30,19 +31,22 @@ from tests.reference import reference_forward, reference_value_and_grad
 pytestmark = pytest.mark.as_users  # numbers are compared to the last bit
 
 
+ALL = SCHEDULES | SEVERAL_STAGES
+
+
 def arguments(schedule):
     return make_params(schedule.num_stages), *make_batch(schedule.num_microbatches)
 
 
 def run(builder, name, **options):
-    schedule = SCHEDULES[name]
+    schedule = ALL[name]
     step = builder(stage_fn, loss_fn, schedule=schedule, embed_fn=embed_fn, **options)
     return jax.jit(step)(*arguments(schedule))
 
 
 @functools.cache
 def pipelined(name, overlap=None):
-    mesh = make_mesh(pp=SCHEDULES[name].num_ranks)
+    mesh = make_mesh(pp=ALL[name].num_ranks)
     return run(pipeline_value_and_grad, name, mesh=mesh, overlap=overlap)
 
 
@@ -51,13 +55,18 @@ def unpipelined(name):
     return run(reference_value_and_grad, name)
 
 
-# One of the ten is in the quick tier.
-@pytest.mark.parametrize("overlap", [None, True], ids=["", "overlap"])
+# Some are in the quick tier.
 @pytest.mark.parametrize(
-    "name",
+    ("name", "overlap"),
     [
-        n if n == "dualpipev" else pytest.param(n, marks=pytest.mark.slow)
-        for n in SCHEDULES
+        pytest.param(
+            name,
+            overlap,
+            id=f"{name}, overlap" if overlap else name,
+            marks=[] if name == "dualpipev" else [pytest.mark.slow],
+        )
+        for name in ALL
+        for overlap in ((None, True) if name in SCHEDULES else (None,))
     ],
 )
 def test_matches_unpipelined(name, overlap):
@@ -71,10 +80,10 @@ def test_matches_unpipelined(name, overlap):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "overlap"), [*((name, None) for name in SCHEDULES), ("dualpipe", True)]
+    ("name", "overlap"), [*((name, None) for name in ALL), ("dualpipe", True)]
 )
 def test_forward_matches_unpipelined(name, overlap):
-    schedule = SCHEDULES[name]
+    schedule = ALL[name]
     params = make_params(schedule.num_stages)
     tokens, _ = make_batch(schedule.num_microbatches)
     mesh = make_mesh(pp=schedule.num_ranks, dp=2)

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from dualpipe_jax import dualpipe, dualpipev, gpipe, one_f_one_b, zb1p
+from dualpipe_jax import (
+    dualpipe,
+    dualpipev,
+    gpipe,
+    interleaved_1f1b,
+    interleaved_zero_bubble,
+    looped_bfs,
+    one_f_one_b,
+    zb1p,
+    zbv,
+)
 from dualpipe_jax.executor.pipeline import PipelineParams, stack_stages
 
 SCHEDULES = {
@@ -14,6 +24,12 @@ SCHEDULES = {
     "one_f_one_b": one_f_one_b(4, 5),
     "zb1p": zb1p(4, 6),
     "gpipe": gpipe(4, 6),
+}
+SEVERAL_STAGES = {
+    "zbv": zbv(2, 4),
+    "interleaved_1f1b": interleaved_1f1b(2, 4),
+    "interleaved_zero_bubble": interleaved_zero_bubble(2, 4, stages_per_rank=3),
+    "looped_bfs": looped_bfs(2, 3),
 }
 WIDTH, VOCABULARY, MICROBATCH, LENGTH = 16, 11, 4, 6
 

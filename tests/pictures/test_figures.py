@@ -26,7 +26,12 @@ TITLES = {
     "1F1B": "1f1b",
     "ZB1P": "zb1p",
     "GPipe": "gpipe",
+    "ZB-V": "zbv",
+    "Interleaved 1F1B": "interleaved_1f1b",
+    "Interleaved ZB": "interleaved_zero_bubble",
+    "Looped BFS": "looped_bfs",
 }
+HALVES = ("dualpipev", "zbv", *list(TITLES.values())[-3:])
 
 
 @pytest.mark.parametrize("lowered", [False, True])
@@ -40,7 +45,7 @@ def test_lines_are_what_the_simulator_says(lowered):
         name = TITLES[line.get_label()]
         # Two stages per rank: each is half of one.
         costs = DEEPSEEK
-        if name == "dualpipev":
+        if name in HALVES:
             costs = Costs(F=48.5, I=52, W=17.5, FB=64.5, p2p=1.2)
         for size, percent in zip(*line.get_data(), strict=True):
             schedule = SCHEDULES[name](4, int(size))
@@ -57,7 +62,7 @@ def test_default_sizes_and_odd_ranks():
     assert ratios["dualpipe"] == {} and list(ratios["zb1p"]) == list(range(3, 25))
     assert list(pictures.bubble_ratios(1)["gpipe"]) == list(range(1, 9))
     labels = [line.get_label() for line in pictures.bubble_ratio(3).axes[0].lines]
-    assert labels == ["DualPipeV", "1F1B", "ZB1P", "GPipe"]
+    assert labels == [title for title in TITLES if title != "DualPipe"]
     assert "-" in pictures.bubble_table(ratios).splitlines()[1].split()[1]
 
 

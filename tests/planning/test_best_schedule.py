@@ -3,7 +3,7 @@
 import pytest
 
 from dualpipe_jax import Costs, Remat, StageMemory, rank_schedules
-from tests.planning.rankings import DEEPSEEK, GIB, NOTHING
+from tests.planning.rankings import ALL, DEEPSEEK, GIB, NOTHING
 
 
 def by_name(ranking):
@@ -59,17 +59,29 @@ def test_1f1b_wins_where_dualpipe_would_have_to_recompute():
 def test_zb1p_wins_where_there_is_nothing_to_hide():
     costs = Costs(F=1, I=1, W=1)
     memory = StageMemory(residuals=2, wgrad_residuals=1, parameters=10, gradients=20)
-    ranking = rank_schedules(8, 32, costs, memory, limit=60)
+    ranking = rank_schedules(8, 32, costs, memory, limit=60, schedules=ALL)
     assert [each.schedule for each in ranking.fitting] == ["zb1p", "1f1b"]
     assert ranking.best.time == 32 * 3 + 7
     assert any("hide nothing" in note for note in ranking.notes)
     # With unlimited memory, DualPipe saves one of the P-1 units: P-2.
-    assert rank_schedules(8, 32, costs, memory, limit=1e3).best.time == 32 * 3 + 6
+    rich = rank_schedules(8, 32, costs, memory, limit=1e3, schedules=ALL)
+    assert rich.best.time == 32 * 3 + 6
+
+
+def test_two_stages_a_rank_halve_the_bubble_and_are_copied():
+    """Interleaved zero bubble: (P-1)(F+I-W) of half a stage; 10 B more for copies."""
+    costs = Costs(F=1, I=1, W=1)
+    memory = StageMemory(residuals=2, wgrad_residuals=1, parameters=10, gradients=20)
+    ranking = rank_schedules(8, 32, costs, memory, limit=60)
+    best = [each.schedule for each in ranking.fitting]
+    assert best == ["interleaved_zero_bubble", "zb1p", "1f1b"]
+    assert ranking.best.time == 32 * 3 + 7 / 2
+    assert ranking.best.memory.parameters == 20
 
 
 def test_zb1p_wins_where_pairs_cost_more_than_their_halves():
     costs = Costs(F=1, I=1, W=1, FB=3.3)  # two chunks at once get in each other's way
-    ranking = rank_schedules(8, 32, costs, NOTHING, limit=1)
+    ranking = rank_schedules(8, 32, costs, NOTHING, limit=1, schedules=ALL)
     assert ranking.best.schedule == "zb1p"
     assert "FB=3.3 is no less than F + B = 3" in ranking.reason
 

@@ -81,6 +81,10 @@ HELD = {
     "gpipe": (1, 1, 8, 0, 9),
     "dualpipe": (3, 2, 5, 2, 3),  # its own at rest, and two to run
     "dualpipev": (2, 1, 4.5, 2, 3),  # two halves to run, from other ranks
+    "zbv": (2, 1, 4, 3.5, 4),
+    "interleaved_1f1b": (2, 1, 5.5, 0, 4),
+    "interleaved_zero_bubble": (2, 1, 4, 2, 5),
+    "looped_bfs": (2, 1, 8, 0, 9),
 }
 
 

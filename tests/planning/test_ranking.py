@@ -3,7 +3,7 @@
 import pytest
 
 from dualpipe_jax import Costs, Remat, StageMemory, rank_schedules
-from tests.planning.rankings import DEEPSEEK, NOTHING
+from tests.planning.rankings import ALL, DEEPSEEK, NOTHING
 
 
 def test_nothing_fits_and_what_comes_closest():
@@ -27,7 +27,7 @@ def test_what_needs_all_of_the_limit_fits():
 
 
 def test_sizes_without_a_schedule_are_left_out_with_the_reason():
-    ranking = rank_schedules(8, [12, 17, 32], DEEPSEEK, NOTHING, limit=1)
+    ranking = rank_schedules(8, [12, 17, 32], DEEPSEEK, NOTHING, limit=1, schedules=ALL)
     left_out = {(name, size) for name, size, _ in ranking.left_out}
     assert left_out == {("dualpipe", 12), ("dualpipev", 12), ("dualpipe", 17)}
     assert "must be even and >= 2*num_ranks=8" in ranking.reason
@@ -49,7 +49,9 @@ def test_equally_fast_ones_are_ranked_by_memory():
 
 def test_notebooks_show_a_table_that_escapes_names():
     remat = Remat("<b>&", 0, 0)
-    ranking = rank_schedules(2, 4, Costs(), NOTHING, limit=1, remat=remat)
+    ranking = rank_schedules(
+        2, 4, Costs(), NOTHING, limit=1, remat=remat, schedules=ALL
+    )
     html = ranking._repr_html_()
     assert "<b>" not in html and "&lt;b&gt;&amp;" in html
     assert html.count("<tr") == 1 + len(ranking.candidates) == 11

@@ -27,7 +27,7 @@ from tests.planning.rankings import NOTHING
         ({"remat": ["full"]}, r"remat='full' must be a Remat"),
         ({"remat": 3}, r"remat=3 must be a Remat"),
         ({"remat": [Remat("a", 1, 1)] * 2}, r"remat has \['a'\] twice"),
-        ({"schedules": ["1f1b", "zbv"]}, r"names 'zbv', which is unknown; use some"),
+        ({"schedules": ["1f1b", "zb2p"]}, r"names 'zb2p', which is unknown; use some"),
         ({"schedules": []}, r"schedules=\[\] names none"),
         ({"task_overhead": -1}, r"task_overhead=-1 must be a finite number >= 0"),
         ({"update_time": math.nan}, r"update_time=nan must be a finite"),

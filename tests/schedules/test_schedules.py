@@ -11,8 +11,14 @@ from dualpipe_jax.lowering.program import lower
 from dualpipe_jax.schedules.generators.dualpipe import dualpipe
 from dualpipe_jax.schedules.generators.dualpipev import dualpipev
 from dualpipe_jax.schedules.generators.gpipe import gpipe
+from dualpipe_jax.schedules.generators.interleaved_1f1b import interleaved_1f1b
+from dualpipe_jax.schedules.generators.interleaved_zero_bubble import (
+    interleaved_zero_bubble,
+)
+from dualpipe_jax.schedules.generators.looped_bfs import looped_bfs
 from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax.schedules.generators.zb1p import zb1p
+from dualpipe_jax.schedules.generators.zbv import zbv
 from dualpipe_jax.schedules.schedule import OPS, Schedule, Task, predecessors, result_of
 
 # [rank][step][task] = [op, direction, index within direction], recorded by running
@@ -20,7 +26,8 @@ from dualpipe_jax.schedules.schedule import OPS, Schedule, Task, predecessors, r
 UPSTREAM = json.loads(
     (Path(__file__).parents[1] / "data" / "dualpipe_orders.json").read_text()
 )
-KINDS = (dualpipe, dualpipev, one_f_one_b, zb1p, gpipe)
+INTERLEAVED = (interleaved_1f1b, interleaved_zero_bubble, looped_bfs)
+KINDS = (dualpipe, dualpipev, one_f_one_b, zb1p, gpipe, zbv, *INTERLEAVED)
 
 
 @st.composite
@@ -33,6 +40,13 @@ def schedules(draw):
     elif make is dualpipev:
         num_ranks = draw(st.integers(1, 12))
         num_microbatches = 2 * num_ranks + draw(st.integers(0, 12))
+    elif make in INTERLEAVED:
+        num_ranks, rounds = draw(st.integers(1, 8)), draw(st.integers(1, 4))
+        # One round may be small; several have at least P microbatches each.
+        least = num_ranks if rounds > 1 else 1
+        size = least + draw(st.integers(0, (num_ranks - 1) // rounds))
+        per_rank = draw(st.integers(1, 4))
+        return make(num_ranks, rounds * size, stages_per_rank=per_rank)
     else:
         num_ranks, num_microbatches = draw(st.integers(1, 16)), draw(st.integers(1, 40))
     return make(num_ranks, num_microbatches)
@@ -119,8 +133,10 @@ def test_stages_stay_where_they_belong(make):
             rank, direction = schedule.rank_of(stage, m), 0
             if make is dualpipe and m >= 5:
                 expected, direction = 3 - stage, 1
-            elif make is dualpipev and stage >= 4:
+            elif make in (dualpipev, zbv) and stage >= 4:
                 expected, direction = 7 - stage, 1
+            elif make in INTERLEAVED:
+                expected, direction = stage % 4, stage // 4
             else:
                 expected = stage
             assert rank == expected

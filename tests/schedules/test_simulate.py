@@ -10,12 +10,19 @@ from hypothesis import given, settings, strategies as st
 from dualpipe_jax.schedules.generators.dualpipe import dualpipe
 from dualpipe_jax.schedules.generators.dualpipev import dualpipev
 from dualpipe_jax.schedules.generators.gpipe import gpipe
+from dualpipe_jax.schedules.generators.interleaved_1f1b import interleaved_1f1b
+from dualpipe_jax.schedules.generators.interleaved_zero_bubble import (
+    interleaved_zero_bubble,
+)
+from dualpipe_jax.schedules.generators.looped_bfs import looped_bfs
 from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
 from dualpipe_jax.schedules.generators.zb1p import zb1p
+from dualpipe_jax.schedules.generators.zbv import zbv
 from dualpipe_jax.schedules.schedule import Schedule, Task
 from dualpipe_jax.schedules.simulator import Costs, Timeline, peak_activations, simulate
 
-KINDS = (dualpipe, dualpipev, one_f_one_b, zb1p, gpipe)
+INTERLEAVED = (interleaved_1f1b, interleaved_zero_bubble, looped_bfs)
+KINDS = (dualpipe, dualpipev, one_f_one_b, zb1p, gpipe, zbv, *INTERLEAVED)
 
 
 def tick_by_tick(schedule, costs):
@@ -72,7 +79,8 @@ def tick_by_tick(schedule, costs):
 def cases(draw):
     make = draw(st.sampled_from(KINDS))
     num_ranks = draw(st.integers(1, 3)) * (2 if make is dualpipe else 1)
-    num_microbatches = 2 * num_ranks + 2 * draw(st.integers(0, 3))
+    steps = num_ranks if make in INTERLEAVED else 2
+    num_microbatches = 2 * num_ranks + steps * draw(st.integers(0, 3))
     whole = st.integers(0, 5).map(float)
     costs = Costs(*(draw(whole) for _ in range(6)))
     return make(num_ranks, num_microbatches), costs

@@ -7,7 +7,7 @@ little more than its table.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from dualpipe_jax.schedules.schedule import Step, Task
@@ -23,11 +23,11 @@ def unroll(
     """Expands one rank's phases into steps.
 
     Each word takes the next microbatch of its direction; a W belongs to the oldest I
-    without one, of either direction.
+    without one, of either direction or of its own.
 
     Args:
-      phases: pairs (times, words). A word is `F0`, `B1` or `I0`: op and
-        direction; `W`; or an overlapped pair such as `F0&B1`.
+      phases: pairs (times, words). A word is `F0`, `B1`, `I0` or `W1`: op and
+        direction; `W`, of either; or an overlapped pair such as `F0&B1`.
       stages: the logical stage that this rank holds, by direction.
       first_microbatches: number of each direction's first microbatch.
 
@@ -37,11 +37,14 @@ def unroll(
       ['3F0', '3F1', '3I0', '3W0']
     """
     started: Counter[tuple[bool, int]] = Counter()
-    without_w: deque[Task] = deque()
+    without_w: list[Task] = []
 
     def task(word: str) -> Task:
-        if word == "W":
-            return without_w.popleft()._replace(op="W")
+        if word[0] == "W":
+            of = stages if word == "W" else (stages[int(word[1])],)
+            oldest = next(task for task in without_w if task.stage in of)
+            without_w.remove(oldest)
+            return oldest._replace(op="W")
         op, direction = word[0], int(word[1])
         counter = (op == "F", direction)
         index = first_microbatches[direction] + started[counter]
