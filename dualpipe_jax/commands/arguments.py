@@ -102,7 +102,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
         metavar="KIND",
-        help=f"{', '.join(SCHEDULES)}, or the path of a .csv file",
+        help=f"{', '.join(SCHEDULES)}, or the path of a .csv or .json file",
     )
     parser.add_argument("--ranks", metavar="P", type=int, help="size of the pipeline")
     parser.add_argument(
@@ -129,17 +129,20 @@ def read_schedule(args: argparse.Namespace) -> Schedule:
       ValueError: it does not exist, or the file does not hold a schedule.
     """
     sizes = {"--ranks": args.ranks, "--microbatches": args.microbatches}
-    if args.kind.endswith(".csv"):
+    path = Path(args.kind)
+    if path.suffix in (".csv", ".json"):
         every = sizes | {"--stages-per-rank": args.stages_per_rank}
         given = [name for name, size in every.items() if size is not None]
         if given:
-            raise ValueError(f"A CSV has its own sizes; leave out {given[0]}.")
-        path = Path(args.kind)
-        return Schedule.from_csv(path.read_text(encoding="utf-8"), kind=path.stem)
+            raise ValueError(f"A file has its own sizes; leave out {given[0]}.")
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return Schedule.from_json(text)
+        return Schedule.from_csv(text, kind=path.stem)
     if args.kind not in SCHEDULES:
         raise ValueError(
             f"KIND={args.kind!r} is unknown; use one of {', '.join(SCHEDULES)}, or a "
-            "path that ends in .csv."
+            "path that ends in .csv or .json."
         )
     missing = [name for name, size in sizes.items() if size is None]
     if missing:

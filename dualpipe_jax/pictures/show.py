@@ -144,9 +144,14 @@ def _csv(shown: Schedule | Timeline) -> str:
     return (shown if isinstance(shown, Schedule) else shown.schedule).to_csv()
 
 
+def _json(shown: Schedule | Timeline) -> str:
+    return (shown if isinstance(shown, Schedule) else shown.schedule).to_json()
+
+
 FORMATS: dict[str, Callable[[Schedule | Timeline], str | bytes]] = {
     "text": lambda shown: text(shown) + "\n",
     "csv": _csv,
+    "json": _json,
     "svg": svg,
     "png": png,
     "html": html,
@@ -166,7 +171,7 @@ def save(
       shown: what to draw.
       path: the file to write.
       format: one of `FORMATS`; by default from the path's suffix (`.json` is a Chrome
-        trace).
+        trace; `format="json"` writes the schedule itself).
 
     Raises:
       ValueError: the format is unknown.

@@ -7,12 +7,11 @@ them. Nothing here imports jax, so a schedule can be studied anywhere.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
-from dualpipe_jax.schedules import validate as _validate
+from dualpipe_jax.schedules import formats as _formats, validate as _validate
 from dualpipe_jax.schedules.arrays import ScheduleArrays
 from dualpipe_jax.schedules.tasks import (
     OPS,
@@ -20,7 +19,6 @@ from dualpipe_jax.schedules.tasks import (
     Task,
     predecessors,
     result_of,
-    step_from_text,
     step_to_text,
 )
 from dualpipe_jax.schedules.validate import check_size
@@ -176,17 +174,17 @@ class Schedule:
 
         An overlapped pair is written `(0F3;7B1)OVERLAP_F_B`.
         """
-        return "".join(
-            ",".join(step_to_text(step) for step in rank) + "\n" for rank in self.steps
-        )
+        return "".join(",".join(cells) + "\n" for cells in _formats.to_cells(self))
 
     @classmethod
     def from_csv(cls, text: str, kind: str = "csv") -> Schedule:
-        r"""Reads `to_csv`'s format; empty cells (idle in torch's tables) are skipped.
+        r"""Reads `to_csv`'s format, and torch's tables with communication.
 
         Args:
           text: one row per rank, with cells such as `0F3`, `2I0`, `2W0`, `1B2` or
-            `(0F3;7B1)OVERLAP_F_B`.
+            `(0F3;7B1)OVERLAP_F_B`. Skipped are empty cells (idle in torch's tables),
+            messages such as `0SEND_F1` and `1RECV_B0`, and the collectives `0UNSHARD`,
+            `0RESHARD` and `0REDUCE_GRAD`.
           kind: the schedule's name.
 
         Raises:
@@ -196,16 +194,11 @@ class Schedule:
           >>> print(Schedule.from_csv("0F0,,,0B0\n,1F0,1B0").to_csv(), end="")
           0F0,0B0
           1F0,1B0
+          >>> print(Schedule.from_csv("0UNSHARD,0F0,0B0,0REDUCE_GRAD").to_csv(), end="")
+          0F0,0B0
         """
-        steps = tuple(
-            tuple(step_from_text(cell.strip(), rank) for cell in row if cell.strip())
-            for rank, row in enumerate(csv.reader(text.rstrip().splitlines()))
-        )
+        steps = _formats.steps_from_csv(text)
         tasks = [task for rank in steps for step in rank for task in step]
-        if not tasks:
-            raise ValueError(
-                f"{text=} holds no task; write one row per rank with cells such as 0F0."
-            )
         return cls(
             kind=kind,
             num_ranks=len(steps),
@@ -213,6 +206,33 @@ class Schedule:
             num_microbatches=1 + max(task.microbatch for task in tasks),
             steps=steps,
         )
+
+    def to_json(self) -> str:
+        """Returns the schedule as JSON: name, sizes and a row of cells per rank.
+
+        Examples:
+          >>> print(Schedule.from_csv("0F0,0B0", kind="mine").to_json(), end="")
+          {"kind": "mine", "num_ranks": 1, "num_stages": 1, "num_microbatches": 1,
+          "steps": [
+          ["0F0", "0B0"]
+          ]}
+        """
+        return _formats.to_json(self.kind, self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Reads what `to_json` writes.
+
+        Raises:
+          ValueError: the text is not JSON, a field is missing or unknown, a cell cannot
+            be read, or the table is not a valid schedule.
+
+        Examples:
+          >>> schedule = Schedule.from_csv("0F0,0B0", kind="mine")
+          >>> Schedule.from_json(schedule.to_json()) == schedule
+          True
+        """
+        return cls(**_formats.fields_from_json(text))
 
     _repr_html_ = lookup.method("dualpipe_jax.pictures.show:html_fragment")
 

@@ -12,7 +12,11 @@ from typing import NamedTuple, Protocol
 OPS = ("F", "B", "I", "W")
 
 _TASK = re.compile(r"(\d+)([FBIW])(\d+)")
-_PAIR = re.compile(r"\((\d+[FBIW]\d+);(\d+[FBIW]\d+)\)OVERLAP_F_B")
+_PAIR = re.compile(r"\(\s*(\d+[FBIW]\d+)\s*;\s*(\d+[FBIW]\d+)\s*\)\s*OVERLAP_F_B")
+# The executor's permutes, and FSDP's collectives, follow from the tasks.
+_COMMUNICATION = re.compile(
+    r"\d+((SEND|RECV)_[FB]\d+|(UNSHARD|RESHARD|REDUCE_GRAD)\d*)"
+)
 
 
 class Task(NamedTuple):
@@ -101,9 +105,14 @@ def step_to_text(step: Step) -> str:
 def step_from_text(cell: str, rank: int) -> Step:
     """Reads a cell of the CSV; `rank` is its row, named in the error.
 
+    Returns:
+      One task, an overlapped pair, or nothing for a cell that only communicates.
+
     Raises:
-      ValueError: the cell is neither a task nor an overlapped pair.
+      ValueError: the cell is none of these.
     """
+    if _COMMUNICATION.fullmatch(cell):
+        return ()
     pair = _PAIR.fullmatch(cell)
     names = pair.groups() if pair else (cell,)
     tasks = []

@@ -38,6 +38,11 @@ def test_every_kind_travels_as_csv(kind, capsys, tmp_path):
     # And back: a CSV file is a KIND, too.
     path = tmp_path / f"{schedule.kind}.csv"
     path.write_text(text)
+    assert cli.main(["schedule", str(path), "--format", "json"]) == 0
+    as_json = tmp_path / "any name.json"
+    as_json.write_text(capsys.readouterr().out)
+    assert cli.main(["schedule", str(as_json), "--format", "csv"]) == 0
+    assert capsys.readouterr().out == text
     assert cli.main(["simulate", str(path), "--json"]) == 0
     from_csv = json.loads(capsys.readouterr().out)
     assert cli.main(["simulate", kind, *SIZES, "--json"]) == 0

@@ -118,6 +118,7 @@ def test_every_task_once_and_after_what_it_needs(schedule):
 def test_csv_round_trip_and_forward_only(schedule):
     again = Schedule.from_csv(schedule.to_csv(), kind=schedule.kind)
     assert again == schedule
+    assert Schedule.from_json(schedule.to_json()) == schedule
     forward = schedule.forward_only()
     assert forward.is_forward_only and not schedule.is_forward_only
     tasks = [task for _, _, step in forward for task in step]
@@ -167,6 +168,70 @@ def test_csv_as_torch_writes_it():
     text = '0F0,0F1,,"0B0",0I1,0W1\r\n,1F0,1B0,1F1,1I1,1W1\r\n\r\n'
     schedule = Schedule.from_csv(text)
     assert schedule.to_csv() == "0F0,0F1,0B0,0I1,0W1\n1F0,1B0,1F1,1I1,1W1\n"
+
+
+def test_csv_with_communication_as_torch_writes_it():
+    """Format "compute_comms" of `ScheduleInterleavedZeroBubble`, P = M = 2, FSDP."""
+    text = """\
+0UNSHARD,2UNSHARD,0F0,0SEND_F0,2RECV_F0,0F1,0SEND_F1,2RECV_F1,2F0,2SEND_F0,2F1,\
+2SEND_F1,2RECV_B0,2B0,2SEND_B0,2RECV_B1,2B1,2SEND_B1,2REDUCE_GRAD,0RECV_B0,2RESHARD,\
+0B0,0RECV_B1,0B1,0REDUCE_GRAD,0RESHARD
+1UNSHARD,3UNSHARD,1RECV_F0,1F0,1SEND_F0,1RECV_F1,1F1,1SEND_F1,3RECV_F0,3F0,3RECV_F1,\
+3I0,3SEND_B0,1RECV_B0,3F1,3I1,3SEND_B1,1RECV_B1,3W0,1I0,1SEND_B0,3W1,3REDUCE_GRAD,\
+3RESHARD,1I1,1SEND_B1,1W0,1W1,1REDUCE_GRAD,1RESHARD
+"""
+    ours = interleaved_zero_bubble(2, 2)
+    # Torch writes an I that its W follows at once as B.
+    merged = ours.to_csv().splitlines()[0]
+    for cell in ("2I0,2W0", "2I1,2W1", "0I0,0W0", "0I1,0W1"):
+        merged = merged.replace(cell, cell[:4].replace("I", "B").rstrip(","))
+    expected = merged + "\n" + ours.to_csv().splitlines()[1] + "\n"
+    assert Schedule.from_csv(text).to_csv() == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff0F0,0F1,(0F2;0B0)OVERLAP_F_B,0B1,0B2\r\n",
+        ' 0F0 ,\t0F1, "( 0F2 ; 0B0 ) OVERLAP_F_B",0B1 , 0B2 ,\n \n',
+    ],
+)
+def test_csv_may_have_a_byte_order_mark_and_spaces(text):
+    expected = "0F0,0F1,(0F2;0B0)OVERLAP_F_B,0B1,0B2\n"
+    assert Schedule.from_csv(text).to_csv() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-3], r"is not JSON \(.*pass what to_json writes"),
+        (lambda text: "[" * 10**6, r"is not JSON \("),
+        (
+            lambda text: '{"traceEvents": []}',
+            r"this one has traceEvents; write one with",
+        ),
+        (lambda text: "3", r"has the fields kind, num_ranks, .*this one has none"),
+        (lambda text: text.replace('"mine"', "null"), r"kind must be a string, and"),
+        (lambda text: text.replace('"0B0"', "0"), r'a list of cells such as "0F3" per'),
+        (
+            lambda text: text.replace("0B0", "0X0"),
+            r"cell='0X0' of rank 0 is not a step",
+        ),
+        (
+            lambda text: text.replace("1,", "1.5,", 1),
+            r"num_ranks=1.5 must be an integer",
+        ),
+        (
+            lambda text: text.replace("1,", "2,", 1),
+            r"steps has 1 rows, but num_ranks=2",
+        ),
+    ],
+)
+def test_bad_json(change, message):
+    text = Schedule.from_csv("0F0,0B0", kind="mine").to_json()
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_json(change(text))
+    assert Schedule.from_json("\ufeff" + text).to_json() == text
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -227,7 +292,11 @@ def test_illegal_sizes(make, num_ranks, num_microbatches, message):
         ("", r"holds no task; write one row per rank"),
         (" ,,\n", r"holds no task"),
         ("0F0,0X0", r"cell='0X0' of rank 0 is not a step; write cells such as 0F3"),
-        ("0F0,0SEND_F0,0B0", r"'0SEND_F0' of rank 0 is not a step"),
+        ("0F0,0SEND_X0,0B0", r"'0SEND_X0' of rank 0 is not a step"),
+        ("0F0,0SEND_F,0B0", r"'0SEND_F' of rank 0 is not a step"),
+        ("0F0,(0SEND_F0;0B0)OVERLAP_F_B", r"0B0\)OVERLAP_F_B' of rank 0 is not a step"),
+        ("0UNSHARD,0RESHARD", r"holds no task"),
+        ("0F0,0B0\n0RECV_F0,0SEND_F0", r"Rank 1 has no step; leave out ranks without"),
         ("0F0,0B0\n\n1F0,1B0", r"Rank 1 has no step; leave out ranks without work"),
         ("0F0,0B0,0F0", r"0F0 appears twice; run each task exactly once"),
         ("0F0,0B0,1B0", r"Stage 1, microbatch 0 has no F; add 1F0"),
