@@ -49,7 +49,7 @@ def with_stages_per_rank(
       >>> with_stages_per_rank("looped_bfs", 3)(2, 4).num_stages
       6
     """
-    make = SCHEDULES[name]
+    make: Callable[..., Schedule] = SCHEDULES[name]
     if stages_per_rank is None:
         return make
     if make not in _INTERLEAVED:
