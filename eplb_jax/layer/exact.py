@@ -1,4 +1,4 @@
-"""Exact balance: choices to the slots of a `MicrobatchPlan`, and weights to these.
+"""Exact balance: choices to the slots of a `MicrobatchPlan`.
 
 A device's slots are its physical experts and, after them, the extra ones, each for an
 expert that it fetches. To dispatch and to the grouped products, slots are what physical
@@ -10,15 +10,14 @@ are the slots of all devices, by expert.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from eplb_jax.layer.axes import all_gather, axis_index, psum
-from eplb_jax.layer.exchange import Transport, exchange
+from eplb_jax.layer.fetch import Fetch, plan_fetch
 from eplb_jax.layer.ids import known_ids
 from eplb_jax.layer.microbatch_plan import (
     MicrobatchPlan,
@@ -26,15 +25,9 @@ from eplb_jax.layer.microbatch_plan import (
     plan_microbatch,
 )
 from eplb_jax.layer.parallel import ExpertParallel
-from eplb_jax.layer.physical import (
-    WeightGatherPlan,
-    by_slices,
-    gather_weight_rows,
-    plan_weight_gather,
-)
 from eplb_jax.layer.routing import count_experts
 from eplb_jax.layer.varying import is_typed, vary_alike
-from eplb_jax.placement import ExpertTables, divisor_from
+from eplb_jax.placement import ExpertTables
 
 
 class Slots(NamedTuple):
@@ -49,7 +42,7 @@ class Slots(NamedTuple):
 
     slots: jax.Array
     plan: MicrobatchPlan
-    fetch: WeightGatherPlan | None
+    fetch: Fetch | None
 
 
 def plan_slots(experts: jax.Array, tables: ExpertTables, p: ExpertParallel) -> Slots:
@@ -78,16 +71,8 @@ def plan_slots(experts: jax.Array, tables: ExpertTables, p: ExpertParallel) -> S
     )
     fetch = None
     if p.num_fetched:
-        source_S, held = plan.source.reshape(-1), tables.num_physical_experts
-        per_device = held // p.num_devices
-        fetch = plan_weight_gather(
-            jnp.where(source_S < 0, p.num_devices, source_S // per_device),
-            source_S % per_device,
-            p.num_devices,
-            # In the worst case all others fetch from this device.
-            (p.num_devices - 1) * p.num_fetched,
-            p.axis_name,
-        )
+        per_device = tables.num_physical_experts // p.num_devices
+        fetch = plan_fetch(plan.source, per_device, p.axis_name)
     slots = choose_slots(experts, tables, plan, axis_index(p.axis_name))
     return Slots(slots, plan, fetch)
 
@@ -191,92 +176,3 @@ def count_fetched(plan: MicrobatchPlan, axis_name: str) -> jax.Array:
     if is_typed(count_D):
         return psum(count_D[axis_index(axis_name)], axis_name)
     return count_D.sum(dtype=jnp.int32)
-
-
-def add_fetched(
-    weight: jax.Array,
-    fetch: WeightGatherPlan,
-    *,
-    dtype: Any,
-    axis_name: str,
-    transport: Transport,
-) -> jax.Array:
-    """Fetches the weights of the extra slots; differentiable.
-
-    The gradient of a fetched expert is sent to the device that the expert came from,
-    and added there in float32.
-
-    Args:
-      weight: [physical experts of this device, ...].
-      fetch: from `plan_slots`.
-      dtype: of the arithmetic, in which weights are sent.
-      axis_name: mesh axis of the devices.
-      transport: see `exchange`.
-
-    Returns:
-      [slots of this device, ...], of that dtype; zeros for a slot that fetches none.
-    """
-    return _add_fetched(weight, fetch, jnp.dtype(dtype), axis_name, transport)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _add_fetched(
-    weight: jax.Array,
-    fetch: WeightGatherPlan,
-    dtype: Any,
-    axis_name: str,
-    transport: Transport,
-) -> jax.Array:
-    weight = weight.astype(dtype)
-
-    def gather(part: jax.Array) -> jax.Array:
-        return gather_weight_rows(part, fetch, axis_name, transport)
-
-    num_slots = len(fetch.received)
-    fetched = by_slices(gather, weight, num_slots, _num_slices(weight, fetch))
-    return jnp.concatenate([weight, fetched])
-
-
-def _forward(
-    weight: jax.Array,
-    fetch: WeightGatherPlan,
-    dtype: Any,
-    axis_name: str,
-    transport: Transport,
-) -> Any:
-    slots = _add_fetched(weight, fetch, dtype, axis_name, transport)
-    return slots, (fetch, jnp.zeros(0, weight.dtype))
-
-
-def _backward(
-    dtype: Any, axis_name: str, transport: Transport, saved: Any, ct: jax.Array
-) -> Any:
-    del dtype
-    fetch, like = saved
-    num_held = len(ct) - len(fetch.received)
-    # Slots in the order in which their rows arrived; those of none come last.
-    order = jnp.argsort(fetch.received)
-    back = fetch.segments.reversed()
-
-    def send_home(part: jax.Array) -> jax.Array:
-        part, num_sent = part[order], len(fetch.sent)
-        returned = exchange(part, back, num_sent, axis_name, transport)
-        returned = returned.astype(jnp.float32)
-        zeros = jnp.zeros((num_held, *part.shape[1:]), jnp.float32)
-        zeros, returned = vary_alike(zeros, returned)
-        return zeros.at[fetch.sent].add(returned, mode="drop")
-
-    own, fetched = ct[:num_held], ct[num_held:]
-    home = by_slices(
-        send_home, fetched, num_held, _num_slices(own, fetch), dtype=jnp.float32
-    )
-    return (own.astype(jnp.float32) + home).astype(like.dtype), None
-
-
-_add_fetched.defvjp(_forward, _backward)
-
-
-def _num_slices(weight: jax.Array, fetch: WeightGatherPlan) -> int:
-    """So many that a buffer for all that may be sent is no larger than the slots."""
-    least = -(-len(fetch.sent) // (len(weight) + len(fetch.received)))
-    return divisor_from(max(1, math.prod(weight.shape[1:])), least)

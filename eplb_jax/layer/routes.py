@@ -16,13 +16,12 @@ from eplb_jax.layer.axes import Axis, Groups, all_gather, axis_index, psum
 from eplb_jax.layer.choices import combine_choices, dispatch_choices
 from eplb_jax.layer.dispatch import combine, dispatch_tokens
 from eplb_jax.layer.dispatch_plan import plan_dispatch
-from eplb_jax.layer.exact import add_fetched
 from eplb_jax.layer.exchange import Transport
 from eplb_jax.layer.expert_weights import ExpertWeights
+from eplb_jax.layer.fetch import Fetch, add_fetched
 from eplb_jax.layer.grouped_products import Implementation, grouped_matmul
 from eplb_jax.layer.ids import is_repeated
 from eplb_jax.layer.parallel import ExpertParallel
-from eplb_jax.layer.physical import WeightGatherPlan
 
 
 class Fetched(NamedTuple):
@@ -34,7 +33,7 @@ class Fetched(NamedTuple):
       counts: [devices, slots] int32, see `plan_dispatch`.
     """
 
-    plan: WeightGatherPlan | None
+    plan: Fetch | None
     axis_name: str
     counts: jax.Array | None
 

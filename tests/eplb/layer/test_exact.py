@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParallel, ExpertTables, ExpertWeights, mix_experts
-from eplb_jax.layer.exact import add_fetched
+from eplb_jax.layer.fetch import add_fetched, plan_fetch
 from eplb_jax.layer.mixture import Mixed, mix
-from eplb_jax.layer.physical import plan_weight_gather
 from tests.eplb.layer.moe_cases import (
     DEVICES,
     DIM,
@@ -138,10 +137,10 @@ def test_other_settings(changes):
 
 def test_gradients_are_added_in_float32_at_home():
     """Device 0 has one expert that all others fetch; 256 + 1 is 256 in bfloat16."""
-    owner = jnp.array([DEVICES] + [0] * (DEVICES - 1))
+    source = jnp.array([[-1]] + [[0]] * (DEVICES - 1))
 
     def local(weight):
-        fetch = plan_weight_gather(owner, jnp.zeros_like(owner), DEVICES, DEVICES, "ep")
+        fetch = plan_fetch(source, 1, "ep")
 
         def total(weight):
             slots = add_fetched(
