@@ -162,6 +162,23 @@ def test_gradients_are_added_in_float32_at_home():
     assert grads.ravel().tolist() == [256.0 + DEVICES - 1] + [256.0] * (DEVICES - 1)
 
 
+def test_a_fetch_is_one_exchange_of_all_slots():
+    source = jnp.array([[-1, -1]] + [[0, 1]] * (DEVICES - 1))
+
+    def local(weight):
+        fetch = plan_fetch(source, 2, "ep")
+        return add_fetched(
+            weight, fetch, dtype=jnp.bfloat16, axis_name="ep", transport="ragged"
+        )
+
+    mapped = jax.shard_map(
+        local, mesh=MESH, in_specs=P("ep"), out_specs=P("ep"), check_vma=False
+    )
+    text = jax.jit(mapped).lower(jnp.ones((2 * DEVICES, 3))).as_text()
+    assert text.count("@ragged_all_to_all(") == 1
+    assert "all_gather" not in text and "while" not in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
