@@ -28,6 +28,8 @@ from dualpipe_jax.schedules.generators.interleaved_zero_bubble import (
 )
 from dualpipe_jax.schedules.generators.looped_bfs import looped_bfs
 from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.schedules.generators.v_half import v_half
+from dualpipe_jax.schedules.generators.v_min import v_min
 from dualpipe_jax.schedules.generators.zb1p import zb1p
 from dualpipe_jax.schedules.generators.zbv import zbv
 from eplb_jax import lookup
@@ -96,6 +98,8 @@ __all__ = [
     "simulate",
     "split_vjp",
     "stack_stages",
+    "v_half",
+    "v_min",
     "zb1p",
     "zbv",
 ]

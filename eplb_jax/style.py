@@ -44,6 +44,8 @@ SCHEDULES = {
     "one_f_one_b": ORANGE,
     "gpipe": GREY,
     "zbv": YELLOW,
+    "v_half": "#8c510a",
+    "v_min": "#bf9b6a",
     "interleaved_1f1b": VERMILION,
     "interleaved_zero_bubble": PURPLE,
     "looped_bfs": INK,

@@ -56,6 +56,8 @@ FROZEN = {
         "simulate",
         "split_vjp",
         "stack_stages",
+        "v_half",
+        "v_min",
         "zb1p",
         "zbv",
     ],

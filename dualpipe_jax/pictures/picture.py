@@ -28,6 +28,8 @@ KINDS = {
     "zb1p": "ZB1P",
     "gpipe": "GPipe",
     "zbv": "ZB-V",
+    "v_half": "V-Half",
+    "v_min": "V-Min",
     "interleaved_1f1b": "Interleaved 1F1B",
     "interleaved_zero_bubble": "Interleaved ZB",
     "looped_bfs": "Looped BFS",

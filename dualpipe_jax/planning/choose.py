@@ -77,16 +77,17 @@ def rank_schedules(
       activations of 1F1B, ZB1P and DualPipe.
 
     Examples:
-      DeepSeek's costs. With room for a second copy, DualPipe is the fastest:
+      DeepSeek's costs. With room for a second copy, DualPipe is the fastest; with half
+      the memory, V-Half is:
 
       >>> costs = Costs(F=97, I=104, W=35, FB=129, p2p=1.2)
       >>> memory = StageMemory(
       ...     residuals=2, wgrad_residuals=1, parameters=2, gradients=4)
       >>> rank_schedules(8, 32, costs, memory, limit=48)
-      Ranking(9 candidates, 7 fit; best: DualPipe, M=32)
+      Ranking(11 candidates, 9 fit; best: DualPipe, M=32)
       >>> ranking = rank_schedules(8, 32, costs, memory, limit=24)
       >>> ranking.best.schedule, ranking.best.memory.total
-      ('1f1b', 22.0)
+      ('v_half', 20.0)
     """
     num_ranks = check_size("num_ranks", num_ranks)
     sizes = _read_sizes(num_microbatches)

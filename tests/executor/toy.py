@@ -13,6 +13,8 @@ from dualpipe_jax import (
     interleaved_zero_bubble,
     looped_bfs,
     one_f_one_b,
+    v_half,
+    v_min,
     zb1p,
     zbv,
 )
@@ -27,6 +29,8 @@ SCHEDULES = {
 }
 SEVERAL_STAGES = {
     "zbv": zbv(2, 4),
+    "v_half": v_half(4, 4),
+    "v_min": v_min(3, 4),
     "interleaved_1f1b": interleaved_1f1b(2, 4),
     "interleaved_zero_bubble": interleaved_zero_bubble(2, 4, stages_per_rank=3),
     "looped_bfs": looped_bfs(2, 3),

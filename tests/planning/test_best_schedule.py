@@ -46,13 +46,13 @@ def test_1f1b_wins_where_dualpipe_would_have_to_recompute():
     costs = Costs(F=40, I=45, W=35, FB=105)  # little to hide
     memory = StageMemory(residuals=4, wgrad_residuals=1, parameters=3, gradients=6)
     remat = Remat("full", residuals=0.5, wgrad_residuals=1)
-    ranking = rank_schedules(8, 48, costs, memory, limit=45, remat=remat)
+    ranking = rank_schedules(8, 48, costs, memory, limit=45, remat=remat, schedules=ALL)
     best = ranking.best
     assert (best.schedule, best.remat) == ("1f1b", "none")
     told = [line for line in ranking.reason.splitlines() if line.startswith("DualPipe")]
     assert any("remat full: takes" in line and "recomputes" in line for line in told)
     assert any("less time than the best, but needs" in line for line in told)
-    free = rank_schedules(8, 48, costs, memory, limit=100, remat=remat)
+    free = rank_schedules(8, 48, costs, memory, limit=100, remat=remat, schedules=ALL)
     assert free.best.schedule == "dualpipe"
 
 
@@ -74,9 +74,17 @@ def test_two_stages_a_rank_halve_the_bubble_and_are_copied():
     memory = StageMemory(residuals=2, wgrad_residuals=1, parameters=10, gradients=20)
     ranking = rank_schedules(8, 32, costs, memory, limit=60)
     best = [each.schedule for each in ranking.fitting]
-    assert best == ["interleaved_zero_bubble", "zb1p", "1f1b"]
+    assert best == ["interleaved_zero_bubble", "zb1p", "v_half", "v_min", "1f1b"]
     assert ranking.best.time == 32 * 3 + 7 / 2
     assert ranking.best.memory.parameters == 20
+
+
+def test_v_half_wins_where_activations_are_what_takes_memory():
+    """Activations take 10, where 1F1B's take 16; one more for copied parameters."""
+    memory = StageMemory(residuals=2, wgrad_residuals=0.5, parameters=1, gradients=2)
+    ranking = rank_schedules(8, 32, Costs(F=1, I=1, W=1), memory, limit=16)
+    assert [each.schedule for each in ranking.fitting] == ["v_half", "v_min"]
+    assert ranking.best.time == 32 * 3 + 17 / 2
 
 
 def test_zb1p_wins_where_pairs_cost_more_than_their_halves():

@@ -82,6 +82,8 @@ HELD = {
     "dualpipe": (3, 2, 5, 2, 3),  # its own at rest, and two to run
     "dualpipev": (2, 1, 4.5, 2, 3),  # two halves to run, from other ranks
     "zbv": (2, 1, 4, 3.5, 4),
+    "v_half": (2, 1, 3, 2, 3),
+    "v_min": (2, 1, 2, 1, 3),
     "interleaved_1f1b": (2, 1, 5.5, 0, 4),
     "interleaved_zero_bubble": (2, 1, 4, 2, 5),
     "looped_bfs": (2, 1, 8, 0, 9),

@@ -17,6 +17,8 @@ from dualpipe_jax.schedules.generators.interleaved_zero_bubble import (
 )
 from dualpipe_jax.schedules.generators.looped_bfs import looped_bfs
 from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.schedules.generators.v_half import v_half
+from dualpipe_jax.schedules.generators.v_min import v_min
 from dualpipe_jax.schedules.generators.zb1p import zb1p
 from dualpipe_jax.schedules.generators.zbv import zbv
 from dualpipe_jax.schedules.schedule import OPS, Schedule, Task, predecessors, result_of
@@ -27,7 +29,8 @@ UPSTREAM = json.loads(
     (Path(__file__).parents[1] / "data" / "dualpipe_orders.json").read_text()
 )
 INTERLEAVED = (interleaved_1f1b, interleaved_zero_bubble, looped_bfs)
-KINDS = (dualpipe, dualpipev, one_f_one_b, zb1p, gpipe, zbv, *INTERLEAVED)
+V_SHAPED = (dualpipev, zbv, v_half, v_min)
+KINDS = (dualpipe, *V_SHAPED, one_f_one_b, zb1p, gpipe, *INTERLEAVED)
 
 
 @st.composite
@@ -134,7 +137,7 @@ def test_stages_stay_where_they_belong(make):
             rank, direction = schedule.rank_of(stage, m), 0
             if make is dualpipe and m >= 5:
                 expected, direction = 3 - stage, 1
-            elif make in (dualpipev, zbv) and stage >= 4:
+            elif make in V_SHAPED and stage >= 4:
                 expected, direction = 7 - stage, 1
             elif make in INTERLEAVED:
                 expected, direction = stage % 4, stage // 4

@@ -16,13 +16,16 @@ from dualpipe_jax.schedules.generators.interleaved_zero_bubble import (
 )
 from dualpipe_jax.schedules.generators.looped_bfs import looped_bfs
 from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.schedules.generators.v_half import v_half
+from dualpipe_jax.schedules.generators.v_min import v_min
 from dualpipe_jax.schedules.generators.zb1p import zb1p
 from dualpipe_jax.schedules.generators.zbv import zbv
 from dualpipe_jax.schedules.schedule import Schedule, Task
 from dualpipe_jax.schedules.simulator import Costs, Timeline, peak_activations, simulate
 
 INTERLEAVED = (interleaved_1f1b, interleaved_zero_bubble, looped_bfs)
-KINDS = (dualpipe, dualpipev, one_f_one_b, zb1p, gpipe, zbv, *INTERLEAVED)
+V_SHAPED = (dualpipev, zbv, v_half, v_min)
+KINDS = (dualpipe, *V_SHAPED, one_f_one_b, zb1p, gpipe, *INTERLEAVED)
 
 
 def tick_by_tick(schedule, costs):

@@ -14,12 +14,18 @@ from dualpipe_jax.schedules.generators.interleaved_zero_bubble import (
 )
 from dualpipe_jax.schedules.generators.looped_bfs import looped_bfs
 from dualpipe_jax.schedules.generators.one_f_one_b import one_f_one_b
+from dualpipe_jax.schedules.generators.v_half import v_half
+from dualpipe_jax.schedules.generators.v_min import v_min
 from dualpipe_jax.schedules.generators.zb1p import zb1p
 from dualpipe_jax.schedules.generators.zbv import zbv
 from dualpipe_jax.schedules.schedule import Schedule
 
 # Those that take any number of stages a rank, 2 by default.
-_INTERLEAVED = (interleaved_1f1b, interleaved_zero_bubble, looped_bfs)
+_INTERLEAVED: dict[str, Callable[..., Schedule]] = {
+    "interleaved_1f1b": interleaved_1f1b,
+    "interleaved_zero_bubble": interleaved_zero_bubble,
+    "looped_bfs": looped_bfs,
+}
 # Name -> (num_ranks, num_microbatches) -> Schedule; 1F1B has two names.
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "dualpipe": dualpipe,
@@ -29,7 +35,9 @@ SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "zb1p": zb1p,
     "gpipe": gpipe,
     "zbv": zbv,
-    **{make.__name__: make for make in _INTERLEAVED},
+    "v_half": v_half,
+    "v_min": v_min,
+    **_INTERLEAVED,
 }
 
 
@@ -49,12 +57,11 @@ def with_stages_per_rank(
       >>> with_stages_per_rank("looped_bfs", 3)(2, 4).num_stages
       6
     """
-    make: Callable[..., Schedule] = SCHEDULES[name]
     if stages_per_rank is None:
-        return make
-    if make not in _INTERLEAVED:
+        return SCHEDULES[name]
+    if name not in _INTERLEAVED:
         raise ValueError(
             f"{stages_per_rank=} cannot be chosen for {name}; leave it out, or use one "
-            f"of {', '.join(each.__name__ for each in _INTERLEAVED)}."
+            f"of {', '.join(_INTERLEAVED)}."
         )
-    return functools.partial(make, stages_per_rank=stages_per_rank)
+    return functools.partial(_INTERLEAVED[name], stages_per_rank=stages_per_rank)
