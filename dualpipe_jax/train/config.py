@@ -87,7 +87,8 @@ class TrainConfig:
       model: see `ModelConfig`.
       mesh: axis name -> size. `pp` is the pipeline; `dp` and `ep` split each microbatch
         and are 1 where they are not given; `ep` splits the experts too.
-      schedule: a name in `SCHEDULES`, or (num_ranks, num_microbatches) -> Schedule.
+      schedule: a name in `SCHEDULES`, or (num_ranks, num_microbatches) -> Schedule,
+        such as `functools.partial(interleaved_1f1b, stages_per_rank=4)`.
       num_microbatches: microbatches per step.
       microbatch_size: sequences in one microbatch, over all of `dp` and `ep`.
       sequence_length: bytes that one sequence predicts.
@@ -183,7 +184,7 @@ class TrainConfig:
         sizes = self.mesh["pp"], self.num_microbatches
         if isinstance(self.schedule, str):
             return SCHEDULES[self.schedule](*sizes)
-        name = getattr(self.schedule, "__name__", self.schedule)
+        name = _name_of(self.schedule)
         try:
             schedule = self.schedule(*sizes)
         except Exception as error:
@@ -220,8 +221,21 @@ class TrainConfig:
         return json.dumps(
             dataclasses.asdict(self),
             indent=2,
-            default=lambda value: getattr(value, "__name__", str(value)),
+            default=_name_of,
         )
+
+
+def _name_of(value: Any) -> str:
+    """Returns a function's name; a partial one is shown with its arguments.
+
+    Without addresses: processes compare their configurations as text.
+
+    Examples:
+      >>> import functools
+      >>> _name_of(functools.partial(SCHEDULES["looped_bfs"], stages_per_rank=4))
+      'functools.partial(<function looped_bfs>, stages_per_rank=4)'
+    """
+    return getattr(value, "__name__", re.sub(r" at 0x[0-9a-fA-F]+", "", str(value)))
 
 
 def load_config(name: str) -> TrainConfig:

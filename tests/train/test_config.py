@@ -1,6 +1,7 @@
 """Configs are found by path or name, and those that cannot be run are refused."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dualpipe_jax.commands import main as cli
+from dualpipe_jax.schedules.generators.interleaved_1f1b import interleaved_1f1b
 from dualpipe_jax.train import config as config_module
 from dualpipe_jax.train.mesh import ask_for_devices, check_memory, make_mesh
 from tests.train import tiny
@@ -169,3 +171,14 @@ def test_json_names_the_schedule():
     assert read["schedule"] == "dualpipe"
     assert read["model"]["width"] == 16
     assert read["mesh"] == {"pp": 2}
+
+
+def test_stages_per_rank_are_part_of_the_schedule_and_of_its_text():
+    """The text has no address: processes compare it."""
+    many = functools.partial(interleaved_1f1b, stages_per_rank=3)
+    config = dataclasses.replace(tiny.config(), schedule=many)
+    schedule = config.make_schedule()
+    assert schedule.num_stages == 3 * schedule.num_ranks
+    written = json.loads(config.to_json())["schedule"]
+    assert "interleaved_1f1b" in written and "stages_per_rank=3" in written
+    assert " at 0x" not in written
