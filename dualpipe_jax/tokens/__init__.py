@@ -14,7 +14,6 @@ from dualpipe_jax.tokens.dataset import (
 from dualpipe_jax.tokens.learning import learn_tokenizer as learn_tokenizer
 from dualpipe_jax.tokens.plain import (
     ByteTokenizer as ByteTokenizer,
-    Decoder as Decoder,
     NumberTokenizer as NumberTokenizer,
     Tokenizer as Tokenizer,
 )

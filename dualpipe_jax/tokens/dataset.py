@@ -52,10 +52,6 @@ class DatasetInfo:
             ) from error
         return info
 
-    def to_json(self) -> str:
-        """The text of `tokens.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
 
 def is_dataset(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder that `tokenize` writes, or has begun to write."""

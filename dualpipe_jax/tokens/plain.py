@@ -21,14 +21,12 @@ class Tokenizer(abc.ABC):
 
     Attributes:
       unit: what one token is called in reports.
-      vocab_size: tokens are below it; None: any are possible.
       stop_tokens: tokens that end a completion.
-      token_bytes: [vocab_size] int32, how many bytes of text each token stands for;
+      token_bytes: [vocabulary] int32, how many bytes of text each token stands for;
         None: not known.
     """
 
     unit: str = "token"
-    vocab_size: int | None = None
     stop_tokens: tuple[int, ...] = ()
     token_bytes: np.ndarray | None = None
 
@@ -92,7 +90,6 @@ class ByteTokenizer(Tokenizer):
     """
 
     unit = "byte"
-    vocab_size = 256
     token_bytes = np.ones(256, np.int32)
 
     def encode(self, text: str) -> list[int]:

@@ -65,7 +65,7 @@ class PublishedTokenizer(Tokenizer):
     Attributes:
       folder: the folder.
       digest: tells tokenizers apart.
-      num_tokens: of the vocabulary, from 0; `vocab_size` is the same.
+      vocab_size: tokens are below it.
       end_token: separates documents; None: the folder names none.
       token_bytes: see `Tokenizer`; special tokens stand for none.
 
@@ -97,8 +97,7 @@ class PublishedTokenizer(Tokenizer):
         self._inner.no_padding()
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._vocabulary = self._inner.get_vocab(with_added_tokens=True)
-        self.num_tokens = max(self._vocabulary.values(), default=-1) + 1
-        self.vocab_size = self.num_tokens
+        self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
         self._config = _object(self.folder / _CONFIG)
         self._special = {
             name: _token_text(self._config.get(name))
@@ -110,9 +109,9 @@ class PublishedTokenizer(Tokenizer):
             self.end_token = self.stop_tokens[0]
 
     def check_fits(self, vocab_size: int | None) -> None:
-        if vocab_size is not None and self.num_tokens > vocab_size:
+        if vocab_size is not None and self.vocab_size > vocab_size:
             raise ValueError(
-                f"{self.folder / FILE} has {self.num_tokens} tokens, but the model's "
+                f"{self.folder / FILE} has {self.vocab_size} tokens, but the model's "
                 f"vocab_size is {vocab_size}; use the tokenizer that it was made for."
             )
 
@@ -168,7 +167,7 @@ class PublishedTokenizer(Tokenizer):
             for token in map(int, tokens):
                 all_tokens.append(token)
                 # Tokens beyond the vocabulary are padding of the model's matrices.
-                if token < self.num_tokens:
+                if token < self.vocab_size:
                     new.append(stream.step(self._inner, token) or "")
             text = "".join(new)
             written.append(text)
@@ -217,7 +216,7 @@ class PublishedTokenizer(Tokenizer):
         if not is_byte_level and not decoders & {"Metaspace", "ByteFallback"}:
             return None
         added = {each["id"]: each for each in self._parsed.get("added_tokens", [])}
-        sizes = np.zeros(self.num_tokens, np.int32)
+        sizes = np.zeros(self.vocab_size, np.int32)
         for token, number in self._vocabulary.items():
             if number in added:
                 is_special = added[number].get("special", False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -171,7 +173,7 @@ def _write(
 ) -> None:
     """Writes what is missing, and the file's header at last."""
     end_token = settings["end token"]
-    largest = max(end_token, tokenizer.num_tokens - 1)
+    largest = max(end_token, tokenizer.vocab_size - 1)
     dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
     path = out / TOKENS_FILE
     with path.open("r+b" if path.exists() else "w+b") as file:
@@ -234,22 +236,17 @@ def _encode(
     tokenizer: PublishedTokenizer, pieces: Sequence[Piece]
 ) -> tuple[list[str], list[list[int]]]:
     """The texts of pieces, and their tokens; messages by the chat template."""
-    texts, is_text = [], []
-    for piece in pieces:
-        is_text.append(isinstance(piece.text, str))
-        if isinstance(piece.text, str):
-            texts.append(piece.text)
-        else:
-            texts.append(tokenizer.render(piece.text, add_generation_prompt=False))
-    plain = [text for text, is_plain in zip(texts, is_text, strict=True) if is_plain]
-    chats = [
-        text for text, is_plain in zip(texts, is_text, strict=True) if not is_plain
+    rendered = [
+        (True, piece.text)
+        if isinstance(piece.text, str)
+        else (False, tokenizer.render(piece.text, add_generation_prompt=False))
+        for piece in pieces
     ]
-    tokens = {
-        True: iter(tokenizer.encode_documents(plain)),
-        False: iter(tokenizer.encode_rendered(chats)),
-    }
-    return texts, [next(tokens[is_plain]) for is_plain in is_text]
+    tokens: list[list[int]] = []
+    for is_plain, run in itertools.groupby(rendered, operator.itemgetter(0)):
+        encode = tokenizer.encode_documents if is_plain else tokenizer.encode_rendered
+        tokens += encode([text for _, text in run])
+    return [text for _, text in rendered], tokens
 
 
 def _write_header(file: IO[bytes], dtype: np.dtype, num_tokens: int) -> None:

@@ -4,6 +4,8 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dualpipe_jax.commands import main as cli
@@ -32,16 +34,13 @@ def expected(tokenizer, texts):
 @pytest.fixture
 def files(tmp_path):
     """The documents as text files, JSON lines, compressed ones, and Parquet."""
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as parquet
-
     rows = [{"text": text, "id": i} for i, text in enumerate(DOCUMENTS)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows)
     lines += '{"text": null}\n{"text": ""}\n'
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     table = pyarrow.table({"id": [0, 1, 2, 3], "text": [*DOCUMENTS, None]})
-    parquet.write_table(table, tmp_path / "c.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
     (tmp_path / "d.txt").write_text(DOCUMENTS[0])
     return [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt")]
 

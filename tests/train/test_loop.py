@@ -333,7 +333,7 @@ def test_a_run_of_tokens_keeps_their_tokenizer(tmp_path, monkeypatch):
     bits = again.held_out_loss / math.log(2)
     assert again.held_out_bits_per_byte == pytest.approx(bits) and not kept.exists()
     assert (tmp_path / "run" / "previous-1" / TOKENIZER / "tokenizer.json").is_file()
-    # Tokens of which nobody knows what they stand for.
+    # Tokens whose text is not known.
     numbers = Text(data, data[:400], "numbers", NumberTokenizer())
     result, _ = run(tmp_path / "numbers", text=numbers, num_steps=2, eval_every=2)
     assert result.held_out_loss and result.held_out_bits_per_byte is None
