@@ -35,7 +35,7 @@ def interleaved_1f1b(
       1F0,1F1,3F0,3B0,3F1,3B1,1B0,1B1
     """
     rounds = Rounds.of(num_ranks, num_microbatches, stages_per_rank)
-    steps = []
+    orders = []
     for rank in range(rounds.num_ranks):
         warmup = rounds.warmup(rank, per_hop=2)
         forwards, backwards = rounds.forwards(rank), rounds.backwards("B", rank)
@@ -43,11 +43,5 @@ def interleaved_1f1b(
         for pair in zip(forwards[warmup:], backwards, strict=False):
             order += pair
         order += backwards[rounds.num_tasks - warmup :]  # cooldown
-        steps.append(tuple((task,) for task in order))
-    return Schedule(
-        "interleaved_1f1b",
-        rounds.num_ranks,
-        rounds.num_ranks * rounds.stages_per_rank,
-        rounds.num_microbatches,
-        tuple(steps),
-    )
+        orders.append(order)
+    return rounds.schedule("interleaved_1f1b", orders)

@@ -36,7 +36,7 @@ def interleaved_zero_bubble(
       1F0,1F1,3F0,3I0,3F1,3I1,3W0,1I0,3W1,1I1,1W0,1W1
     """
     rounds = Rounds.of(num_ranks, num_microbatches, stages_per_rank)
-    steps = []
+    orders = []
     for rank in range(rounds.num_ranks):
         warmup = rounds.warmup(rank, per_hop=1)
         forwards, backwards = rounds.forwards(rank), rounds.backwards("I", rank)
@@ -47,11 +47,5 @@ def interleaved_zero_bubble(
             order.append(backward)
             order += weights[k - rank : k - rank + 1] if k >= rank else ()
         order += weights[max(0, rounds.num_tasks - rank) :]
-        steps.append(tuple((task,) for task in order))
-    return Schedule(
-        "interleaved_zero_bubble",
-        rounds.num_ranks,
-        rounds.num_ranks * rounds.stages_per_rank,
-        rounds.num_microbatches,
-        tuple(steps),
-    )
+        orders.append(order)
+    return rounds.schedule("interleaved_zero_bubble", orders)

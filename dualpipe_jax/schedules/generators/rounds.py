@@ -11,9 +11,10 @@ may be larger here, as in torch.distributed.pipelining.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from dualpipe_jax.schedules.schedule import Task, check_size
+from dualpipe_jax.schedules.schedule import Schedule, Task, check_size
 
 
 class Rounds(NamedTuple):
@@ -80,6 +81,16 @@ class Rounds(NamedTuple):
         """
         last = (self.stages_per_rank - 1) * self.size
         return min(last + per_hop * (self.num_ranks - 1 - rank), self.num_tasks)
+
+    def schedule(self, kind: str, orders: Sequence[Sequence[Task]]) -> Schedule:
+        """Returns the schedule in which each rank runs its tasks one by one."""
+        return Schedule(
+            kind,
+            self.num_ranks,
+            self.num_ranks * self.stages_per_rank,
+            self.num_microbatches,
+            tuple(tuple((task,) for task in order) for order in orders),
+        )
 
     def _in_rounds(self, op: str, rank: int, chunks) -> list[Task]:
         chunks = tuple(chunks)
