@@ -93,7 +93,8 @@ def plan_dispatch(
     order_C = jnp.argsort(key_C, stable=True).astype(jnp.int32)
     position_C = jnp.arange(len(order_C), dtype=jnp.int32)
     inverse_C = jnp.zeros_like(position_C).at[order_C].set(position_C)
-    counts = _count(physical_experts, num_physical_experts, axis_name, counts)
+    if counts is None:
+        counts = _count(physical_experts, num_physical_experts, axis_name)
     count_DDI = counts.reshape(num_devices, num_devices, -1)
     me = 0 if axis_name is None else axis_index(axis_name)
     if num_rows is None:
@@ -122,8 +123,7 @@ def plan_dispatch(
     if axis_name is not None and is_typed(counts):
         # Except where types must say that all devices have the same values.
         tokens_per_physical_expert = psum(counts[me], axis_name)
-        overflow = (wanted_DD - send_sizes_DD)[me].sum(dtype=jnp.int32)
-        overflow = psum(overflow, axis_name)
+        overflow = psum((wanted_DD - send_sizes_DD)[me].sum(dtype=jnp.int32), axis_name)
     segments = Segments(send_sizes_DD, input_offsets_DD, output_offsets_DD)
     return DispatchPlan(
         order=order_C[:num_sent],
@@ -138,14 +138,9 @@ def plan_dispatch(
 
 
 def _count(
-    physical_experts: jax.Array,
-    num_physical_experts: int,
-    axis_name: Axis | None,
-    known: jax.Array | None,
+    physical_experts: jax.Array, num_physical_experts: int, axis_name: Axis | None
 ) -> jax.Array:
-    """[devices, physical experts] choices of each device, unless they are known."""
-    if known is not None:
-        return known
+    """[devices, physical experts] choices of each device."""
     count_S = count_experts(physical_experts, num_physical_experts)
     return count_S[None] if axis_name is None else all_gather(count_S, axis_name)
 

@@ -12,6 +12,7 @@ Shape suffixes: see `eplb_jax`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -102,16 +103,26 @@ def _exchange(
     axis_name: Axis,
     transport: Transport,
 ) -> jax.Array:
-    by = {"ragged": _by_ragged, "gather": _by_gather}
     options = {"num_received": num_received, "axis_name": axis_name}
-    if transport != "auto":
-        return by[transport](rows, segments, **options)
-    return lax.platform_dependent(
+    return by_transport(
+        transport,
+        functools.partial(_by_ragged, **options),
+        functools.partial(_by_gather, **options),
         rows,
         segments,
-        cuda=functools.partial(_by_ragged, **options),
-        default=functools.partial(_by_gather, **options),
     )
+
+
+def by_transport(
+    transport: Transport,
+    ragged: Callable[..., jax.Array],
+    gather: Callable[..., jax.Array],
+    *args: Any,
+) -> jax.Array:
+    """Calls what a transport stands for; see `exchange`."""
+    if transport == "auto":
+        return lax.platform_dependent(*args, cuda=ragged, default=gather)
+    return {"ragged": ragged, "gather": gather}[transport](*args)
 
 
 def _forward(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.layer.axes import all_gather, axis_index, ragged_all_to_all
-from eplb_jax.layer.exchange import Transport, exchange
+from eplb_jax.layer.exchange import Transport, by_transport, exchange
 from eplb_jax.layer.physical import WeightGatherPlan, by_slices, plan_weight_gather
 from eplb_jax.layer.varying import vary_alike
 from eplb_jax.placement import divisor_from, take_or_zero
@@ -93,16 +93,13 @@ def _add_fetched(
     weight: jax.Array, fetch: Fetch, dtype: Any, axis_name: str, transport: Transport
 ) -> jax.Array:
     weight = weight.astype(dtype)
-    by = {"ragged": _by_ragged, "gather": _by_gather}
-    if transport == "auto":
-        fetched = lax.platform_dependent(
-            weight,
-            fetch.source,
-            cuda=functools.partial(_by_ragged, axis_name=axis_name),
-            default=functools.partial(_by_gather, axis_name=axis_name),
-        )
-    else:
-        fetched = by[transport](weight, fetch.source, axis_name=axis_name)
+    fetched = by_transport(
+        transport,
+        functools.partial(_by_ragged, axis_name=axis_name),
+        functools.partial(_by_gather, axis_name=axis_name),
+        weight,
+        fetch.source,
+    )
     return jnp.concatenate([weight, fetched])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from eplb_jax.layer.exchange import Transport
@@ -104,6 +105,21 @@ class ExpertParallel:
     def is_exact(self) -> bool:
         """Whether each call is planned by its own counts."""
         return self.balance == "exact" and self.num_devices > 1
+
+    def most_rows(self, num_choices: float) -> int:
+        """Rows of a device's buffer, if each device has so many choices.
+
+        Examples:
+          >>> ExpertParallel("ep", num_devices=4).most_rows(8)
+          32
+          >>> ExpertParallel("ep", num_devices=4, balance="exact").most_rows(8)
+          8
+        """
+        if self.num_rows is not None:
+            return self.num_rows
+        return math.ceil(
+            num_choices * (1 + self.slack if self.is_exact else self.num_devices)
+        )
 
 
 ONE_DEVICE = ExpertParallel()

@@ -98,21 +98,18 @@ class DeepSeek(DeepSeekOptions):
         devices = mesh.shape["ep"]
         tokens = microbatch_size * sequence_length / (mesh.shape["dp"] * devices)
         num_choices = tokens * self.architecture.num_experts_per_tok
-        num_rows = rows_of_buffer(self.buffer_factor, num_choices, devices)
-        self.architecture.check_activations(
-            math.ceil(tokens),
-            sequence_length,
-            self._most_rows(num_rows, num_choices, devices),
-        )
         parallel = ExpertParallel(
             axis_name="ep" if devices > 1 else None,
             num_devices=devices,
             num_nodes=self.eplb.num_nodes if self.eplb else 1,
-            num_rows=num_rows,
+            num_rows=rows_of_buffer(self.buffer_factor, num_choices, devices),
             payload=self.payload,
             remat="experts" in self.remat,
             balance=self.balance,
             num_fetched=self.num_fetched,
+        )
+        self.architecture.check_activations(
+            math.ceil(tokens), sequence_length, parallel.most_rows(num_choices)
         )
         return DeepSeekPipeline(
             model=self,
@@ -122,11 +119,6 @@ class DeepSeek(DeepSeekOptions):
             parallel=parallel,
             description=str(partition),
         )
-
-    def _most_rows(self, num_rows: int | None, num_choices: float, devices: int) -> int:
-        if num_rows is not None:
-            return num_rows
-        return math.ceil(num_choices * (1 if self.balance == "exact" else devices))
 
     def build_unpipelined(self, num_microbatches: int = 1) -> DeepSeekPipeline:
         """Returns the model as one stage on one device, without redundant experts."""

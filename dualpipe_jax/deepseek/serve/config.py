@@ -155,9 +155,7 @@ class ServeConfig:
     def _check_arrays(self) -> None:
         arch = self.architecture
         tokens = max(self.max_prefill_tokens, self.requests_per_device)
-        num_rows = self.parallel(tokens).num_rows
-        if num_rows is None:
-            num_rows = self.num_devices * tokens * arch.num_experts_per_tok
+        num_rows = self.parallel(tokens).most_rows(tokens * arch.num_experts_per_tok)
         arch.check_activations(tokens, self.context_length, num_rows)
         if self.cache_bytes > 4 * MAX_VALUES:
             raise ValueError(
