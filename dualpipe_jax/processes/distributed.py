@@ -26,7 +26,8 @@ from dualpipe_jax.processes.watch import HEARTBEAT_S, Watch
 PyTree = Any
 
 TIMEOUT_S = 60.0
-_MOST_S = 1e6
+# As good as no limit: 11 days.
+MOST_S = 1e6
 _NOWHERE = "127.0.0.1:0"  # a port that nobody is told
 _TEXT_BYTES = 256
 _meetings = itertools.count()  # all processes count alike
@@ -120,13 +121,13 @@ def connect(
 
 def _check_seconds(timeout: float, heartbeat: float, step_timeout: float) -> None:
     for name, value in (("timeout", timeout), ("heartbeat", heartbeat)):
-        if not 0 < value < _MOST_S:
+        if not 0 < value < MOST_S:
             raise ValueError(
-                f"{name}={value} must be positive seconds, below {_MOST_S:g}."
+                f"{name}={value} must be positive seconds, below {MOST_S:g}."
             )
-    if not 0 <= step_timeout < _MOST_S:
+    if not 0 <= step_timeout < MOST_S:
         raise ValueError(
-            f"{step_timeout=} must be seconds, below {_MOST_S:g}; 0 is no limit."
+            f"{step_timeout=} must be seconds, below {MOST_S:g}; 0 is no limit."
         )
 
 
@@ -159,6 +160,7 @@ def agree(
     *,
     verb: str = "was started with",
     advice: str = "start all with the same config, options, data and versions",
+    timeout: float = TIMEOUT_S,
 ) -> None:
     """Checks that all processes have the same facts, without using their devices.
 
@@ -166,6 +168,7 @@ def agree(
       facts: for each name the value, in words.
       verb: what a process does with them, for the error.
       advice: how to make them equal.
+      timeout: seconds within which all processes must call this.
 
     Raises:
       ValueError: they do not, or one of them does not call this; in all processes.
@@ -180,10 +183,10 @@ def agree(
     own = distributed.global_state.process_id
     client.key_value_set(f"{folder}/{own}", json.dumps(dict(facts)))
     try:
-        client.wait_at_barrier(folder, round(1000 * TIMEOUT_S))
+        client.wait_at_barrier(folder, round(1000 * timeout))
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"not all of {number} processes began to train within {TIMEOUT_S:g} s; see "
+            f"not all of {number} processes began to train within {timeout:g} s; see "
             "what the others say."
         ) from error
     first, *others = (
@@ -227,7 +230,7 @@ def barrier(name: str) -> None:
     client = distributed.global_state.client
     if num_processes() > 1 and client is not None:
         name = f"dualpipe_jax/{name}/{next(_meetings)}"
-        client.wait_at_barrier(name, round(1000 * _MOST_S))
+        client.wait_at_barrier(name, round(1000 * MOST_S))
 
 
 def text_of_main(name: str, text: str) -> str | None:

@@ -54,6 +54,10 @@ def check_programs(digests: Mapping[str, str]) -> None:
     Processes compile for themselves, and on GPUs by what each has measured. Collectives
     in another order would hang, or exchange the wrong arrays.
 
+    It also waits until all have compiled: collectives of CPUs wait for each other's
+    first call for 30 s only, and one process may compile what another finds in the
+    cache.
+
     Args:
       digests: for each program that of its collectives.
 
@@ -63,6 +67,7 @@ def check_programs(digests: Mapping[str, str]) -> None:
     distributed.agree(
         digests,
         verb="has compiled collectives",
+        timeout=distributed.MOST_S,
         advice="give all the same XLA_FLAGS, driver and kind of device, or turn "
         "autotuning off (--xla_gpu_autotune_level=0)",
     )
@@ -95,6 +100,6 @@ def _in_words(value: Any) -> str:
       >>> _in_words({"pp": 2})
       '{"pp": 2}'
     """
-    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value))  # of objects in a config
+    text = json.dumps(value)
     short = f"{text[:60]}... ({zlib.crc32(text.encode()):08x})"
     return text if len(text) <= len(short) else short

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from dualpipe_jax import compat
+
 
 class Job(NamedTuple):
     """A program to compile.
@@ -50,7 +52,7 @@ def compile_together(
       The compiled programs, in the order of the jobs.
     """
     progress = progress or CompileProgress(Console(quiet=True))
-    on_cpu = mesh is None or mesh.devices.flat[0].platform == "cpu"
+    on_cpu = mesh is None or compat.platform_of(mesh) == "cpu"
     num_threads = len(jobs) if on_cpu else 1
     with rare_collections(), futures.ThreadPoolExecutor(num_threads) as pool:
         running = []

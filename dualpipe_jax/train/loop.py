@@ -182,9 +182,6 @@ def _compile(
     """Compiled programs, the state to begin with, and the seconds that it took."""
     with CompileProgress(console) as progress:
         programs = programs.compile(progress)
-        # Collectives of CPUs wait for each other's first call for 30 s only, but one
-        # process may compile what another finds in the cache.
-        distributed.barrier("compiled")
         check_programs(programs.collectives)
         begun: TrainState = programs.init() if state is None else state
         seconds = progress.elapsed_s

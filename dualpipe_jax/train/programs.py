@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dualpipe_jax import compat
 from dualpipe_jax.executor import BufferBytes
 from dualpipe_jax.gpu.overlap import compile_for, options_here
 from dualpipe_jax.processes import distributed
@@ -89,7 +90,7 @@ class Programs:
         """
         tokens = self.abstract_tokens
         args = (self.abstract_state, tokens, tokens)
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        on_cpu = compat.platform_of(self.mesh) == "cpu"
         options = {} if on_cpu else options_here()
         # Drawing random bits takes little time however they are compiled, but
         # optimizing the code for it takes much: as much as a train step's.

@@ -72,7 +72,7 @@ class ServePrograms:
           progress: where to show what compiles.
         """
         names = ("prefill", "decode", "rebalance")
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        on_cpu = compat.platform_of(self.mesh) == "cpu"
 
         def compile_one(name: str, lowered: Any) -> Any:
             if name == "rebalance" and on_cpu:
