@@ -30,6 +30,13 @@ from typing import TYPE_CHECKING
 from eplb_jax import lookup, plugins
 
 if TYPE_CHECKING:
+    from eplb_jax.files import (
+        PlacementFile,
+        Recording,
+        read_loads,
+        read_placement,
+        write_placement,
+    )
     from eplb_jax.layer import (
         ExpertParallel,
         ExpertWeights,
@@ -65,7 +72,7 @@ if TYPE_CHECKING:
         save_state,
         sum_of_last,
     )
-    from eplb_jax.recordings import Outcome, Recording, read_loads, replay
+    from eplb_jax.recordings import Outcome, replay
     from eplb_jax.serving import BalancerState, ExpertBalancer, count_migrated, migrate
 
 __all__ = [
@@ -79,6 +86,7 @@ __all__ = [
     "MoE",
     "MoEStats",
     "Outcome",
+    "PlacementFile",
     "Recording",
     "Routing",
     "balancedness",
@@ -94,6 +102,7 @@ __all__ = [
     "placement_text",
     "plan_microbatch",
     "read_loads",
+    "read_placement",
     "rebalance_experts",
     "refine_placement",
     "replay",
@@ -106,6 +115,7 @@ __all__ = [
     "softmax_top_k",
     "sum_of_last",
     "update_bias",
+    "write_placement",
 ]
 
 plugins.skip_cuda_check()  # before jax loads them
@@ -122,7 +132,8 @@ __getattr__, __dir__ = lookup.attach(
         "MoE": "eplb_jax.layer",
         "MoEStats": "eplb_jax.layer",
         "Outcome": "eplb_jax.recordings",
-        "Recording": "eplb_jax.recordings",
+        "PlacementFile": "eplb_jax.files",
+        "Recording": "eplb_jax.files",
         "Routing": "eplb_jax.layer",
         "balancedness": "eplb_jax.placement",
         "balancedness_bound": "eplb_jax.placement",
@@ -136,7 +147,8 @@ __getattr__, __dir__ = lookup.attach(
         "placement_figure": "eplb_jax.pictures",
         "placement_text": "eplb_jax.pictures",
         "plan_microbatch": "eplb_jax.layer",
-        "read_loads": "eplb_jax.recordings",
+        "read_loads": "eplb_jax.files",
+        "read_placement": "eplb_jax.files",
         "rebalance_experts": "eplb_jax.placement",
         "refine_placement": "eplb_jax.placement",
         "replay": "eplb_jax.recordings",
@@ -149,5 +161,6 @@ __getattr__, __dir__ = lookup.attach(
         "softmax_top_k": "eplb_jax.layer",
         "sum_of_last": "eplb_jax.placement",
         "update_bias": "eplb_jax.layer",
+        "write_placement": "eplb_jax.files",
     },
 )

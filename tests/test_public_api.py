@@ -72,6 +72,7 @@ FROZEN = {
         "MoE",
         "MoEStats",
         "Outcome",
+        "PlacementFile",
         "Recording",
         "Routing",
         "balancedness",
@@ -87,6 +88,7 @@ FROZEN = {
         "placement_text",
         "plan_microbatch",
         "read_loads",
+        "read_placement",
         "rebalance_experts",
         "refine_placement",
         "replay",
@@ -99,6 +101,7 @@ FROZEN = {
         "softmax_top_k",
         "sum_of_last",
         "update_bias",
+        "write_placement",
     ],
     dualpipe_jax.deepseek: [
         "DeepSeek",
