@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="-",
         metavar="FILE",
         help="one prompt per line; or, in FILE.jsonl, objects with a prompt, or "
-        "messages for the chat template, and optionally max_tokens, temperature and "
-        "seed (default: standard input)",
+        "messages for the chat template, and optionally max_tokens, temperature, "
+        "top_p and seed (default: standard input)",
     )
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument(
@@ -97,6 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="T",
         help="0 takes the most likely token each time (%(default)g)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the most likely tokens that add up to this probability only "
+        "(%(default)g)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the draws (%(default)s)"

@@ -11,6 +11,8 @@ import jax
 from jax.sharding import PartitionSpec
 
 P = PartitionSpec
+# Most likely tokens that are reported with a token, at most.
+MAX_TOP = 20
 # An index past the end of any array; negative ones would count from the end.
 NOWHERE = 2**31 - 1
 
@@ -43,10 +45,34 @@ class Sampling(NamedTuple):
       temperature: [B] float32; 0 takes the most likely token.
       seed: [B] int32; a draw depends on the seed and the position, and not on what is
         served together with the request.
+      top_p: [B] float32; a draw is from the most likely tokens whose probabilities add
+        up to this; 1: from all.
+      has_logprobs: [B] bool, whether log probabilities are computed, too.
     """
 
     temperature: Any
     seed: Any
+    top_p: Any
+    has_logprobs: Any
+
+
+class Chosen(NamedTuple):
+    """The next tokens of requests, and what the model thought of them.
+
+    Log probabilities are the model's own, before the temperature. They are 0 where no
+    request has asked for them. K: as many as `MAX_TOP`, or the vocabulary.
+
+    Attributes:
+      tokens: [B] int32.
+      logprobs: [B] float32, of these tokens.
+      top_tokens: [B, K] int32, the most likely tokens, in order.
+      top_logprobs: [B, K] float32, of those.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
 
 
 class Prompts(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from dualpipe_jax.deepseek.serve.arrays import ServeParams
+from dualpipe_jax.deepseek.serve.arrays import Chosen, ServeParams
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.programs import make_serve_programs
 from dualpipe_jax.deepseek.serve.requests import Request, as_prompt, check_options
@@ -35,11 +35,17 @@ class Token(NamedTuple):
       request: the id that `submit` returned.
       token: the token.
       is_last: whether the request is finished.
+      logprob: its log probability by the model, before any temperature, if the request
+        has asked for it.
+      top_logprobs: the most likely tokens in order, each with its log probability, as
+        many as the request has asked for.
     """
 
     request: int
     token: int
     is_last: bool
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 class Engine:
@@ -91,6 +97,7 @@ class Engine:
         self.num_prefills = self.num_decode_steps = self.num_tokens = 0
         self.seconds = 0.0
         self._measure = jax.jit(config.balancer.metrics)
+        self._measure_layers = jax.jit(config.balancer.layer_metrics)
         self._scheduler = Scheduler(config)
         self._numbers = itertools.count()
         self._undelivered: collections.deque[Token] = collections.deque()
@@ -103,6 +110,7 @@ class Engine:
         """
         self.programs = self.programs.compile(progress)
         self.metrics()
+        self.layer_metrics()
 
     # Requests.
 
@@ -113,6 +121,8 @@ class Engine:
         max_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        top_p: float = 1.0,
+        num_logprobs: int | None = None,
         stop_tokens: Collection[int] = (),
     ) -> int:
         """Queues a request.
@@ -123,6 +133,10 @@ class Engine:
           temperature: 0 takes the most likely token each time.
           seed: of the draws at a temperature. They do not depend on the other requests
             (unless `buffer_factor` drops choices, which depends on all of them).
+          top_p: at a temperature, draw from the most likely tokens whose probabilities
+            add up to this only.
+          num_logprobs: report the log probability of each token, and this many of the
+            most likely tokens with theirs.
           stop_tokens: tokens that end the request; the one that does is part of the
             completion.
 
@@ -133,7 +147,7 @@ class Engine:
           ValueError: a prompt that is empty, too long, or of another vocabulary, or an
             invalid option. Other requests are not affected.
         """
-        check_options(max_tokens, temperature, seed)
+        check_options(max_tokens, temperature, seed, top_p, num_logprobs)
         tokens = as_prompt(self.config, prompt, max_tokens)
         request = Request(
             next(self._numbers),
@@ -141,6 +155,8 @@ class Engine:
             max_tokens,
             temperature,
             seed,
+            top_p,
+            num_logprobs,
             frozenset(stop_tokens),
         )
         self._scheduler.add(request)
@@ -201,9 +217,8 @@ class Engine:
         Raises:
           ValueError: see `submit`; no prompt is queued then.
         """
-        check_options(
-            max_tokens, options.get("temperature", 0.0), options.get("seed", 0)
-        )
+        checked = {k: v for k, v in options.items() if k != "stop_tokens"}
+        check_options(max_tokens, **checked)
         for prompt in prompts:
             as_prompt(self.config, prompt, max_tokens)
         generated: dict[int, list[int]] = {
@@ -228,16 +243,16 @@ class Engine:
             strict=True,
         )
         prompts = jax.tree.map(_put, batches, self.programs.abstract_prompts)
-        self.state, tokens = self.programs.prefill(self.params, self.state, prompts)
+        self.state, chosen = self.programs.prefill(self.params, self.state, prompts)
         self.num_prefills += 1
         self._rebalance_if_due()
-        tokens = np.asarray(tokens)
-        return [
-            self._take(request, int(tokens[half, row]))
+        rows = [
+            ((half, row), request)
             for half, requests in enumerate(ending)
             for row, request in enumerate(requests)
             if request is not None
         ]
+        return self._take(rows, chosen)
 
     def _decode(self) -> list[Token]:
         running = self._scheduler.running()
@@ -247,17 +262,33 @@ class Engine:
         # ends.
         is_idle = self._scheduler.is_idle.copy()
         is_idle = _put(is_idle, self.programs.abstract_idle)
-        self.state, tokens = self.programs.decode(self.params, self.state, is_idle)
+        self.state, chosen = self.programs.decode(self.params, self.state, is_idle)
         self.num_decode_steps += 1
         self._rebalance_if_due()
-        tokens = np.asarray(tokens)
-        return [self._take(request, int(tokens[slot])) for slot, request in running]
+        return self._take(running, chosen)
 
-    def _take(self, request: Request, token: int) -> Token:
-        is_last = request.add(token)
-        if is_last:
-            self._scheduler.end(request)
-        return Token(request.number, token, is_last)
+    def _take(
+        self, places: Sequence[tuple[tuple[int, int], Request]], chosen: Chosen
+    ) -> list[Token]:
+        """Reads the tokens of requests from their places in what a step has chosen."""
+        if all(request.num_logprobs is None for _, request in places):
+            chosen = Chosen(np.asarray(chosen.tokens), *chosen[1:])
+        else:
+            chosen = jax.tree.map(np.asarray, chosen)
+        taken = []
+        for place, request in places:
+            token = int(chosen.tokens[place])
+            is_last = request.add(token)
+            if is_last:
+                self._scheduler.end(request)
+            own = Token(request.number, token, is_last)
+            if (number := request.num_logprobs) is not None:
+                likely = chosen.top_tokens[place], chosen.top_logprobs[place]
+                pairs = zip(*(each[:number].tolist() for each in likely), strict=True)
+                logprob = float(chosen.logprobs[place])
+                own = own._replace(logprob=logprob, top_logprobs=tuple(pairs))
+            taken.append(own)
+        return taken
 
     # Experts.
 
@@ -336,6 +367,11 @@ class Engine:
             "tokens_per_s": rate,
         }
         return {name: float(value) for name, value in (measured | counts).items()}
+
+    def layer_metrics(self) -> dict[str, np.ndarray]:
+        """Returns `ExpertBalancer.layer_metrics`, for all MoE layers."""
+        measured = self._measure_layers(self.state.balancer)
+        return {name: np.asarray(value) for name, value in measured.items()}
 
 
 def _put(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from dualpipe_jax.deepseek.model import DeepSeekConfig, Head, Layer, logits_of
 from dualpipe_jax.deepseek.serve.arrays import (
+    Chosen,
     Loads,
     Prompts,
     Requests,
@@ -79,7 +80,7 @@ class Forward:
             last row may be the beginning of the prompt that row 0 continues.
 
         Returns:
-          outputs: tokens [B] int32 that follow the prompts whose last token is here,
+          outputs: what follows the prompts whose last token is here, `Chosen`,
             latents (for each layer [M, W]), and the `Loads`.
           handed: for each layer [T, W], the latents of the last row.
         """
@@ -106,8 +107,8 @@ class Forward:
         )
         x_BD = take_or_zero(x_MD, prompts.last)
         position_B = take_or_zero(prompts.positions, prompts.last)
-        tokens_B = self._next(params, x_BD, position_B, prompts.sampling)
-        return (tokens_B, latents, loads), handed
+        chosen = self._next(params, x_BD, position_B, prompts.sampling)
+        return (chosen, latents, loads), handed
 
     def decode(
         self,
@@ -115,7 +116,7 @@ class Forward:
         tables: ExpertTables,
         requests: Requests,
         caches: list[jax.Array],
-    ) -> tuple[jax.Array, list[jax.Array], Loads]:
+    ) -> tuple[Chosen, list[jax.Array], Loads]:
         """Computes one token of each request.
 
         Args:
@@ -125,7 +126,7 @@ class Forward:
           caches: for each layer [B, positions, W].
 
         Returns:
-          tokens: [B] int32.
+          chosen: the next tokens.
           caches: with the latents of the given tokens added.
           loads: of the experts.
         """
@@ -145,8 +146,8 @@ class Forward:
         x_BD, loads = self._layers(
             params, tables, params.embed[requests.tokens], requests.is_idle, attend
         )
-        tokens_B = self._next(params, x_BD, requests.positions, requests.sampling)
-        return tokens_B, caches, loads
+        chosen = self._next(params, x_BD, requests.positions, requests.sampling)
+        return chosen, caches, loads
 
     def _layers(
         self,
@@ -184,8 +185,8 @@ class Forward:
         x_BD: jax.Array,
         position_B: jax.Array,
         sampling: Sampling,
-    ) -> jax.Array:
-        """Chooses the tokens [B] that follow those at the given positions."""
+    ) -> Chosen:
+        """Chooses the tokens that follow those at the given positions."""
         arch = self.config.architecture
         hidden_BD = nnx.merge(_head(arch), params.head).norm(x_BD)
         tied = arch.tie_word_embeddings

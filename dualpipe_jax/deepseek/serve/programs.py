@@ -44,9 +44,9 @@ class ServePrograms:
       abstract_prompts: the same of the prompts that `prefill` takes.
       abstract_idle: the same of `is_idle`, which `decode` takes.
       init: placement [MoE layers, physical experts] -> `ServeState` without requests.
-      prefill: (params, state, prompts of both microbatches) -> (state, tokens [2, B]
+      prefill: (params, state, prompts of both microbatches) -> (state, `Chosen` [2, B]
         that follow the prompts which end there).
-      decode: (params, state, is_idle [2, B]) -> (state, tokens [2, B]).
+      decode: (params, state, is_idle [2, B]) -> (state, `Chosen` [2, B]).
       rebalance: (experts, balancer state) -> (experts, balancer state).
       move: (experts, their tables, new tables) -> experts.
     """

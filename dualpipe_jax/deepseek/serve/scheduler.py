@@ -7,8 +7,8 @@ device for this.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -163,6 +163,9 @@ def prefill_arrays(
         slot = request.request_slot
         return slot.half * per_half + slot.column % per_half
 
+    def of_rows(empty: Any, dtype: Any, get: Callable[[Request], Any]) -> np.ndarray:
+        return np.array([get(each) if each else empty for each in of_row], dtype)
+
     last = joined("last")
     prompts = Prompts(
         tokens=joined("tokens"),
@@ -171,8 +174,10 @@ def prefill_arrays(
         request_slots=np.array([slot_on_device(each) for each in of_row], np.int32),
         last=last,
         sampling=Sampling(
-            np.array([r.temperature if r else 0.0 for r in of_row], np.float32),
-            np.array([r.seed if r else 0 for r in of_row], np.int32),
+            temperature=of_rows(0.0, np.float32, lambda r: r.temperature),
+            seed=of_rows(0, np.int32, lambda r: r.seed),
+            top_p=of_rows(1.0, np.float32, lambda r: r.top_p),
+            has_logprobs=of_rows(False, bool, lambda r: r.num_logprobs is not None),
         ),
     )
     ending = [r if at >= 0 else None for r, at in zip(of_row, last, strict=True)]

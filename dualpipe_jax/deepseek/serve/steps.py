@@ -15,15 +15,16 @@ import jax.numpy as jnp
 from dualpipe_jax.backward import run_interleaved
 from dualpipe_jax.deepseek.serve.arrays import (
     NOWHERE,
+    Chosen,
     Loads,
     Prompts,
     Requests,
-    Sampling,
     ServeParams,
     ServeState,
 )
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.forward import Forward
+from dualpipe_jax.deepseek.serve.sampling import greedy
 from eplb_jax import BalancerState, ExpertBalancer, ExpertTables, migrate
 from eplb_jax.placement import add_saturating
 
@@ -54,8 +55,8 @@ class Steps:
 
     def prefill(
         self, params: ServeParams, state: ServeState, prompts: tuple[Prompts, Prompts]
-    ) -> tuple[ServeState, jax.Array]:
-        """Computes prompts; returns the state with them, and the next tokens [2, B]."""
+    ) -> tuple[ServeState, Chosen]:
+        """Computes prompts; returns the state with them, and what follows, [2, B]."""
         forward = self._forward(self.config.max_prefill_tokens // HALVES)
 
         def prefill(weights: Any, each: Prompts, earlier: Any) -> Any:
@@ -64,14 +65,14 @@ class Steps:
 
         weights = params, state.balancer.tables
         done = self._run_halves(prefill, weights, [[each] for each in prompts])
-        for each, (tokens_B, latents, _) in zip(prompts, done, strict=True):
-            state = self._insert(state, each, tokens_B, latents)
+        for each, (chosen, latents, _) in zip(prompts, done, strict=True):
+            state = self._insert(state, each, chosen.tokens, latents)
         (first, _, loads), (second, _, more) = done
-        return self._observe(state, loads, more), jnp.stack([first, second])
+        return self._observe(state, loads, more), _stacked(first, second)
 
     def decode(
         self, params: ServeParams, state: ServeState, is_idle: jax.Array
-    ) -> tuple[ServeState, jax.Array]:
+    ) -> tuple[ServeState, Chosen]:
         """Computes the next token of each request; returns the state and [2, B]."""
         forward = self._forward(self.config.requests_per_device // HALVES)
         halves = [
@@ -91,13 +92,13 @@ class Steps:
         weights = params, state.balancer.tables
         inputs = [list(each) for each in zip(halves, state.caches, strict=True)]
         first, second = self._run_halves(decode, weights, inputs)
-        tokens = jnp.stack([first[0], second[0]])
+        chosen = _stacked(first[0], second[0])
         state = state._replace(
-            tokens=jnp.where(is_idle, state.tokens, tokens),
+            tokens=jnp.where(is_idle, state.tokens, chosen.tokens),
             positions=state.positions + (~is_idle).astype(jnp.int32),
             caches=(first[1], second[1]),
         )
-        return self._observe(state, first[2], second[2]), tokens
+        return self._observe(state, first[2], second[2]), chosen
 
     def _run_halves(
         self, run: Any, weights: Any, halves: list[list[Any]]
@@ -210,7 +211,7 @@ class Steps:
         return ServeState(
             tokens=jnp.zeros((HALVES, num_requests), jnp.int32),
             positions=jnp.zeros((HALVES, num_requests), jnp.int32),
-            sampling=_greedy((HALVES, num_requests)),
+            sampling=greedy((HALVES, num_requests)),
             caches=tuple(
                 [
                     jnp.zeros(shape, c.compute_dtype)
@@ -237,7 +238,7 @@ class Steps:
             rows=none(num_tokens, -1),
             request_slots=none(num_rows, -1),
             last=none(num_rows, -1),
-            sampling=_greedy((num_rows,)),
+            sampling=greedy((num_rows,)),
         )
         return each, each
 
@@ -246,5 +247,5 @@ class Steps:
         return jnp.ones((HALVES, self._requests_per_half), bool)
 
 
-def _greedy(shape: tuple[int, ...]) -> Sampling:
-    return Sampling(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
+def _stacked(first: Chosen, second: Chosen) -> Chosen:
+    return jax.tree.map(lambda *halves: jnp.stack(halves), first, second)

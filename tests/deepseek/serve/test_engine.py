@@ -196,6 +196,9 @@ def test_what_is_refused_leaves_the_others_alone(config, make_engine):
         ({"prompt": [1], "temperature": np.nan}, "temperature=nan must be"),
         ({"prompt": [1], "seed": -1}, "seed=-1 must be an integer from 0"),
         ({"prompt": [1], "seed": 0.5}, "seed=0.5 must be an integer from 0"),
+        ({"prompt": [1], "top_p": 0}, "top_p=0 must be a number above 0"),
+        ({"prompt": [1], "top_p": np.inf}, "top_p=inf must be a number above 0"),
+        ({"prompt": [1], "num_logprobs": 21}, "=21 must be an integer from 0 to 20"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.submit(**{"max_tokens": 2} | arguments)
@@ -286,3 +289,35 @@ def test_devices_that_do_not_divide_the_experts():
             prompts, engine.generate(prompts, max_tokens=4), strict=True
         ):
             assert tokens.tolist() == complete(prompt, 4).tolist()
+
+
+def test_log_probabilities_of_tokens_among_requests_without(config, make_engine):
+    engine = make_engine()
+    prompts = small_server.prompts(4, config, seed=12)
+    with_them = engine.submit(prompts[0], max_tokens=5, num_logprobs=3)
+    none = engine.submit(prompts[1], max_tokens=5, num_logprobs=0)
+    without = engine.submit(prompts[2], max_tokens=5)
+    tokens = list(engine.run())
+    for token in tokens:
+        if token.request == without:
+            assert token.logprob is None and token.top_logprobs == ()
+        else:
+            assert token.logprob <= 0
+        if token.request == none:
+            assert token.top_logprobs == ()
+        if token.request == with_them:  # greedy: the most likely token is the first
+            assert token.top_logprobs[0] == (token.token, token.logprob)
+            values = [logprob for _, logprob in token.top_logprobs]
+            assert values == sorted(values, reverse=True) and len(values) == 3
+
+
+def test_what_is_measured_of_layers(config, make_engine):
+    engine = make_engine()
+    engine.generate(small_server.prompts(16, config, seed=13), max_tokens=4)
+    measured, layers = engine.metrics(), engine.layer_metrics()
+    assert layers["device_loads"].shape == (2, 8)
+    loads = layers["device_loads"]
+    np.testing.assert_allclose(loads.mean(axis=1), 1, rtol=1e-5)
+    # Balancedness is the mean load over the largest.
+    np.testing.assert_allclose(layers["balancedness"], 1 / loads.max(axis=1), rtol=1e-5)
+    assert layers["balancedness"].min() == pytest.approx(measured["balancedness_worst"])
