@@ -69,10 +69,10 @@ class Chosen(NamedTuple):
       top_logprobs: [B, K] float32, of those.
     """
 
-    tokens: jax.Array
-    logprobs: jax.Array
-    top_tokens: jax.Array
-    top_logprobs: jax.Array
+    tokens: Any
+    logprobs: Any
+    top_tokens: Any
+    top_logprobs: Any
 
 
 class Prompts(NamedTuple):

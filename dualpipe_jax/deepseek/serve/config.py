@@ -170,6 +170,11 @@ class ServeConfig:
         return self.architecture.n_routed_experts + self.num_redundant
 
     @property
+    def num_request_slots(self) -> int:
+        """Requests that run at once, on all devices together."""
+        return self.num_devices * self.requests_per_device
+
+    @property
     def placement_in_order(self) -> np.ndarray:
         """[MoE layers, physical experts]: physical expert i is expert i modulo theirs.
 

@@ -147,8 +147,14 @@ class Engine:
           ValueError: a prompt that is empty, too long, or of another vocabulary, or an
             invalid option. Other requests are not affected.
         """
-        check_options(max_tokens, temperature, seed, top_p, num_logprobs)
-        tokens = as_prompt(self.config, prompt, max_tokens)
+        tokens = self.check(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            top_p=top_p,
+            num_logprobs=num_logprobs,
+        )
         request = Request(
             next(self._numbers),
             tokens,
@@ -161,6 +167,26 @@ class Engine:
         )
         self._scheduler.add(request)
         return request.number
+
+    def check(
+        self,
+        prompt: ArrayLike,
+        *,
+        max_tokens: int,
+        stop_tokens: Collection[int] = (),
+        **options: Any,
+    ) -> np.ndarray:
+        """Checks the arguments of `submit`; any thread may call this.
+
+        Returns:
+          The prompt, [n] int32.
+
+        Raises:
+          ValueError: see `submit`.
+        """
+        del stop_tokens  # any are allowed
+        check_options(max_tokens, **options)
+        return as_prompt(self.config, prompt, max_tokens)
 
     def cancel(self, request: int) -> None:
         """Ends a request early; `run` yields no more of its tokens.
@@ -217,10 +243,8 @@ class Engine:
         Raises:
           ValueError: see `submit`; no prompt is queued then.
         """
-        checked = {k: v for k, v in options.items() if k != "stop_tokens"}
-        check_options(max_tokens, **checked)
         for prompt in prompts:
-            as_prompt(self.config, prompt, max_tokens)
+            self.check(prompt, max_tokens=max_tokens, **options)
         generated: dict[int, list[int]] = {
             self.submit(prompt, max_tokens=max_tokens, **options): []
             for prompt in prompts

@@ -1,0 +1,10 @@
+"""An HTTP API around the serving engine, in the form of OpenAI's.
+
+A request's way: `app` (routes and limits), `fields` (its JSON, checked), `generating`
+(its completions), `worker` (the engine's thread), and back by `answers`.
+
+Imports: deepseek.serve, tokens.
+"""
+
+from dualpipe_jax.api.app import Api as Api, Limits as Limits
+from dualpipe_jax.api.server import Server as Server, bind as bind, serve as serve
