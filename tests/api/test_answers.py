@@ -20,7 +20,7 @@ LIMITS = Limits(max_waiting=2, max_body_bytes=10_000, max_choices=8, max_seconds
 def served(tokenizer):
     engine = RecitingEngine()
     with running.running(lambda: engine, tokenizer, limits=LIMITS) as (
-        server,
+        _,
         api,
         url,
     ):
