@@ -10,11 +10,12 @@ deepseek.pretrained, eplb_jax.placement, eplb_jax.layer.
 
 from dualpipe_jax.deepseek.serve.arrays import ServeParams
 from dualpipe_jax.deepseek.serve.config import RebalanceConfig, ServeConfig
-from dualpipe_jax.deepseek.serve.engine import Engine, Token
+from dualpipe_jax.deepseek.serve.engine import Engine
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh as make_serve_mesh
 from dualpipe_jax.deepseek.serve.metrics import prometheus
 from dualpipe_jax.deepseek.serve.programs import ServePrograms, make_serve_programs
 from dualpipe_jax.deepseek.serve.requests import check_options as check_options
+from dualpipe_jax.deepseek.serve.results import Token
 from dualpipe_jax.deepseek.serve.weights import (
     initial_params,
     load_checkpoint,

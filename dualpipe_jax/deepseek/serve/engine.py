@@ -10,7 +10,7 @@ import collections
 import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,34 +18,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from dualpipe_jax.deepseek.serve.arrays import Chosen, ServeParams
+from dualpipe_jax.deepseek.serve.arrays import ServeParams
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.programs import make_serve_programs
-from dualpipe_jax.deepseek.serve.requests import Request, as_prompt, check_options
+from dualpipe_jax.deepseek.serve.requests import (
+    Request,
+    RequestSlot,
+    as_prompt,
+    check_options,
+)
+from dualpipe_jax.deepseek.serve.results import Step, Token
 from dualpipe_jax.deepseek.serve.scheduler import Admitted, Scheduler, prefill_arrays
 from dualpipe_jax.train import CompileProgress
 
 P = PartitionSpec
-
-
-class Token(NamedTuple):
-    """One generated token of a request.
-
-    Attributes:
-      request: the id that `submit` returned.
-      token: the token.
-      is_last: whether the request is finished.
-      logprob: its log probability by the model, before any temperature, if the request
-        has asked for it.
-      top_logprobs: the most likely tokens in order, each with its log probability, as
-        many as the request has asked for.
-    """
-
-    request: int
-    token: int
-    is_last: bool
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+# Steps that the device has, the one that runs among them, while the host reads.
+_AHEAD = 2
 
 
 class Engine:
@@ -101,6 +89,10 @@ class Engine:
         self._scheduler = Scheduler(config)
         self._numbers = itertools.count()
         self._undelivered: collections.deque[Token] = collections.deque()
+        self._in_flight: collections.deque[Step] = collections.deque()
+        # The free request slots, here and on the devices, as they were in the last step.
+        self._is_idle = self._scheduler.is_idle.copy()
+        self._is_idle_put = _put(self._is_idle, self.programs.abstract_idle)
 
     def compile(self, progress: CompileProgress | None = None) -> None:
         """Compiles the steps' programs now; no step compiles anything after that.
@@ -205,14 +197,24 @@ class Engine:
             )
 
     def step(self) -> list[Token]:
-        """Runs a prefill if a waiting request can start, else a decode step.
+        """Starts a step, and reads the tokens of the one before.
+
+        A step is a prefill if a waiting request can start, else a decode step. The
+        device has the next step before the host reads the last one's tokens, so it does
+        not wait for the host. A token that is computed after a stop token, because of
+        that, is left out.
 
         Returns:
-          The generated tokens; empty if there are no requests.
+          The tokens of a step; empty if there are no requests.
         """
         started = time.perf_counter()
-        admitted = self._scheduler.admit()
-        tokens = self._prefill(admitted) if admitted else self._decode()
+        tokens: list[Token] = []
+        while not tokens:
+            while len(self._in_flight) < _AHEAD and self._start_step():
+                pass
+            if not self._in_flight:
+                break
+            tokens = self._read(self._in_flight.popleft())
         self.num_tokens += len(tokens)
         self.seconds += time.perf_counter() - started
         return tokens
@@ -261,7 +263,19 @@ class Engine:
         self._undelivered.extendleft(reversed(others))
         return [np.array(tokens, np.int32) for tokens in generated.values()]
 
-    def _prefill(self, admitted: list[Admitted]) -> list[Token]:
+    def _start_step(self) -> bool:
+        """Starts a step if there is anything to compute; returns whether it did."""
+        if admitted := self._scheduler.admit():
+            self._in_flight.append(self._prefill(admitted))
+        elif running := self._scheduler.running():
+            self._in_flight.append(self._decode(running))
+        else:
+            return False
+        for _, request in self._in_flight[-1].places:
+            self._scheduler.start_token(request)
+        return True
+
+    def _prefill(self, admitted: list[Admitted]) -> Step:
         batches, ending = zip(
             *(prefill_arrays(self.config, admitted, half) for half in range(HALVES)),
             strict=True,
@@ -270,49 +284,35 @@ class Engine:
         self.state, chosen = self.programs.prefill(self.params, self.state, prompts)
         self.num_prefills += 1
         self._rebalance_if_due()
-        rows = [
+        places = [
             ((half, row), request)
             for half, requests in enumerate(ending)
             for row, request in enumerate(requests)
             if request is not None
         ]
-        return self._take(rows, chosen)
+        return Step(places, chosen)
 
-    def _decode(self) -> list[Token]:
-        running = self._scheduler.running()
-        if not running:
-            return []
-        # A copy: on CPU jax may use the array itself, which changes before the step
-        # ends.
-        is_idle = self._scheduler.is_idle.copy()
-        is_idle = _put(is_idle, self.programs.abstract_idle)
-        self.state, chosen = self.programs.decode(self.params, self.state, is_idle)
+    def _decode(self, running: list[tuple[RequestSlot, Request]]) -> Step:
+        if not np.array_equal(self._is_idle, self._scheduler.is_idle):
+            # A copy: on CPU jax may use the array itself, which changes before the step
+            # ends.
+            self._is_idle = self._scheduler.is_idle.copy()
+            self._is_idle_put = _put(self._is_idle, self.programs.abstract_idle)
+        self.state, chosen = self.programs.decode(
+            self.params, self.state, self._is_idle_put
+        )
         self.num_decode_steps += 1
         self._rebalance_if_due()
-        return self._take(running, chosen)
+        return Step(running, chosen)
 
-    def _take(
-        self, places: Sequence[tuple[tuple[int, int], Request]], chosen: Chosen
-    ) -> list[Token]:
-        """Reads the tokens of requests from their places in what a step has chosen."""
-        if all(request.num_logprobs is None for _, request in places):
-            chosen = Chosen(np.asarray(chosen.tokens), *chosen[1:])
-        else:
-            chosen = jax.tree.map(np.asarray, chosen)
-        taken = []
-        for place, request in places:
-            token = int(chosen.tokens[place])
-            is_last = request.add(token)
-            if is_last:
+    def _read(self, step: Step) -> list[Token]:
+        """Waits for a step, and returns the tokens of requests that have not ended."""
+        tokens = []
+        for request, token in step.read():
+            if token.is_last:
                 self._scheduler.end(request)
-            own = Token(request.number, token, is_last)
-            if (number := request.num_logprobs) is not None:
-                likely = chosen.top_tokens[place], chosen.top_logprobs[place]
-                pairs = zip(*(each[:number].tolist() for each in likely), strict=True)
-                logprob = float(chosen.logprobs[place])
-                own = own._replace(logprob=logprob, top_logprobs=tuple(pairs))
-            taken.append(own)
-        return taken
+            tokens.append(token)
+        return tokens
 
     # Experts.
 

@@ -40,8 +40,10 @@ class Request:
       num_logprobs: most likely tokens to report with each token; None: not even the
         log probability of the token itself.
       stop_tokens: tokens that end it.
-      num_generated: tokens so far.
-      request_slot: None while it waits.
+      num_started: tokens that have been computed, or that a step is computing.
+      num_generated: those that the host has read.
+      request_slot: None while it waits, and when all of its tokens are started.
+      is_ended: whether it is finished or cancelled; a step may still compute a token.
     """
 
     number: int
@@ -52,8 +54,10 @@ class Request:
     top_p: float
     num_logprobs: int | None
     stop_tokens: frozenset[int]
+    num_started: int = 0
     num_generated: int = 0
     request_slot: RequestSlot | None = None
+    is_ended: bool = False
 
     def add(self, token: int) -> bool:
         """Counts a generated token; returns whether it is the last."""

@@ -73,16 +73,31 @@ class Scheduler:
     def cancel(self, number: int) -> None:
         """Removes a request, which may wait or run."""
         request = self._requests[number]
-        if request.request_slot is None:
+        if request in self._waiting:
             self._waiting.remove(request)
         self.end(request)
+
+    def start_token(self, request: Request) -> None:
+        """Counts a token that a step computes; after the last, the slot is free.
+
+        The device runs steps in order, so another request may have the slot in the next
+        one.
+        """
+        request.num_started += 1
+        if request.num_started >= request.max_tokens:
+            self._free(request)
 
     def end(self, request: Request) -> None:
         """Removes a request, and frees its request slot if it has one."""
         del self._requests[request.number]
+        request.is_ended = True
+        self._free(request)
+
+    def _free(self, request: Request) -> None:
         if request.request_slot is not None:
             self.is_idle[request.request_slot] = True
             self._running.pop(request.request_slot)
+            request.request_slot = None
 
     def admit(self) -> list[Admitted]:
         """Returns, for each device, the requests that start; empty if none can."""
