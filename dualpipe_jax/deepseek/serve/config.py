@@ -74,7 +74,8 @@ class ServeConfig:
       prompts_per_device: most prompts of one prefill on a device; even.
       max_prompt_length: most tokens of a prompt; None: `context_length`.
       max_prefill_tokens: most tokens of one prefill on a device; even. None: as many as
-        `prompts_per_device` prompts of `max_prompt_length` have.
+        `prompts_per_device` prompts of `max_prompt_length` have. Longer prompts are
+        computed in pieces, with decode steps of other requests in between.
       route: see `eplb_jax.ExpertParallel`.
       payload: see `eplb_jax.ExpertParallel`.
       buffer_factor: see `DeepSeek`; choices that exceed a buffer count as zero. None:
@@ -145,11 +146,6 @@ class ServeConfig:
             )
         if not self.num_moe_layers:
             raise ValueError("the model has no MoE layer, so no experts to serve.")
-        if self.max_prefill_tokens < self.max_prompt_length:
-            raise ValueError(
-                f"{self.max_prefill_tokens=} must be at least "
-                f"{self.max_prompt_length=}, so that every prompt fits one prefill."
-            )
         self._check_arrays()
 
     def _check_arrays(self) -> None:
@@ -173,6 +169,11 @@ class ServeConfig:
     def num_request_slots(self) -> int:
         """Requests that run at once, on all devices together."""
         return self.num_devices * self.requests_per_device
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether prompts may be too long for one prefill."""
+        return self.max_prompt_length > self.max_prefill_tokens
 
     @property
     def placement_in_order(self) -> np.ndarray:

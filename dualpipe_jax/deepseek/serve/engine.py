@@ -90,7 +90,8 @@ class Engine:
         self._numbers = itertools.count()
         self._undelivered: collections.deque[Token] = collections.deque()
         self._in_flight: collections.deque[Step] = collections.deque()
-        # The free request slots, here and on the devices, as they were in the last step.
+        self._is_after_prefill = False
+        # The free request slots, here and on the devices, as in the last decode step.
         self._is_idle = self._scheduler.is_idle.copy()
         self._is_idle_put = _put(self._is_idle, self.programs.abstract_idle)
 
@@ -205,15 +206,14 @@ class Engine:
         that, is left out.
 
         Returns:
-          The tokens of a step; empty if there are no requests.
+          The tokens of a step. It is empty if there are no requests, or if the step has
+          only computed pieces of prompts, or tokens of requests that have ended.
         """
         started = time.perf_counter()
         tokens: list[Token] = []
-        while not tokens:
-            while len(self._in_flight) < _AHEAD and self._start_step():
-                pass
-            if not self._in_flight:
-                break
+        while len(self._in_flight) < _AHEAD and self._start_step():
+            pass
+        if self._in_flight:
             tokens = self._read(self._in_flight.popleft())
         self.num_tokens += len(tokens)
         self.seconds += time.perf_counter() - started
@@ -265,12 +265,17 @@ class Engine:
 
     def _start_step(self) -> bool:
         """Starts a step if there is anything to compute; returns whether it did."""
-        if admitted := self._scheduler.admit():
+        running = self._scheduler.running()
+        # Between two pieces of long prompts, the others get a token each.
+        is_turn = self._is_after_prefill and self.config.has_pieces
+        admitted = [] if running and is_turn else self._scheduler.admit()
+        if admitted:
             self._in_flight.append(self._prefill(admitted))
-        elif running := self._scheduler.running():
+        elif running:
             self._in_flight.append(self._decode(running))
         else:
             return False
+        self._is_after_prefill = bool(admitted)
         for _, request in self._in_flight[-1].places:
             self._scheduler.start_token(request)
         return True

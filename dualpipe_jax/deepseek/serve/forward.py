@@ -6,9 +6,9 @@ Plain functions of one microbatch, for use inside `jax.shard_map`. Shape suffixe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,11 +24,19 @@ from dualpipe_jax.deepseek.serve.arrays import (
     Sampling,
     ServeParams,
 )
+from dualpipe_jax.deepseek.serve.attending import (
+    Handed,
+    Pieces,
+    attend_in_prompts,
+    attend_to_cache,
+    kernels,
+    part_of_layer,
+)
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.rows import Rows
 from dualpipe_jax.deepseek.serve.sampling import choose_tokens
 from eplb_jax import ExpertTables, ExpertWeights, MoEStats
-from eplb_jax.layer import ONE_DEVICE, cross_compiling
+from eplb_jax.layer import ONE_DEVICE
 from eplb_jax.placement import take_or_zero
 
 
@@ -68,38 +76,45 @@ class Forward:
         params: ServeParams,
         tables: ExpertTables,
         prompts: Prompts,
-        earlier: list[jax.Array] | None = None,
-    ) -> tuple[Any, list[jax.Array]]:
-        """Computes whole prompts, or the two parts of one.
+        handed: Handed | None = None,
+        caches: Sequence[list[jax.Array]] | None = None,
+    ) -> tuple[Any, Handed]:
+        """Computes whole prompts, the two parts of one, or pieces of long ones.
 
         Args:
           params: of the server.
           tables: of all MoE layers.
           prompts: the microbatch.
-          earlier: what the call for the microbatch before returned as `handed`: its
-            last row may be the beginning of the prompt that row 0 continues.
+          handed: what the call for the microbatch before returned as such: its last row
+            may be the beginning of the prompt that row 0 continues.
+          caches: for each half and layer, with the pieces before these; None: prompts
+            are not computed in pieces.
 
         Returns:
           outputs: what follows the prompts whose last token is here, `Chosen`,
             latents (for each layer [M, W]), and the `Loads`.
-          handed: for each layer [T, W], the latents of the last row.
+          handed: of the last row.
         """
         rows = Rows.of(prompts, self.config.max_prompt_length)
-        handed, latents = [], []
+        pieces = None
+        if caches is not None:
+            pieces = Pieces.of(prompts, self.config.requests_per_device)
+        lasts, latents = [], []
 
         def attend(layer: int, x_MD: jax.Array) -> jax.Array:
-            before = None if earlier is None else earlier[layer]
-            x_MD, latent_MW, last_TW = _attend_in_prompts(
+            x_MD, latent_MW, last_TW = attend_in_prompts(
                 self._graphs[layer],
                 self.is_on_gpu,
                 params.layers[layer],
                 x_MD,
                 prompts.positions,
                 rows,
-                before,
+                None if handed is None else handed.row(layer),
+                None if caches is None else [half[layer] for half in caches],
+                pieces,
             )
             latents.append(latent_MW)
-            handed.append(last_TW)
+            lasts.append(last_TW)
             return x_MD
 
         x_MD, loads = self._layers(
@@ -108,7 +123,7 @@ class Forward:
         x_BD = take_or_zero(x_MD, prompts.last)
         position_B = take_or_zero(prompts.positions, prompts.last)
         chosen = self._next(params, x_BD, position_B, prompts.sampling)
-        return (chosen, latents, loads), handed
+        return (chosen, latents, loads), Handed(lasts, prompts.request_slots[-1])
 
     def decode(
         self,
@@ -133,7 +148,7 @@ class Forward:
         caches = list(caches)
 
         def attend(layer: int, x_BD: jax.Array) -> jax.Array:
-            x_BD, caches[layer] = _attend_to_cache(
+            x_BD, caches[layer] = attend_to_cache(
                 self._graphs[layer],
                 self.is_on_gpu,
                 params.layers[layer],
@@ -215,72 +230,13 @@ def _head(arch: DeepSeekConfig) -> Any:
     return nnx.graphdef(nnx.eval_shape(lambda: Head(arch, jax.random.key(0))))
 
 
-# The parts of a layer are functions of their own so that layers of one structure are
-# traced, and lowered, once.
-_part_of_layer = functools.partial(jax.jit, static_argnames=("graph", "is_on_gpu"))
-
-
-@_part_of_layer
-def _attend_in_prompts(
-    graph: Any,
-    is_on_gpu: bool,
-    arrays: Any,
-    x_MD: jax.Array,
-    position_M: jax.Array,
-    rows: Rows,
-    earlier_TW: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the attention of a layer over prompts; see `Forward.prefill`.
-
-    Returns:
-      The layer's state, the latents [M, W] of all tokens, and those [T, W] of the last
-      row.
-    """
-    module = nnx.merge(graph, arrays)
-    attention, c = module.attention, module.attention.config
-    with jax.named_scope("attn"), _kernels(is_on_gpu):
-        x_1MD, position_1M = module.attention_norm(x_MD)[None], position_M[None]
-        pair = attention.latents(x_1MD, position_1M)
-        latent_MW = jnp.concatenate(pair, axis=-1)[0]
-        kept_BTW = rows.spread(latent_MW)
-        if earlier_TW is not None:
-            is_token_T1 = rows.is_token_BT[0][:, None]
-            first_TW = jnp.where(is_token_T1, kept_BTW[0], earlier_TW)
-            kept_BTW = kept_BTW.at[0].set(first_TW)
-        q_BTHK = attention.queries(
-            rows.spread(attention.compress(x_1MD)[0]), rows.position_BT
-        )
-        latent_BTC, rope_BTR = jnp.split(kept_BTW, [c.kv_lora_rank], axis=-1)
-        v_BTHV = attention.mix(q_BTHK, latent_BTC, rope_BTR)
-        x_MD = x_MD + attention.out(rows.gather(v_BTHV))
-    return x_MD, latent_MW, kept_BTW[-1]
-
-
-@_part_of_layer
-def _attend_to_cache(
-    graph: Any,
-    is_on_gpu: bool,
-    arrays: Any,
-    x_BD: jax.Array,
-    position_B: jax.Array,
-    cache_BSW: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs the attention of a layer for one token of each request."""
-    module = nnx.merge(graph, arrays)
-    with jax.named_scope("attn"), _kernels(is_on_gpu):
-        y_BD, cache_BSW = module.attention.decode(
-            module.attention_norm(x_BD), position_B, cache_BSW
-        )
-        return x_BD + y_BD, cache_BSW
-
-
 @functools.partial(jax.jit, static_argnames="graph")
 def _feed_forward(graph: Any, arrays: Any, x: jax.Array) -> jax.Array:
     """Runs the dense network of a layer."""
     return nnx.merge(graph, arrays).feed_forward(x)
 
 
-@_part_of_layer
+@part_of_layer
 def _mix(
     graph: Any,
     is_on_gpu: bool,
@@ -292,7 +248,7 @@ def _mix(
 ) -> tuple[jax.Array, MoEStats]:
     """Runs the experts of a layer; returns the layer's output and their statistics."""
     module = nnx.merge(graph, arrays)
-    with _kernels(is_on_gpu):
+    with kernels(is_on_gpu):
         y, stats = module.moe(
             module.feed_forward_norm(x),
             tables,
@@ -300,8 +256,3 @@ def _mix(
             is_padding=is_padding,
         )
     return x + y, stats
-
-
-def _kernels(is_on_gpu: bool) -> contextlib.AbstractContextManager[None]:
-    """Enables kernels for GPUs, which may only be compiled for."""
-    return cross_compiling() if is_on_gpu else contextlib.nullcontext()

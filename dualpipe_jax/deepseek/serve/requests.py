@@ -40,6 +40,8 @@ class Request:
       num_logprobs: most likely tokens to report with each token; None: not even the
         log probability of the token itself.
       stop_tokens: tokens that end it.
+      num_prefilled: tokens of the prompt that have been computed, or that a step is
+        computing.
       num_started: tokens that have been computed, or that a step is computing.
       num_generated: those that the host has read.
       request_slot: None while it waits, and when all of its tokens are started.
@@ -54,10 +56,16 @@ class Request:
     top_p: float
     num_logprobs: int | None
     stop_tokens: frozenset[int]
+    num_prefilled: int = 0
     num_started: int = 0
     num_generated: int = 0
     request_slot: RequestSlot | None = None
     is_ended: bool = False
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether all of the prompt is computed, or will be by the last step."""
+        return self.num_prefilled == len(self.prompt)
 
     def add(self, token: int) -> bool:
         """Counts a generated token; returns whether it is the last."""

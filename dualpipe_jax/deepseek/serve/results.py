@@ -47,6 +47,7 @@ class Step(NamedTuple):
         """Waits for the step; returns the tokens of requests that have not ended."""
         places = [each for each in self.places if not each[1].is_ended]
         if not places:
+            jax.block_until_ready(self.chosen)
             return []
         if any(request.num_logprobs is not None for _, request in places):
             chosen = jax.tree.map(np.asarray, self.chosen)

@@ -24,6 +24,7 @@ from dualpipe_jax.deepseek.serve.arrays import (
 )
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.forward import Forward
+from dualpipe_jax.deepseek.serve.rows import start_and_stop
 from dualpipe_jax.deepseek.serve.sampling import greedy
 from eplb_jax import BalancerState, ExpertBalancer, ExpertTables, migrate
 from eplb_jax.placement import add_saturating
@@ -59,11 +60,12 @@ class Steps:
         """Computes prompts; returns the state with them, and what follows, [2, B]."""
         forward = self._forward(self.config.max_prefill_tokens // HALVES)
 
-        def prefill(weights: Any, each: Prompts, earlier: Any) -> Any:
-            params, tables = weights
-            return forward.prefill(params, tables, each, earlier)
+        def prefill(weights: Any, each: Prompts, handed: Any) -> Any:
+            params, tables, caches = weights
+            return forward.prefill(params, tables, each, handed, caches)
 
-        weights = params, state.balancer.tables
+        caches = state.caches if self.config.has_pieces else None
+        weights = params, state.balancer.tables, caches
         done = self._run_halves(prefill, weights, [[each] for each in prompts])
         for each, (chosen, latents, _) in zip(prompts, done, strict=True):
             state = self._insert(state, each, chosen.tokens, latents)
@@ -170,6 +172,10 @@ class Steps:
         slot_M = jnp.where(prompts.rows < 0, -1, slots[prompts.rows])
         ended_B = jnp.where(prompts.last < 0, -1, slots)
         position_B = prompts.positions[prompts.last] + 1
+        if self.config.has_pieces:
+            # Until a prompt is complete, decode steps write what nobody reads: where
+            # its next piece begins, which comes after.
+            ended_B, position_B = slots, start_and_stop(prompts)[1]
         caches, requests = [], []
         for half in range(HALVES):
             at_M, at_B = (

@@ -270,25 +270,80 @@ def test_weights_stay_the_callers(config):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
-def test_devices_that_do_not_divide_the_experts():
-    """Only physical experts are divided: 18, of 16 experts, on 3 devices and on 1."""
+def test_long_prompts_in_pieces_on_devices_that_do_not_divide_the_experts():
+    """Only physical experts are divided: 18, of 16 experts, on 3 devices and on 1.
+
+    Four tokens fit a prefill, so that prompts have up to ten pieces.
+    """
     changes = {
         "architecture": dataclasses.replace(small_server.SIZES, num_hidden_layers=2),
-        "context_length": 16,
+        "context_length": 64,
+        "max_prompt_length": 40,
+        "max_prefill_tokens": 4,
         "num_redundant": 2,
         "prompts_per_device": 2,
     }
     config = small_server.config(num_devices=3, **changes)
-    prompts = small_server.prompts(3, config, seed=10)
+    rng = np.random.default_rng(10)
+    prompts = [rng.integers(0, 32, n) for n in (3, 40, 4, 5, 17, 1, 32, 8, 2, 25)]
     complete = small_server.reference(config, small_server.params(config)[1])
+    expected = [complete(prompt, 20).tolist() for prompt in prompts]
     for devices in (3, 1):
         engine = small_server.engine(
             small_server.config(num_devices=devices, **changes)
         )
-        for prompt, tokens in zip(
-            prompts, engine.generate(prompts, max_tokens=4), strict=True
-        ):
-            assert tokens.tolist() == complete(prompt, 4).tolist()
+        ran = with_log(engine)
+        first = engine.submit(prompts[0], max_tokens=20)
+        written = {first: [token.token for token in engine.step()]}
+        for prompt in prompts[1:]:
+            written[engine.submit(prompt, max_tokens=20)] = []
+        ended = None
+        for token in engine.run():
+            written[token.request].append(token.token)
+            if token.request == first and token.is_last:
+                ended = len(ran)
+        assert list(written.values()) == expected
+        # While the first request got its tokens, others' prompts were computed, and
+        # no two pieces without a decode step in between.
+        meanwhile = "".join(ran[:ended])
+        assert meanwhile.count("P") > 5 and "PP" not in meanwhile
+        assert engine.metrics()["num_running"] == 0
+
+
+def with_log(engine):
+    """Returns a list that gets P for each prefill of an engine, and D for a decode."""
+    programs, ran = engine.programs, []
+
+    def logged(name, letter):
+        def run(*args):
+            ran.append(letter)
+            return getattr(programs, name)(*args)
+
+        return run
+
+    engine.programs = dataclasses.replace(
+        programs, prefill=logged("prefill", "P"), decode=logged("decode", "D")
+    )
+    return ran
+
+
+def test_the_next_step_is_started_before_tokens_are_read(config, make_engine):
+    engine = make_engine()
+    ran = with_log(engine)
+    prompt = small_server.prompts(1, config, seed=14)[0]
+    engine.submit(prompt, max_tokens=4)
+    seen = []
+    while tokens := engine.step():
+        seen.append((len(tokens), "".join(ran)))
+    # One ahead; and nothing after the last token, which is known beforehand.
+    assert seen == [(1, "PD"), (1, "PDD"), (1, "PDDD"), (1, "PDDD")]
+    # A stop token is not: one step too many runs, whose token is left out.
+    (whole,) = engine.generate([prompt], max_tokens=4)
+    del ran[:]
+    stop = int(whole[0])
+    (stopped,) = engine.generate([prompt], max_tokens=4, stop_tokens=[stop])
+    assert stopped.tolist() == [stop] and "".join(ran) == "PD"
+    assert engine.step() == []
 
 
 def test_log_probabilities_of_tokens_among_requests_without(config, make_engine):
