@@ -17,11 +17,9 @@ from flax import nnx
 
 from dualpipe_jax.deepseek.model import DeepSeekConfig, Head, Layer, logits_of
 from dualpipe_jax.deepseek.serve.arrays import (
-    Chosen,
     Loads,
     Prompts,
     Requests,
-    Sampling,
     ServeParams,
 )
 from dualpipe_jax.deepseek.serve.attending import (
@@ -34,7 +32,6 @@ from dualpipe_jax.deepseek.serve.attending import (
 )
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.rows import Rows
-from dualpipe_jax.deepseek.serve.sampling import choose_tokens
 from eplb_jax import ExpertTables, ExpertWeights, MoEStats
 from eplb_jax.layer import ONE_DEVICE
 from eplb_jax.placement import take_or_zero
@@ -91,7 +88,7 @@ class Forward:
             are not computed in pieces.
 
         Returns:
-          outputs: what follows the prompts whose last token is here, `Chosen`,
+          outputs: logits [B, U] of what follows the prompts whose last token is here,
             latents (for each layer [M, W]), and the `Loads`.
           handed: of the last row.
         """
@@ -121,9 +118,8 @@ class Forward:
             params, tables, params.embed[prompts.tokens], prompts.rows < 0, attend
         )
         x_BD = take_or_zero(x_MD, prompts.last)
-        position_B = take_or_zero(prompts.positions, prompts.last)
-        chosen = self._next(params, x_BD, position_B, prompts.sampling)
-        return (chosen, latents, loads), Handed(lasts, prompts.request_slots[-1])
+        logits_BU = self._logits(params, x_BD)
+        return (logits_BU, latents, loads), Handed(lasts, prompts.request_slots[-1])
 
     def decode(
         self,
@@ -131,7 +127,7 @@ class Forward:
         tables: ExpertTables,
         requests: Requests,
         caches: list[jax.Array],
-    ) -> tuple[Chosen, list[jax.Array], Loads]:
+    ) -> tuple[jax.Array, list[jax.Array], Loads]:
         """Computes one token of each request.
 
         Args:
@@ -141,7 +137,7 @@ class Forward:
           caches: for each layer [B, positions, W].
 
         Returns:
-          chosen: the next tokens.
+          logits: [B, U], of the next tokens.
           caches: with the latents of the given tokens added.
           loads: of the experts.
         """
@@ -161,8 +157,7 @@ class Forward:
         x_BD, loads = self._layers(
             params, tables, params.embed[requests.tokens], requests.is_idle, attend
         )
-        chosen = self._next(params, x_BD, requests.positions, requests.sampling)
-        return chosen, caches, loads
+        return self._logits(params, x_BD), caches, loads
 
     def _layers(
         self,
@@ -194,20 +189,13 @@ class Forward:
             overflow += stats.overflow
         return x, Loads(jnp.stack(counts), overflow)
 
-    def _next(
-        self,
-        params: ServeParams,
-        x_BD: jax.Array,
-        position_B: jax.Array,
-        sampling: Sampling,
-    ) -> Chosen:
-        """Chooses the tokens that follow those at the given positions."""
+    def _logits(self, params: ServeParams, x_BD: jax.Array) -> jax.Array:
+        """Returns the logits [B, U] of the tokens that follow."""
         arch = self.config.architecture
         hidden_BD = nnx.merge(_head(arch), params.head).norm(x_BD)
         tied = arch.tie_word_embeddings
         kernel = params.embed.T if tied else params.head["kernel"]
-        logits_BU = logits_of(hidden_BD[None], kernel)[0]
-        return choose_tokens(logits_BU, position_B + 1, sampling)
+        return logits_of(hidden_BD[None], kernel)[0]
 
 
 # Structures are made once for all programs: making them traces all initial values.

@@ -7,6 +7,7 @@ of tokens, rows and requests go over all devices.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,15 +20,16 @@ from dualpipe_jax.deepseek.serve.arrays import (
     Loads,
     Prompts,
     Requests,
+    Sampling,
     ServeParams,
     ServeState,
 )
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.forward import Forward
 from dualpipe_jax.deepseek.serve.rows import start_and_stop
-from dualpipe_jax.deepseek.serve.sampling import greedy
+from dualpipe_jax.deepseek.serve.sampling import choose_tokens, greedy
 from eplb_jax import BalancerState, ExpertBalancer, ExpertTables, migrate
-from eplb_jax.placement import add_saturating
+from eplb_jax.placement import add_saturating, take_or_zero
 
 PyTree = Any
 
@@ -67,10 +69,15 @@ class Steps:
         caches = state.caches if self.config.has_pieces else None
         weights = params, state.balancer.tables, caches
         done = self._run_halves(prefill, weights, [[each] for each in prompts])
-        for each, (chosen, latents, _) in zip(prompts, done, strict=True):
-            state = self._insert(state, each, chosen.tokens, latents)
-        (first, _, loads), (second, _, more) = done
-        return self._observe(state, loads, more), _stacked(first, second)
+        logits, latents, loads = zip(*done, strict=True)
+        position_HB = _stacked(
+            [take_or_zero(each.positions, each.last) for each in prompts]
+        )
+        sampling = _stacked([each.sampling for each in prompts])
+        chosen = _choose(_stacked(logits), position_HB + 1, sampling)
+        for each, tokens_B, own in zip(prompts, chosen.tokens, latents, strict=True):
+            state = self._insert(state, each, tokens_B, own)
+        return self._observe(state, *loads), chosen
 
     def decode(
         self, params: ServeParams, state: ServeState, is_idle: jax.Array
@@ -93,14 +100,15 @@ class Steps:
 
         weights = params, state.balancer.tables
         inputs = [list(each) for each in zip(halves, state.caches, strict=True)]
-        first, second = self._run_halves(decode, weights, inputs)
-        chosen = _stacked(first[0], second[0])
+        done = self._run_halves(decode, weights, inputs)
+        logits, caches, loads = zip(*done, strict=True)
+        chosen = _choose(_stacked(logits), state.positions + 1, state.sampling)
         state = state._replace(
             tokens=jnp.where(is_idle, state.tokens, chosen.tokens),
             positions=state.positions + (~is_idle).astype(jnp.int32),
-            caches=(first[1], second[1]),
+            caches=tuple(caches),
         )
-        return self._observe(state, first[2], second[2]), chosen
+        return self._observe(state, *loads), chosen
 
     def _run_halves(
         self, run: Any, weights: Any, halves: list[list[Any]]
@@ -253,5 +261,23 @@ class Steps:
         return jnp.ones((HALVES, self._requests_per_half), bool)
 
 
-def _stacked(first: Chosen, second: Chosen) -> Chosen:
-    return jax.tree.map(lambda *halves: jnp.stack(halves), first, second)
+def _stacked(halves: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *halves)
+
+
+def _choose(
+    logits_HBU: jax.Array, position_HB: jax.Array, sampling: Sampling
+) -> Chosen:
+    """Chooses the next tokens [2, B] of both halves, when both are computed.
+
+    If each half chose its own, the last exchange of a decode step would be under no
+    product: the choice is conditional, and stands in the way of the other half's.
+    """
+    flat = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]),
+        (logits_HBU, position_HB, sampling),
+    )
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(*position_HB.shape, *leaf.shape[1:]),
+        choose_tokens(*flat),
+    )
