@@ -50,6 +50,7 @@ class Server(uvicorn.Server):
 
     Attributes:
       received: the signals that have told it to end.
+      loop: the event loop that it runs in, once it does.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Server(uvicorn.Server):
         """
         self._api, self._say, self._grace = api, say, grace_seconds
         self.received: list[str] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         config = uvicorn.Config(
             api.app(self._stop),
@@ -83,7 +84,7 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves in the running event loop."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -93,8 +94,8 @@ class Server(uvicorn.Server):
         if len(self.received) > 1:
             self._stop()
             self.force_exit = True
-        elif self._loop is not None:
-            self._loop.call_soon_threadsafe(self.drain)
+        elif self.loop is not None:
+            self.loop.call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:
         """Refuses new requests, and ends when those that run are finished."""
