@@ -16,7 +16,12 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+)
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,12 +29,14 @@ from dualpipe_jax.api.answers import Answer, Piece
 from dualpipe_jax.api.errors import ApiError
 from dualpipe_jax.api.fields import parse_json, read_generation
 from dualpipe_jax.api.generating import Completions, engine_requests
+from dualpipe_jax.api.page import SECURITY, page
 from dualpipe_jax.api.streaming import Events, watched
 from dualpipe_jax.api.worker import EngineWorker
 from dualpipe_jax.deepseek.serve import Engine
 from dualpipe_jax.tokens import Tokenizer
 
-_OPEN = ("/health", "/ready")
+# The page holds no data: it asks for /metrics with the key that its reader enters.
+_OPEN = ("/", "/health", "/ready")
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -95,6 +102,7 @@ class Api:
             yield
 
         routes = [
+            Route("/", self._page),
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/models", self._models),
@@ -198,6 +206,10 @@ class Api:
             )
 
     # About the server.
+
+    async def _page(self, _: Request) -> Response:
+        headers = {"content-security-policy": SECURITY, "cache-control": "no-cache"}
+        return HTMLResponse(page(self._model), headers=headers)
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
