@@ -1,20 +1,21 @@
-"""What HTTP and the host cost: tokens/s over HTTP beside those of the engine alone.
+"""What HTTP and the host cost a decode step.
 
 Run: python benchmarks/serve_http.py
 
 16 streams, as many as `configs/tiny_server.py` has request slots, on eight virtual CPU
 devices. Rounds of the engine alone (`Engine.run`) and of HTTP take turns, so that other
-work on the machine affects both; the ratio is the median over the pairs of rounds. The
-client is another process, which only counts events. The host's time between two steps
-is that from a program's start to the next one's, without the time in which the programs
-themselves run or are waited for.
+work on the machine affects both. A round's step is the median time from the start of a
+decode step to the start of the next, without the first and last steps, in which not all
+streams decode; the ratio is the median over the pairs of rounds. The client is another
+process, which only reads.
 
-On a machine that is busy with other work, rounds vary by much more than HTTP costs; the
-CPU time of the event loop's thread for each decode step does not.
+The host's time between two steps is that from a program's start to the next one's,
+without the time in which the programs themselves run or are waited for.
 """
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -28,45 +29,90 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
-ROUNDS, STREAMS, PROMPT, TOKENS = 7, 16, 16, 200
+ROUNDS, STREAMS, PROMPT, TOKENS, ENDS = 9, 16, 16, 200, 20
 MODEL = "tiny"
+
+
+def prompt_of(number):
+    return [(7 * number + i) % 256 for i in range(PROMPT)]
 
 
 async def one_stream(port, number):
     """Asks for one completion; returns how many events came."""
-    prompt = [(7 * number + i) % 256 for i in range(PROMPT)]
-    fields = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "stream": True}
-    body = json.dumps(fields | {"temperature": 0}).encode()
+    fields = {"model": MODEL, "prompt": prompt_of(number), "max_tokens": TOKENS}
+    body = json.dumps(fields | {"stream": True, "temperature": 0}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
         b"content-length: %d\r\n\r\n%s" % (len(body), body)
     )
-    content = await reader.read()
+    count = 0
+    while content := await reader.read(2**16):
+        count += content.count(b"data: {")
     writer.close()
-    return content.count(b"data: {")
+    return count
 
 
 def client(port):
-    """Reads a line, asks for all streams, and prints how long that took; and so on."""
+    """Reads a line, asks for all streams, prints how many events came; and so on."""
 
     async def ask():
-        started = time.perf_counter()
-        counts = await asyncio.gather(*(one_stream(port, i) for i in range(STREAMS)))
-        return time.perf_counter() - started, sum(counts)
+        return sum(await asyncio.gather(*(one_stream(port, i) for i in range(STREAMS))))
 
     for _ in sys.stdin:
-        print(*asyncio.run(ask()), flush=True)
+        print(asyncio.run(ask()), flush=True)
+
+
+class Clock:
+    """Notes when an engine's decode steps start and return."""
+
+    def __init__(self, engine):
+        self.steps = []
+        decode = engine.programs.decode
+
+        def noted(*args):
+            started = time.perf_counter()
+            result = decode(*args)
+            self.steps.append((started, time.perf_counter()))
+            return result
+
+        engine.programs = dataclasses.replace(engine.programs, decode=noted)
+
+    def step_seconds(self, run):
+        """Returns the median time between the starts of two steps."""
+        self.steps = []
+        run()
+        starts = [start for start, _ in self.steps[ENDS:-ENDS]]
+        return statistics.median(
+            after - before for before, after in itertools.pairwise(starts)
+        )
+
+
+def submit_all(engine):
+    for number in range(STREAMS):
+        engine.submit(prompt_of(number), max_tokens=TOKENS)
 
 
 def alone(engine):
-    """Returns the seconds of the same requests without HTTP, and their tokens."""
-    started = time.perf_counter()
-    for number in range(STREAMS):
-        prompt = [(7 * number + i) % 256 for i in range(PROMPT)]
-        engine.submit(prompt, max_tokens=TOKENS)
-    count = sum(1 for _ in engine.run())
-    return time.perf_counter() - started, count
+    submit_all(engine)
+    assert sum(1 for _ in engine.run()) == STREAMS * TOKENS
+
+
+def host_seconds(engine, clock, jax):
+    """Returns the host's median time between two decode steps."""
+    submit_all(engine)
+    clock.steps, waits = [], []
+    while True:
+        # What the next `step` reads: waited for first, so that it can be left out.
+        started = time.perf_counter()
+        if engine._in_flight:
+            jax.block_until_ready(engine._in_flight[0].chosen)
+        waits.append(time.perf_counter() - started)
+        if not engine.step():
+            break
+    pairs = list(itertools.pairwise(clock.steps))[ENDS:-ENDS]
+    gaps = [after[0] - before[1] for before, after in pairs]
+    return statistics.median(gaps) - statistics.median(waits)
 
 
 def loop_seconds(server):
@@ -76,34 +122,6 @@ def loop_seconds(server):
         return time.thread_time()
 
     return asyncio.run_coroutine_threadsafe(read(), server.loop).result()
-
-
-def host_seconds(engine, jax):
-    """Returns the host's time between two decode steps."""
-    programs, gaps, left = engine.programs, [], []
-
-    def decode(*args):
-        started = time.perf_counter()
-        if left:
-            gaps.append(started - left.pop() - waited.pop())
-        result = programs.decode(*args)
-        left.append(time.perf_counter())
-        return result
-
-    engine.programs = dataclasses.replace(programs, decode=decode)
-    waited = [0.0]
-    for number in range(STREAMS):
-        engine.submit([number] * PROMPT, max_tokens=TOKENS)
-    while True:
-        # What the next `step` reads: wait for it first, so that it can be left out.
-        started = time.perf_counter()
-        if engine._in_flight:
-            jax.block_until_ready(engine._in_flight[0].chosen)
-        waited.append(time.perf_counter() - started)
-        if not engine.step():
-            break
-    engine.programs = programs
-    return statistics.median(gaps[10:])
 
 
 def main():
@@ -117,7 +135,7 @@ def main():
     config = tiny_server.config()
     engine = Engine(config, initial_params(config))
     engine.compile()
-    alone(engine)
+    clock = Clock(engine)
     api = Api(lambda: engine, ByteTokenizer(), MODEL)
     bound = bind("127.0.0.1", 0)
     server = Server(api)
@@ -126,7 +144,6 @@ def main():
     while api.worker.engine is None:
         time.sleep(0.01)
     port = str(bound.getsockname()[1])
-    pairs = []
     with subprocess.Popen(
         [sys.executable, __file__, port],
         stdin=subprocess.PIPE,
@@ -137,28 +154,30 @@ def main():
         def over_http():
             process.stdin.write("go\n")
             process.stdin.flush()
-            seconds, count = process.stdout.readline().split()
-            return float(seconds), int(count)
+            # Fewer events than tokens: bytes of a character come together.
+            assert int(process.stdout.readline()) > STREAMS
 
         over_http()
+        pairs, loop_s = [], loop_seconds(server)
         for _ in range(ROUNDS):
-            pairs.append((alone(engine), over_http()))
-        loop_s, steps = loop_seconds(server), engine.num_decode_steps
-        over_http()
-        loop_s = loop_seconds(server) - loop_s
-        steps = engine.num_decode_steps - steps
+            own = clock.step_seconds(lambda: alone(engine))
+            pairs.append((own, clock.step_seconds(over_http)))
+        loop_s = (loop_seconds(server) - loop_s) / (ROUNDS * TOKENS)
         process.stdin.close()
-    rates = [[count / seconds for seconds, count in pair] for pair in pairs]
-    own, http = (statistics.median(column) for column in zip(*rates, strict=True))
-    ratio = statistics.median(one[1] / one[0] for one in rates)
+    own, http = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratios = sorted(own / http for own, http in pairs)
     print(f"jax {jax.__version__}, {os.cpu_count()} cores, {config.name}")
-    print(f"engine alone {own:7.0f} tokens/s, {STREAMS} requests of {TOKENS} tokens")
-    print(f"over HTTP    {http:7.0f} tokens/s, {ratio:.3f} of it")
-    print(f"event loop   {1e3 * loop_s / steps:7.2f} ms of CPU time per decode step")
+    print(f"decode step of {STREAMS} streams, engine alone {1e3 * own:6.2f} ms")
+    print(
+        f"over HTTP {1e3 * http:6.2f} ms, so {statistics.median(ratios):.3f} of the "
+        f"tokens/s ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+    )
+    print(f"CPU time of the event loop {1e3 * loop_s:.2f} ms a step")
     api.worker.close()
     server.should_exit = True
     thread.join()
-    print(f"host between two decode steps {1e3 * host_seconds(engine, jax):.2f} ms")
+    seconds = host_seconds(engine, clock, jax)
+    print(f"host between two decode steps {1e3 * seconds:.2f} ms")
 
 
 if __name__ == "__main__":
