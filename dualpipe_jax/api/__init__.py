@@ -6,5 +6,7 @@ A request's way: `app` (routes and limits), `fields` (its JSON, checked), `gener
 Imports: deepseek.serve, tokens.
 """
 
-from dualpipe_jax.api.app import Api as Api, Limits as Limits
+from dualpipe_jax.api.app import Api, Limits
 from dualpipe_jax.api.server import Server as Server, bind as bind, serve as serve
+
+__all__ = ["Api", "Limits"]
