@@ -53,6 +53,24 @@ def training() -> TrainConfig:
     )
 
 
+def exact_training() -> TrainConfig:
+    """The training profile with exact balance: four extra slots of a device.
+
+    That many make 99.8 % of the layers of recorded loads even on 64 devices that hold
+    the experts in order (docs/moe.md). The buffer needs no room for uneven loads.
+
+    Command: `python -m dualpipe_jax overlap profiles:exact_training --gpu h800`, as
+    above.
+    Runtime, result: has not run; benchmarks/results/ has XLA's schedule of it.
+    """
+    config = training()
+    assert isinstance(config.model, DeepSeek)
+    model = dataclasses.replace(
+        config.model, balance="exact", num_fetched=4, buffer_factor=None
+    )
+    return dataclasses.replace(config, name="profile_exact_training", model=model)
+
+
 def prefill() -> ServeConfig:
     """EP32, prompts of 4K tokens, 16K tokens per GPU in two microbatches.
 

@@ -16,12 +16,12 @@ and, after them, X, its extra slots.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from eplb_jax.layer.replica_rows import Held, hold, level_replicas, share_evenly
@@ -178,9 +178,8 @@ def _rows_by_sender(
     sent_DE, wanted_DE = counts_DE - stay_DE, wanted_DE - stay_DE
     of_expert_E = sent_DE.sum(axis=0)
     first_E = jnp.cumsum(of_expert_E) - of_expert_E
-    # Not cumsum, which XLA for CPUs computes in quadratic time.
-    sent_end_DE = first_E[None] + lax.associative_scan(jnp.add, sent_DE)
-    wanted_end_DE = first_E[None] + lax.associative_scan(jnp.add, wanted_DE)
+    sent_end_DE = first_E[None] + _sums_so_far(sent_DE)
+    wanted_end_DE = first_E[None] + _sums_so_far(wanted_DE)
 
     expert_DO = jnp.where(expert_DO < 0, num_experts - 1, expert_DO)
     is_used_DO = rows_DO > 0
@@ -191,17 +190,32 @@ def _rows_by_sender(
 
     end_DO = at_slots(wanted_end_DE)
     start_DO = end_DO - at_slots(wanted_DE)
-    # Rows of the experts: slots first, senders last.
-    sent_end_DOD = sent_end_DE.T[expert_DO]
-    sent_start_DOD = jnp.concatenate(
-        [first_E[expert_DO][:, :, None], sent_end_DOD[:, :, :-1]], axis=2
-    )
-    overlap_DOD = jnp.minimum(sent_end_DOD, end_DO[:, :, None])
-    overlap_DOD -= jnp.maximum(sent_start_DOD, start_DO[:, :, None])
+    # Where the rows of each sender begin and end, of the expert of each slot.
+    bound_DE = jnp.concatenate([first_E[None], sent_end_DE])
+    bound_DDO = bound_DE[:, expert_DO]
+    overlap_DDO = jnp.minimum(bound_DDO[1:], end_DO[None])
+    overlap_DDO -= jnp.maximum(bound_DDO[:-1], start_DO[None])
     is_here_DD = np.eye(len(counts_DE), dtype=bool)
-    stay_DOD = jnp.where(is_here_DD[:, None], at_slots(stay_DE)[:, :, None], 0)
-    rows_DOD = jnp.maximum(overlap_DOD, 0) + stay_DOD
-    return rows_DOD.transpose(2, 0, 1)
+    stay_DDO = jnp.where(is_here_DD[:, :, None], at_slots(stay_DE)[None], 0)
+    return jnp.maximum(overlap_DDO, 0) + stay_DDO
+
+
+def _sums_so_far(value_DE: jax.Array) -> jax.Array:
+    """Inclusive sums over devices: in blocks of devices, then over the blocks.
+
+    XLA for CPUs computes `cumsum` in quadratic time, and each of the many small
+    operations of `lax.associative_scan` on its own.
+    """
+    num_devices, num_experts = value_DE.shape
+    block = math.isqrt(num_devices - 1) + 1
+    padded_DE = jnp.pad(value_DE, ((0, -num_devices % block), (0, 0)))
+    value_BDE = padded_DE.reshape(-1, block, num_experts)
+    is_up_to_DD = np.tri(block, dtype=bool)[None, :, :, None]
+    inside_BDE = jnp.where(is_up_to_DD, value_BDE[:, None], 0).sum(axis=2)
+    is_before_BB = np.tri(len(value_BDE), k=-1, dtype=bool)[:, :, None]
+    before_BE = jnp.where(is_before_BB, value_BDE.sum(axis=1)[None], 0).sum(axis=1)
+    sums_DE = (before_BE[:, None] + inside_BDE).reshape(-1, num_experts)
+    return sums_DE[:num_devices]
 
 
 def _sources(

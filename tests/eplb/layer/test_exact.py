@@ -9,7 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParallel, ExpertTables, ExpertWeights, mix_experts
-from eplb_jax.layer.fetch import add_fetched, plan_fetch
+from eplb_jax.layer.fetch import (
+    add_at_once,
+    add_fetched,
+    add_in_rounds,
+    plan_fetch,
+)
 from eplb_jax.layer.mixture import Mixed, mix
 from tests.eplb.layer.moe_cases import (
     DEVICES,
@@ -160,6 +165,33 @@ def test_gradients_are_added_in_float32_at_home():
     assert fetched.tolist() == [0] + [3] * (DEVICES - 1)
     assert slots.dtype == jnp.bfloat16 and grads.dtype == jnp.float32
     assert grads.ravel().tolist() == [256.0 + DEVICES - 1] + [256.0] * (DEVICES - 1)
+
+
+@pytest.mark.parametrize("most", [1, DEVICES - 1])
+def test_gradients_come_home_in_rounds(most):
+    """On GPUs: four experts, of which so many devices have fetched the first."""
+    rng = np.random.default_rng(most)
+    source = np.full((DEVICES, 2), -1)
+    source[1 : 1 + most, 0] = 0
+    source[:4, 1] = 2, 1, 1, 5
+    own = rng.integers(-9, 9, (2 * DEVICES, 3)).astype(np.float32)
+    fetched = rng.integers(-9, 9, (2 * DEVICES, 3)).astype(np.float32)
+
+    def local(own, fetched):
+        gather = plan_fetch(jnp.asarray(source), 2, "ep").gather
+        fetched = fetched[jnp.argsort(gather.received)]
+        way = {"axis_name": "ep", "transport": "gather"}
+        return [
+            add(own, fetched, gather, **way) for add in (add_at_once, add_in_rounds)
+        ]
+
+    mapped = jax.shard_map(
+        local, mesh=MESH, in_specs=P("ep"), out_specs=P("ep"), check_vma=False
+    )
+    want = own.copy()
+    np.add.at(want, source[source >= 0], fetched[source.reshape(-1) >= 0])
+    for got in jax.jit(mapped)(own, fetched):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_a_fetch_is_one_exchange_of_all_slots():
