@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eplb_jax.layer.axes import all_gather, axis_index, psum
 from eplb_jax.layer.fetch import Fetch, plan_fetch
@@ -172,7 +173,19 @@ def count_by_holder(
 
 def count_fetched(plan: MicrobatchPlan, axis_name: str) -> jax.Array:
     """Counts the experts that all devices fetch: [] int32."""
-    count_D = (plan.fetched >= 0).sum(axis=1, dtype=jnp.int32)
+    return _sum((plan.fetched >= 0).sum(axis=1, dtype=jnp.int32), axis_name)
+
+
+def count_moved(plan: MicrobatchPlan, axis_name: str) -> jax.Array:
+    """Counts the rows that are computed on another device than their token's."""
+    rows_DD = plan.rows.sum(axis=2, dtype=jnp.int32)
+    is_here_DD = np.eye(len(rows_DD), dtype=bool)
+    moved_DD = jnp.where(is_here_DD, 0, rows_DD)
+    return _sum(moved_DD.sum(axis=1, dtype=jnp.int32), axis_name)
+
+
+def _sum(count_D: jax.Array, axis_name: str) -> jax.Array:
     if is_typed(count_D):
+        # Where types must say that all devices have the same values.
         return psum(count_D[axis_index(axis_name)], axis_name)
     return count_D.sum(dtype=jnp.int32)

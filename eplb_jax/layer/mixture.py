@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from eplb_jax.layer.exact import count_by_holder, count_fetched, count_rows, plan_slots
+from eplb_jax.layer.exact import (
+    count_by_holder,
+    count_fetched,
+    count_moved,
+    count_rows,
+    plan_slots,
+)
 from eplb_jax.layer.expert_weights import ExpertWeights
 from eplb_jax.layer.grouped_products import Implementation
 from eplb_jax.layer.ids import known_ids, merge_repeated
@@ -31,13 +37,14 @@ EXCHANGED = (ROUTING, "moe_plan", "moe_rows")
 
 
 class Mixed(NamedTuple):
-    """What `mix_experts` returns, and two more of `MoEStats`."""
+    """What `mix_experts` returns, and more of `MoEStats`."""
 
     outputs: jax.Array
     tokens_per_physical_expert: jax.Array
     overflow: jax.Array
     device_rows: jax.Array
     num_fetched: jax.Array
+    num_moved: jax.Array
 
 
 def mix_experts(
@@ -136,7 +143,8 @@ def mix(
         # Nothing to send, on any device: all have equally many tokens.
         counts = jnp.zeros(num_physical_experts, jnp.int32)
         none = jnp.zeros((), jnp.int32)
-        return Mixed(x, counts, none, jnp.zeros(p.num_devices, jnp.int32), none)
+        device_rows = jnp.zeros(p.num_devices, jnp.int32)
+        return Mixed(x, counts, none, device_rows, none, none)
     if p.is_exact:
         return _mix_exactly(
             x, experts, weights, expert_weights, tables, p, implementation
@@ -154,7 +162,8 @@ def mix(
         x, experts, weights, expert_weights, num_physical_experts, p, implementation
     )
     device_rows = counts.reshape(p.num_devices, -1).sum(axis=1, dtype=jnp.int32)
-    return Mixed(outputs, counts, overflow, device_rows, jnp.zeros((), jnp.int32))
+    none = jnp.zeros((), jnp.int32)
+    return Mixed(outputs, counts, overflow, device_rows, none, none)
 
 
 def _hold(
@@ -207,6 +216,7 @@ def _mix_exactly(
         overflow,
         counts.reshape(p.num_devices, -1).sum(axis=1, dtype=jnp.int32),
         count_fetched(slots.plan, p.axis_name),
+        count_moved(slots.plan, p.axis_name),
     )
 
 

@@ -44,6 +44,8 @@ class MoEStats(NamedTuple):
         sequences (so it may differ between devices); 1 is even.
       device_rows: [devices] int32, rows that each device computes.
       num_fetched: [] int32, experts that all devices fetch, with exact balance; else 0.
+      num_moved: [] int32, with exact balance, choices that are computed on another
+        device than their token's; else 0.
     """
 
     tokens_per_expert: jax.Array
@@ -52,6 +54,7 @@ class MoEStats(NamedTuple):
     balance_loss: jax.Array
     device_rows: jax.Array
     num_fetched: jax.Array
+    num_moved: jax.Array
 
 
 class MoE(nnx.Module):
@@ -263,5 +266,6 @@ class MoE(nnx.Module):
             balance_loss=loss,
             device_rows=mixed.device_rows,
             num_fetched=mixed.num_fetched,
+            num_moved=mixed.num_moved,
         )
         return outputs.reshape(x.shape).astype(x.dtype), stats

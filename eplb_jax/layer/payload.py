@@ -40,6 +40,18 @@ def check_payload(payload: Payload, num_features: int) -> None:
         )
 
 
+def bytes_of_token(payload: Payload, num_features: int, dtype: Any) -> int:
+    """Bytes that a token has on its way to an expert.
+
+    Examples:
+      >>> bytes_of_token("plain", 256, jnp.bfloat16), bytes_of_token("fp8", 256, None)
+      (512, 264)
+    """
+    if payload == "fp8":
+        return num_features + 4 * num_features // _TILE
+    return num_features * jnp.dtype(dtype).itemsize
+
+
 def pack_fp8(x_TF: jax.Array) -> jax.Array:
     """Encodes tokens as bytes: float8_e4m3fn values, then a float32 scale per tile.
 

@@ -84,7 +84,7 @@ def _program(parallel, check_vma):
         local,
         mesh=MESH,
         in_specs=(P("ep"), P("ep"), P("ep"), P("ep"), P()),
-        out_specs=Mixed(P("ep"), P(), P(), P(), P()),
+        out_specs=Mixed(P("ep"), P(), P(), P(), P(), P()),
         check_vma=check_vma,
     )
 
@@ -97,7 +97,7 @@ def _program(parallel, check_vma):
 
 def _check(parallel, experts, tables, check_vma=False, limit=None):
     run = _program(parallel, check_vma)
-    grads, (y, (counts, overflow, device_rows, fetched)) = run(
+    grads, (y, (counts, overflow, device_rows, fetched, moved)) = run(
         X, SCORES, WEIGHTS, experts, tables
     )
     want_grads, want = _reference()(X, SCORES, WEIGHTS, experts)
@@ -105,6 +105,7 @@ def _check(parallel, experts, tables, check_vma=False, limit=None):
         check_close(got, wanted)
     assert overflow == 0
     assert 0 <= fetched <= parallel.num_fetched * DEVICES
+    assert 0 <= moved <= device_rows.sum()
     known = np.where((experts >= 0) & (experts < EXPERTS), experts, -1)
     chosen = [set(row) - {-1} for row in known.tolist()]
     by_expert = np.bincount([e for row in chosen for e in row], minlength=EXPERTS)
