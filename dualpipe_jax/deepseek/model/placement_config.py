@@ -7,6 +7,7 @@ import math
 from typing import Annotated, Literal
 
 from dualpipe_jax.checked import Count, Range, check_fields
+from eplb_jax.layer import Balance
 from eplb_jax.placement import Policy
 
 NumRedundant = Annotated[int, Range(0, 65_536)]
@@ -30,6 +31,36 @@ def rows_of_buffer(
     if buffer_factor is None:
         return None
     return math.ceil(min(buffer_factor, num_devices) * num_choices)
+
+
+def check_balance(
+    balance: Balance, num_fetched: int, num_experts: int, buffer_factor: float | None
+) -> None:
+    """Raises unless settings of exact balance fit each other and the model.
+
+    Args:
+      balance: see `eplb_jax.ExpertParallel`.
+      num_fetched: see there.
+      num_experts: of the model.
+      buffer_factor: see `rows_of_buffer`.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    if num_fetched and balance != "exact":
+        raise ValueError(
+            f"{num_fetched=} needs balance='exact'; {balance=} fetches nothing."
+        )
+    if num_fetched > num_experts:
+        raise ValueError(
+            f"{num_fetched=} must be at most n_routed_experts={num_experts}; a few "
+            "suffice."
+        )
+    if balance == "exact" and (buffer_factor or 1) < 1:
+        raise ValueError(
+            f"{buffer_factor=} contradicts balance='exact', by which all devices "
+            "compute the mean; leave it out."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

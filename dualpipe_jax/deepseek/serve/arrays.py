@@ -118,10 +118,12 @@ class Loads(NamedTuple):
     Attributes:
       tokens_per_expert: [L, E] int32.
       overflow: [] int32, choices that exceeded a buffer.
+      num_fetched: [] int32, experts that devices fetched; see `ServeConfig.balance`.
     """
 
     tokens_per_expert: jax.Array
     overflow: jax.Array
+    num_fetched: jax.Array
 
 
 class ServeState(NamedTuple):
@@ -135,6 +137,7 @@ class ServeState(NamedTuple):
       balancer: of all MoE layers.
       overflow: [] int32, expert choices so far that exceeded a buffer; it stays at the
         largest int32.
+      num_fetched: [] int32, experts that devices have fetched, likewise.
     """
 
     tokens: Any
@@ -143,3 +146,4 @@ class ServeState(NamedTuple):
     caches: Any
     balancer: Any
     overflow: Any
+    num_fetched: Any

@@ -386,6 +386,7 @@ class Engine:
         """Returns the balancer's metrics, the queue's lengths, and totals so far."""
         measured = self._measure(self.state.balancer)
         measured["num_overflowed"] = self.state.overflow
+        measured["num_fetched"] = self.state.num_fetched
         rate = self.num_tokens / self.seconds if self.seconds else 0.0
         counts = {
             "num_waiting": self._scheduler.num_waiting,

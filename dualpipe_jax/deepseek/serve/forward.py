@@ -45,11 +45,13 @@ class Forward:
       config: of the server.
       num_tokens: tokens of a microbatch on a device.
       is_on_gpu: whether it is for GPUs, which may only be compiled for.
+      is_exact: see `ServeConfig`.
     """
 
     config: ServeConfig
     num_tokens: int
     is_on_gpu: bool = False
+    is_exact: bool = False
 
     @functools.cached_property
     def _graphs(self) -> list[Any]:
@@ -61,7 +63,9 @@ class Forward:
             if module.moe is not None:
                 # Only physical experts are divided over the devices here.
                 module.moe.experts = None
-                module.moe.parallel = self.config.parallel(self.num_tokens)
+                module.moe.parallel = self.config.parallel(
+                    self.num_tokens, self.is_exact
+                )
             return nnx.graphdef(module)
 
         is_dense = [arch.is_dense(layer) for layer in range(arch.num_hidden_layers)]
@@ -168,7 +172,7 @@ class Forward:
         attend,
     ) -> tuple[jax.Array, Loads]:
         """Runs all layers; `attend` takes a layer's number and input."""
-        counts, overflow = [], jnp.zeros((), jnp.int32)
+        counts, overflow, fetched = [], jnp.int32(0), jnp.int32(0)
         for layer, graph in enumerate(self._graphs):
             arrays = params.layers[layer]
             x = attend(layer, x)
@@ -187,7 +191,8 @@ class Forward:
             )
             counts.append(stats.tokens_per_expert)
             overflow += stats.overflow
-        return x, Loads(jnp.stack(counts), overflow)
+            fetched += stats.num_fetched
+        return x, Loads(jnp.stack(counts), overflow, fetched)
 
     def _logits(self, params: ServeParams, x_BD: jax.Array) -> jax.Array:
         """Returns the logits [B, U] of the tokens that follow."""

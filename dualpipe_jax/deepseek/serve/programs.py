@@ -22,6 +22,7 @@ from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
 from dualpipe_jax.deepseek.serve.steps import Steps
 from dualpipe_jax.deepseek.serve.weights import initial_params
+from dualpipe_jax.gpu import gpu_of_device_kind
 from dualpipe_jax.gpu.overlap import compile_for
 from dualpipe_jax.train import CompileProgress, Job, compile_together
 
@@ -127,7 +128,8 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
             f"mesh has the axes {dict(mesh.shape)}, but the server's is "
             f"{config.mesh_shape}; make it with this one."
         )
-    steps = Steps(config, compat.platform_of(mesh))
+    gpu = gpu_of_device_kind(mesh.devices.flat[0].device_kind)
+    steps = Steps(config, compat.platform_of(mesh), gpu)
     whole, over, halves = P(), P("ep"), P(None, "ep")
     state_specs = ServeState(
         tokens=halves,
@@ -136,6 +138,7 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
         caches=over,
         balancer=whole,
         overflow=whole,
+        num_fetched=whole,
     )
 
     def mapped(function, in_specs: Any, out_specs: Any, **options: Any) -> Any:

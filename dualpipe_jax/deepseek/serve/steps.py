@@ -28,6 +28,7 @@ from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.forward import Forward
 from dualpipe_jax.deepseek.serve.rows import start_and_stop
 from dualpipe_jax.deepseek.serve.sampling import choose_tokens, greedy
+from dualpipe_jax.gpu import Gpu
 from eplb_jax import BalancerState, ExpertBalancer, ExpertTables, migrate
 from eplb_jax.placement import add_saturating, take_or_zero
 
@@ -41,10 +42,12 @@ class Steps:
     Attributes:
       config: of the server.
       platform: of the mesh.
+      gpu: of the mesh, if it is one whose peaks are known.
     """
 
     config: ServeConfig
     platform: str | None
+    gpu: Gpu | None = None
 
     @property
     def balancer(self) -> ExpertBalancer:
@@ -52,7 +55,12 @@ class Steps:
         return self.config.balancer
 
     def _forward(self, num_tokens: int) -> Forward:
-        return Forward(self.config, num_tokens, is_on_gpu=self.platform != "cpu")
+        return Forward(
+            self.config,
+            num_tokens,
+            is_on_gpu=self.platform != "cpu",
+            is_exact=self.config.is_exact(num_tokens, self.gpu),
+        )
 
     # On a device.
 
@@ -164,11 +172,14 @@ class Steps:
     def _observe(self, state: ServeState, *loads: Loads) -> ServeState:
         first, *others = (each.tokens_per_expert for each in loads)
         counts_LE = sum(others, first)
-        overflow = state.overflow
+        overflow, fetched = state.overflow, state.num_fetched
         for each in loads:
             overflow = add_saturating(overflow, each.overflow)
+            fetched = add_saturating(fetched, each.num_fetched)
         return state._replace(
-            balancer=self.balancer.observe(state.balancer, counts_LE), overflow=overflow
+            balancer=self.balancer.observe(state.balancer, counts_LE),
+            overflow=overflow,
+            num_fetched=fetched,
         )
 
     def _insert(
@@ -235,6 +246,7 @@ class Steps:
             ),
             balancer=self.balancer.init(placement),
             overflow=jnp.zeros((), jnp.int32),
+            num_fetched=jnp.zeros((), jnp.int32),
         )
 
     def no_prompts(self) -> tuple[Prompts, Prompts]:

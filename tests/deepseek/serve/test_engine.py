@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dualpipe_jax.deepseek.serve import Engine
+from dualpipe_jax.deepseek.serve import Engine, make_serve_programs
 from tests.deepseek.serve import small_server
 
 # Programs of eight devices, that run for hundreds of steps.
@@ -86,6 +86,21 @@ def test_prefills_are_observed_and_followed_by_plans(config, make_engine):
     # What was observed: each token of a prompt chose its experts once.
     loads = still.state.balancer.loads.total
     assert int(still.state.balancer.step) == still.num_prefills and loads.any()
+
+
+def test_exact_balance_of_prefills(config, programs, make_engine):
+    """Large microbatches are balanced exactly; decode steps, of two tokens, are not."""
+    changes = {"balance": "exact", "num_fetched": 3, "exact_from": 2}
+    engine = make_engine(**changes)
+    exact = make_serve_programs(engine.config, programs.mesh)
+    assert exact.lower("decode").as_text() == programs.lower("decode").as_text()
+    engine.programs = dataclasses.replace(programs, prefill=exact.prefill)
+    prompts = small_server.prompts(40, config, seed=12)
+    expected = make_engine().generate(prompts, max_tokens=2)
+    np.testing.assert_array_equal(engine.generate(prompts, max_tokens=2), expected)
+    metrics = engine.metrics()
+    most = 3 * 8 * 2 * 2 * metrics["num_prefills"]  # devices, layers, microbatches
+    assert 0 < metrics["num_fetched"] <= most and metrics["num_overflowed"] == 0
 
 
 def test_a_device_that_is_left_changes_nothing(config, make_engine):
