@@ -122,8 +122,13 @@ def mix(
     is_physical: bool = False,
     implementation: Implementation = "auto",
     is_distinct: bool = False,
+    shared: ExpertWeights | None = None,
 ) -> Mixed:
-    """Does what `mix_experts` says, and counts the rows of each device as well."""
+    """Does what `mix_experts` says, and counts the rows of each device as well.
+
+    With exact balance, `shared` [1, ...] is an expert that all tokens go to, and that
+    all devices hold; its rows are planned with the others.
+    """
     p = parallel
     if tables is None:
         num_physical_experts = expert_weights.gate.shape[0] * p.num_devices
@@ -147,7 +152,7 @@ def mix(
         return Mixed(x, counts, none, device_rows, none, none)
     if p.is_exact:
         return _mix_exactly(
-            x, experts, weights, expert_weights, tables, p, implementation
+            x, experts, weights, expert_weights, tables, p, implementation, shared
         )
     if tables is not None:
         experts = choose_physical_experts(
@@ -190,15 +195,28 @@ def _mix_exactly(
     tables: ExpertTables | None,
     p: ExpertParallel,
     implementation: Implementation,
+    shared: ExpertWeights | None,
 ) -> Mixed:
     """Mixes with slots, see `eplb_jax.layer.exact`, in place of physical experts."""
     assert p.axis_name is not None
     if tables is None:
         num_experts = expert_weights.gate.shape[0] * p.num_devices
         tables = ExpertTables.in_order(num_experts)
+    if shared is not None:
+        # It comes after the others, of the choices as of the experts of a device.
+        is_token_T1 = (experts >= 0).any(axis=1, keepdims=True)
+        chosen_T1 = jnp.where(is_token_T1, tables.num_experts, -1)
+        experts = jnp.concatenate([experts, chosen_T1], axis=1)
+        weights = jnp.concatenate([weights, is_token_T1.astype(weights.dtype)], axis=1)
+        expert_weights = jax.tree.map(
+            lambda held, one: jnp.concatenate([held, one.astype(held.dtype)]),
+            expert_weights,
+            shared,
+        )
     num_rows = count_rows(experts.size, p)
     with jax.named_scope("plan"):
-        slots = checkpoint_name(plan_slots(experts, tables, p), "moe_plan")
+        slots = plan_slots(experts, tables, p, num_shared=int(shared is not None))
+        slots = checkpoint_name(slots, "moe_plan")
     rows_DO = slots.plan.rows.reshape(p.num_devices, -1)
     outputs, counts, overflow = mix_physical(
         x,

@@ -137,6 +137,11 @@ class MoE(nnx.Module):
                 f"parallel.num_devices={parallel.num_devices} must divide "
                 f"{num_experts=}."
             )
+        if parallel.spread_shared and num_shared != 1:
+            raise ValueError(
+                f"parallel.spread_shared=True needs a shared expert of the size of the "
+                f"others, but {num_shared=}; use num_shared=1, or leave it out."
+            )
         self.num_experts, self.top_k, self.kind = num_experts, top_k, router
         self.num_groups, self.topk_groups = num_groups, topk_groups
         self.route_norm, self.route_scale = route_norm, route_scale
@@ -238,6 +243,10 @@ class MoE(nnx.Module):
         held = physical
         if held is None:
             held = ExpertWeights(*(leaf[...] for leaf in self.experts))
+        shared = self.shared
+        if shared is not None:
+            shared = ExpertWeights(*(leaf[...] for leaf in shared))
+        is_planned = self.parallel.is_exact and self.parallel.spread_shared
         mixed = mix(
             tokens,
             experts.reshape(-1, self.top_k),
@@ -248,10 +257,11 @@ class MoE(nnx.Module):
             is_physical=physical is not None,
             implementation=self.implementation,
             is_distinct=True,
+            shared=shared if is_planned else None,
         )
         outputs, counts = mixed.outputs, mixed.tokens_per_physical_expert
-        if self.shared is not None:
-            gate, up, down = (leaf[0].astype(dtype) for leaf in self.shared)
+        if shared is not None and not is_planned:
+            gate, up, down = (leaf[0].astype(dtype) for leaf in shared)
             outputs += (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
         if tables is not None:
             # Each choice has one physical expert, whose count is that of all devices.

@@ -73,7 +73,10 @@ def exact_metrics(
     """
     rows = stats["tokens_per_expert"].sum().astype(jnp.float32) / parallel.num_devices
 
-    def balancedness(fullest_L: jax.Array) -> jax.Array:
+    # Each token has one row more of the shared expert, if these are planned.
+    with_shared = 1 + parallel.spread_shared / config.num_experts_per_tok
+
+    def balancedness(rows: jax.Array, fullest_L: jax.Array) -> jax.Array:
         return rows / jnp.maximum(fullest_L.sum(), 1).astype(jnp.float32)
 
     def each(count_L: jax.Array) -> jax.Array:
@@ -84,8 +87,8 @@ def exact_metrics(
     fetched = each(stats["num_fetched"])
     moved = each(stats["num_moved"])
     return {
-        "balancedness_exact": balancedness(stats["fullest_device"]),
-        "balancedness_before": balancedness(stats["fullest_home"]),
+        "balancedness_exact": balancedness(rows * with_shared, stats["fullest_device"]),
+        "balancedness_before": balancedness(rows, stats["fullest_home"]),
         "fetched_experts": fetched,
         "fetched_mib": fetched * (bytes_of_expert / 2**20),
         "dispatched_mib": moved

@@ -35,6 +35,7 @@ class DeepSeekOptions:
     payload: Payload = "plain"
     balance: Balance = "placement"
     num_fetched: Size = 0
+    spread_shared: bool = False
     layer_costs: tuple[Positive, ...] | None = None
     head_cost: NotNegative | None = None
     rank_speeds: tuple[Positive, ...] | None = None
@@ -45,9 +46,10 @@ class DeepSeekOptions:
         check_fields(self)
         check_payload(self.payload, self.architecture.hidden_size)
         check_balance(
+            self.architecture,
             self.balance,
             self.num_fetched,
-            self.architecture.n_routed_experts,
+            self.spread_shared,
             self.buffer_factor,
         )
         if (self.layer_costs is None) != (self.head_cost is None):

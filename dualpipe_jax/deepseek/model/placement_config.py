@@ -7,6 +7,7 @@ import math
 from typing import Annotated, Literal
 
 from dualpipe_jax.checked import Count, Range, check_fields
+from dualpipe_jax.deepseek.model.config import DeepSeekConfig
 from eplb_jax.layer import Balance
 from eplb_jax.placement import Policy
 
@@ -34,14 +35,19 @@ def rows_of_buffer(
 
 
 def check_balance(
-    balance: Balance, num_fetched: int, num_experts: int, buffer_factor: float | None
+    config: DeepSeekConfig,
+    balance: Balance,
+    num_fetched: int,
+    spread_shared: bool,
+    buffer_factor: float | None,
 ) -> None:
     """Raises unless settings of exact balance fit each other and the model.
 
     Args:
+      config: sizes of the model.
       balance: see `eplb_jax.ExpertParallel`.
       num_fetched: see there.
-      num_experts: of the model.
+      spread_shared: see there.
       buffer_factor: see `rows_of_buffer`.
 
     Raises:
@@ -51,10 +57,19 @@ def check_balance(
         raise ValueError(
             f"{num_fetched=} needs balance='exact'; {balance=} fetches nothing."
         )
-    if num_fetched > num_experts:
+    if spread_shared and balance != "exact":
         raise ValueError(
-            f"{num_fetched=} must be at most n_routed_experts={num_experts}; a few "
-            "suffice."
+            f"{spread_shared=} needs balance='exact'; {balance=} plans no rows."
+        )
+    if spread_shared and config.n_shared_experts != 1:
+        raise ValueError(
+            f"{spread_shared=} needs a shared expert of the size of the others, but "
+            f"n_shared_experts={config.n_shared_experts}; leave it out."
+        )
+    if num_fetched > config.n_routed_experts:
+        raise ValueError(
+            f"{num_fetched=} must be at most n_routed_experts="
+            f"{config.n_routed_experts}; a few suffice."
         )
     if balance == "exact" and (buffer_factor or 1) < 1:
         raise ValueError(

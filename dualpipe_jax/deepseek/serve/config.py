@@ -86,6 +86,7 @@ class ServeConfig:
       balance: see `eplb_jax.ExpertParallel`; `"exact"` holds for steps whose microbatch
         has at least `exact_from` tokens on a device.
       num_fetched: experts that a device may fetch for a layer of such a step.
+      spread_shared: see `eplb_jax.ExpertParallel`.
       exact_from: None: from `break_even` on, on GPUs that it knows; elsewhere 1.
       rebalance: None: experts are not moved.
       platform: what jax runs on, as in `TrainConfig`; None: what it finds.
@@ -118,6 +119,7 @@ class ServeConfig:
     buffer_factor: Positive | None = None
     balance: Balance = "placement"
     num_fetched: Size = 0
+    spread_shared: bool = False
     exact_from: Count | None = None
     rebalance: RebalanceConfig | None = dataclasses.field(
         default_factory=RebalanceConfig
@@ -133,9 +135,10 @@ class ServeConfig:
         check_payload(self.payload, self.architecture.hidden_size)
         self._check_sizes()
         check_balance(
+            self.architecture,
             self.balance,
             self.num_fetched,
-            self.architecture.n_routed_experts,
+            self.spread_shared,
             self.buffer_factor,
         )
         if self.exact_from is not None and self.balance != "exact":
@@ -284,7 +287,10 @@ class ServeConfig:
           num_tokens: of a device in one microbatch.
           is_exact: see the method of that name.
         """
-        num_choices = num_tokens * self.architecture.num_experts_per_tok
+        spread_shared = is_exact and self.spread_shared
+        num_choices = num_tokens * (
+            self.architecture.num_experts_per_tok + spread_shared
+        )
         return ExpertParallel(
             axis_name=self.axis_name,
             num_devices=self.num_devices,
@@ -295,4 +301,5 @@ class ServeConfig:
             route=self.route,
             balance="exact" if is_exact else "placement",
             num_fetched=self.num_fetched if is_exact else 0,
+            spread_shared=spread_shared,
         )

@@ -91,6 +91,7 @@ def test_prefills_are_observed_and_followed_by_plans(config, make_engine):
 def test_exact_balance_of_prefills(config, programs, make_engine):
     """Large microbatches are balanced exactly; decode steps, of two tokens, are not."""
     changes = {"balance": "exact", "num_fetched": 3, "exact_from": 2}
+    changes["spread_shared"] = True
     engine = make_engine(**changes)
     exact = make_serve_programs(engine.config, programs.mesh)
     assert exact.lower("decode").as_text() == programs.lower("decode").as_text()
@@ -100,7 +101,7 @@ def test_exact_balance_of_prefills(config, programs, make_engine):
     np.testing.assert_array_equal(engine.generate(prompts, max_tokens=2), expected)
     metrics = engine.metrics()
     most = 3 * 8 * 2 * 2 * metrics["num_prefills"]  # devices, layers, microbatches
-    assert 0 < metrics["num_fetched"] <= most and metrics["num_overflowed"] == 0
+    assert 0 <= metrics["num_fetched"] <= most and metrics["num_overflowed"] == 0
 
 
 def test_a_device_that_is_left_changes_nothing(config, make_engine):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParallel, ExpertTables, ExpertWeights, mix_experts
@@ -16,6 +17,7 @@ from eplb_jax.layer.fetch import (
     plan_fetch,
 )
 from eplb_jax.layer.mixture import Mixed, mix
+from tests.eplb.layer import moe_cases
 from tests.eplb.layer.moe_cases import (
     DEVICES,
     DIM,
@@ -123,6 +125,53 @@ def test_with_a_placement():
     for seed, experts in enumerate(_choices().values()):
         _check(parallel, experts, placement(seed), check_vma=True)
     assert _program(parallel, True)._cache_size() == 1
+
+
+@pytest.mark.slow
+def test_shared_rows_of_a_layer():
+    """The module's shared expert, planned, against every expert on every token."""
+    parallel = ExpertParallel(
+        "ep", DEVICES, balance="exact", num_fetched=6, spread_shared=True
+    )
+    options = {"route_norm": False}  # the router's own gradient, not that of ties
+    model, want = (moe_cases.layer(each, **options) for each in (parallel, None))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    specs = moe_cases.specs(params)
+
+    def local(params, x, is_padding):
+        y, stats = nnx.merge(graph, params, rest)(x, is_padding=is_padding)
+        return y, (stats.device_rows, stats.num_fetched, stats.overflow)
+
+    mapped = jax.shard_map(
+        local,
+        mesh=MESH,
+        in_specs=(specs, P("ep"), P("ep")),
+        out_specs=(P("ep"), P()),
+    )
+
+    def loss(params, x, is_padding):
+        y, counted = mapped(params, x, is_padding)
+        return (y * OUT).sum(), (y, counted)
+
+    def dense(params, x, is_padding):
+        graph, _, rest = nnx.split(want, nnx.Param, ...)
+        x = jnp.where(is_padding[:, None], 0, x)
+        y = moe_cases.dense(nnx.merge(graph, params, rest), x)
+        y = jnp.where(is_padding[:, None], 0, y)
+        return (y * OUT).sum(), y
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    # The last two devices have padding only.
+    is_padding = jnp.arange(TOKENS) >= 3 * TOKENS // 4
+    grads, (y, (device_rows, fetched, overflow)) = run(params, X, is_padding)
+    want_grads, want_y = jax.jit(jax.grad(dense, argnums=(0, 1), has_aux=True))(
+        params, X, is_padding
+    )
+    check_close(y, want_y)
+    jax.tree.map(check_close, grads, want_grads)
+    rows = (3 * TOKENS // 4) * (K + 1)
+    assert device_rows.sum() == rows and device_rows.max() == -(-rows // DEVICES)
+    assert overflow == 0 and fetched <= 6 * DEVICES
 
 
 @pytest.mark.parametrize(
