@@ -110,6 +110,7 @@ FROZEN = {
         "Pretrained",
         "RopeScaling",
         "ServeConfig",
+        "break_even",
         "load_pretrained",
     ],
     dualpipe_jax.deepseek.serve: [
@@ -119,6 +120,7 @@ FROZEN = {
         "ServeParams",
         "ServePrograms",
         "Token",
+        "break_even",
         "initial_params",
         "load_checkpoint",
         "load_published",

@@ -108,7 +108,7 @@ def train(schedule, parallel, overlap=None):
     params, losses, fetched = make_params(schedule.num_stages), [], 0
     for inputs, targets in zip(*batches(), strict=True):
         (loss, aux), grads = step(params, inputs, targets)
-        params = jax.tree.map(lambda p, g: p - 0.002 * g, params, grads)
+        params = jax.tree.map(lambda p, g: p - 0.0002 * g, params, grads)
         losses.append(loss.mean())
         fetched += aux.sum()
     return np.array(losses), int(fetched)
