@@ -62,7 +62,8 @@ def exact_training() -> TrainConfig:
 
     Command: `python -m dualpipe_jax overlap profiles:exact_training --gpu h800`, as
     above.
-    Runtime, result: has not run; benchmarks/results/ has XLA's schedule of it.
+    Runtime, result: has not run. XLA's schedule hides 79 % of its communication; what
+    is exposed are fetches (benchmarks/results/exact_balance_2026-11-27.md).
     """
     config = training()
     assert isinstance(config.model, DeepSeek)
