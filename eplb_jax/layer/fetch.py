@@ -21,8 +21,8 @@ from jax import lax
 from eplb_jax.layer.axes import all_gather, axis_index, ragged_all_to_all
 from eplb_jax.layer.exchange import Transport, by_transport, exchange
 from eplb_jax.layer.physical import WeightGatherPlan, by_slices, plan_weight_gather
-from eplb_jax.layer.varying import vary_alike
 from eplb_jax.placement import divisor_from, take_or_zero
+from eplb_jax.products import vary_alike
 
 
 class Fetch(NamedTuple):

@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from eplb_jax.layer.exact import count_by_holder, count_fetched, count_rows, plan_slots
 from eplb_jax.layer.expert_weights import ExpertWeights
-from eplb_jax.layer.grouped_products import Implementation
 from eplb_jax.layer.ids import known_ids, merge_repeated
 from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.physical import physical_weights
@@ -24,6 +23,7 @@ from eplb_jax.layer.replicas import choose_physical_experts
 from eplb_jax.layer.routes import Fetched, mix_physical
 from eplb_jax.layer.routing import ROUTING
 from eplb_jax.placement import ExpertTables
+from eplb_jax.products import Implementation
 
 # Names of the values that a layer must keep so that its recomputation exchanges
 # nothing: `jax.checkpoint_policies.save_only_these_names(*EXCHANGED)`.

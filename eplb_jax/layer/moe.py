@@ -10,7 +10,6 @@ from flax import nnx
 from jax import lax
 
 from eplb_jax.layer.expert_weights import ExpertWeights
-from eplb_jax.layer.grouped_products import Implementation
 from eplb_jax.layer.mixture import mix
 from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.routing import (
@@ -20,6 +19,7 @@ from eplb_jax.layer.routing import (
     softmax_top_k,
 )
 from eplb_jax.placement import ExpertTables
+from eplb_jax.products import Implementation
 
 
 class RouterBias(nnx.Variable):

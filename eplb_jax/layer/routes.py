@@ -19,9 +19,9 @@ from eplb_jax.layer.dispatch_plan import plan_dispatch
 from eplb_jax.layer.exchange import Transport
 from eplb_jax.layer.expert_weights import ExpertWeights
 from eplb_jax.layer.fetch import Fetch, add_fetched
-from eplb_jax.layer.grouped_products import Implementation, grouped_matmul
 from eplb_jax.layer.ids import is_repeated
 from eplb_jax.layer.parallel import ExpertParallel
+from eplb_jax.products import Implementation, grouped_matmul
 
 
 class Fetched(NamedTuple):

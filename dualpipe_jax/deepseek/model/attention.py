@@ -15,7 +15,7 @@ from flax import nnx
 
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
 from dualpipe_jax.deepseek.model.rope import rotate
-from eplb_jax.layer import load_tokamax, on_cuda
+from eplb_jax.products import load_tokamax, on_cuda
 
 # DeepSeek's code and others give the norms inside the attention no epsilon of the
 # config: it is this, whatever `rms_norm_eps` is.

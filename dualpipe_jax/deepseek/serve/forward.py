@@ -27,8 +27,9 @@ from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.rows import Rows
 from dualpipe_jax.deepseek.serve.sampling import choose_tokens
 from eplb_jax import ExpertTables, ExpertWeights, MoEStats
-from eplb_jax.layer import ONE_DEVICE, cross_compiling
+from eplb_jax.layer import ONE_DEVICE
 from eplb_jax.placement import take_or_zero
+from eplb_jax.products import cross_compiling
 
 
 @dataclasses.dataclass(frozen=True)
