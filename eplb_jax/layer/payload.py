@@ -7,14 +7,14 @@ Shape suffixes: see `eplb_jax`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.placement import check_choices
-from eplb_jax.products import E4M3, TILE, Scaled, dequantize, quantize_tiles
+from eplb_jax.products import E4M3, TILE, Scaled
 
 Payload = Literal["plain", "fp8"]
 
@@ -38,40 +38,37 @@ def check_payload(payload: Payload, num_features: int) -> None:
         )
 
 
-def pack_fp8(x_TF: jax.Array) -> jax.Array:
-    """Encodes tokens as bytes: float8_e4m3fn values, then a float32 scale per tile.
+def pack(scaled: Scaled) -> jax.Array:
+    """Encodes tokens in float8 as bytes: the values, then a float32 scale per tile.
 
     Args:
-      x_TF: [tokens, d].
+      scaled: [tokens, d], from `quantize_tiles`.
 
     Returns:
       [tokens, d + 4 * d / 128] uint8.
     """
-    small_T, scale_T = quantize_tiles(x_TF)
     # As bytes, since not every backend's collectives support the type; and in one row,
     # since a second exchange, just for the scales, would cost the network's latency.
-    return jnp.concatenate(
-        [lax.bitcast_convert_type(small_T, jnp.uint8), _as_bytes(scale_T)],
-        axis=1,
-    )
+    values_T = lax.bitcast_convert_type(scaled.values, jnp.uint8)
+    return jnp.concatenate([values_T, _as_bytes(scaled.scales)], axis=1)
 
 
-def unpack_fp8(bytes_M: jax.Array, num_features: int, dtype: Any) -> jax.Array:
-    """Decodes rows that `pack_fp8` encoded.
+def unpack(bytes_M: jax.Array, num_features: int) -> Scaled:
+    """Decodes rows that `pack` encoded; a row of zeros is zero.
 
     Args:
       bytes_M: [rows, d + 4 * d / 128] uint8.
       num_features: d.
-      dtype: of the result.
 
     Returns:
       [rows, d].
     """
-    small_M, scale_M = jnp.split(bytes_M, [num_features], axis=1)
-    small_M = lax.bitcast_convert_type(small_M, E4M3)
-    scale_M = scale_M.reshape(len(bytes_M), num_features // TILE, 4)
-    scale_M = lax.bitcast_convert_type(scale_M, jnp.float32)
-    return dequantize(Scaled(small_M, scale_M), dtype)
+    values_M, scales_M = jnp.split(bytes_M, [num_features], axis=1)
+    scales_M = scales_M.reshape(len(bytes_M), num_features // TILE, 4)
+    return Scaled(
+        lax.bitcast_convert_type(values_M, E4M3),
+        lax.bitcast_convert_type(scales_M, jnp.float32),
+    )
 
 
 def _as_bytes(x: jax.Array) -> jax.Array:

@@ -15,6 +15,16 @@ from eplb_jax.products.kernels import (
     load_tokamax as load_tokamax,
     on_cuda as on_cuda,
 )
+from eplb_jax.products.linear import (
+    ScaledRows as ScaledRows,
+    named_rows as named_rows,
+    rows_of as rows_of,
+    scale_rows as scale_rows,
+    scaled_linear as scaled_linear,
+    scaled_swiglu as scaled_swiglu,
+    swiglu as swiglu,
+    unscale_rows as unscale_rows,
+)
 from eplb_jax.products.quantize import quantize_blocks, quantize_tiles
 from eplb_jax.products.scaled import (
     E4M3 as E4M3,
