@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from eplb_jax import lookup
 from eplb_jax.layer.exchange import Transport as Transport
 from eplb_jax.layer.expert_weights import ExpertWeights
+from eplb_jax.layer.experts import Products as Products, run_network as run_network
 from eplb_jax.layer.microbatch_plan import MicrobatchPlan, plan_microbatch
 from eplb_jax.layer.mixture import (
     EXCHANGED as EXCHANGED,

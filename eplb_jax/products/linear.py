@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -63,17 +64,15 @@ class ScaledRows:
         """The dtype of the activations."""
         return self.handle.dtype
 
-    def reshape(self, *shape: int) -> ScaledRows:
-        """Returns other leading axes of the same activations."""
-        scaled = self.scaled
-        return dataclasses.replace(
-            self,
-            scaled=Scaled(
-                scaled.values.reshape(*shape, scaled.values.shape[-1]),
-                scaled.scales.reshape(*shape, scaled.scales.shape[-1]),
-            ),
-            handle=self.handle.reshape(*shape, self.handle.shape[-1]),
-        )
+    @property
+    def flat(self) -> ScaledRows:
+        """The same with one leading axis."""
+        scaled = Scaled(*map(_flat, self.scaled))
+        return dataclasses.replace(self, scaled=scaled, handle=_flat(self.handle))
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def scale_rows(x: jax.Array, *, powers_of_two: bool = False) -> ScaledRows:
@@ -157,7 +156,7 @@ def scaled_linear(
       >>> float(dx[0, 0]), float(dw[0, 0])
       (2.0, 4.0)
     """
-    flat, weight, sizes = vary_alike(rows.reshape(-1), weight, group_sizes)
+    flat, weight, sizes = vary_alike(rows.flat, weight, group_sizes)
     y = _linear(flat, weight, sizes)
     return y.reshape(*rows.shape[:-1], y.shape[-1])
 
@@ -220,8 +219,7 @@ def scaled_swiglu(
     Returns:
       [..., d], of the dtype of `gate`.
     """
-    flat = (each.reshape(-1, each.shape[-1]) for each in (gate, up))
-    y = _swiglu(*vary_alike(*flat, down, row_weights, group_sizes))
+    y = _swiglu(*vary_alike(_flat(gate), _flat(up), down, row_weights, group_sizes))
     return y.reshape(*gate.shape[:-1], y.shape[-1])
 
 

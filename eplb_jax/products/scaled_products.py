@@ -8,6 +8,7 @@ groups of rows.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -73,7 +74,7 @@ def scaled_matmul(
             "match; they must be [..., M, K] and [K, N]."
         )
     leading = x.values.shape[:-1]
-    rows = Scaled(*(leaf.reshape(-1, leaf.shape[-1]) for leaf in x))
+    rows = Scaled(*(leaf.reshape(math.prod(leading), leaf.shape[-1]) for leaf in x))
     one = Scaled(*(leaf[None] for leaf in w))
     y = _multiply(rows, one, None, out_dtype, implementation)
     return y.reshape(*leading, y.shape[-1])

@@ -24,6 +24,14 @@ class DeepSeek(DeepSeekOptions):
       architecture: its sizes.
       compute_dtype: of activations and of the weights in matrix products; parameters,
         gradients and the optimizer are float32, and so is the router.
+      products: `"fp8"` multiplies in float8, forward and backward, with scales for 1 x
+        128 values of activations and gradients and for 128 x 128 of weights: experts,
+        dense networks and the matrices of the attention. Embedding, output, router,
+        norms and the scores of the attention stay in `compute_dtype` or float32. What
+        is kept for the backward, and what waits for W, is in float8 (DeepSeek-V3
+        report, section 3.3). On NVIDIA GPUs it needs compute capability 8.9 or more;
+        elsewhere the same rounded numbers are multiplied in float32. `"plain"`: in
+        `compute_dtype`.
       eplb: redundant experts, rebalanced as the load changes; None: no redundant
         experts.
       bias_update_rate: of the auxiliary-loss-free balancing.

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from dualpipe_jax.checked import Count, Range, Size, check_fields
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig, Positive
 from dualpipe_jax.deepseek.model.placement_config import ComputeDtype, EplbConfig
-from eplb_jax.layer import Balance, Payload, check_payload
+from eplb_jax.layer import Balance, Payload, Products, check_payload
 
 Remat = Literal["attention", "experts"]
 StageCode = Literal["shared", "own"]
@@ -21,6 +21,7 @@ class DeepSeekOptions:
 
     architecture: DeepSeekConfig
     compute_dtype: ComputeDtype = "float32"
+    products: Products = "plain"
     eplb: EplbConfig | None = None
     bias_update_rate: NotNegative = 1e-3
     balance_loss: NotNegative = 1e-4

@@ -99,7 +99,7 @@ class DeepSeekPipeline(PipelineModel):
 
     @functools.cached_property
     def _modules(self) -> Modules:
-        return Modules(self.arch, self.layout, self.parallel)
+        return Modules(self.arch, self.layout, self.parallel, self.model.products)
 
     @functools.cached_property
     def _preparation(self) -> ParamPreparation:

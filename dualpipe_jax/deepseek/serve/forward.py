@@ -239,20 +239,21 @@ def _attend_in_prompts(
     module = nnx.merge(graph, arrays)
     attention, c = module.attention, module.attention.config
     with jax.named_scope("attn"), _kernels(is_on_gpu):
-        x_1MD, position_1M = module.attention_norm(x_MD)[None], position_M[None]
-        pair = attention.latents(x_1MD, position_1M)
+        x_1MD = attention.operand(module.attention_norm(x_MD)[None])
+        pair = attention.latents(x_1MD, position_M[None])
         latent_MW = jnp.concatenate(pair, axis=-1)[0]
         kept_BTW = rows.spread(latent_MW)
         if earlier_TW is not None:
             is_token_T1 = rows.is_token_BT[0][:, None]
             first_TW = jnp.where(is_token_T1, kept_BTW[0], earlier_TW)
             kept_BTW = kept_BTW.at[0].set(first_TW)
-        q_BTHK = attention.queries(
-            rows.spread(attention.compress(x_1MD)[0]), rows.position_BT
+        compressed = jax.tree.map(
+            lambda leaf_1M: rows.spread(leaf_1M[0]), attention.compress(x_1MD)
         )
+        q_BTHK = attention.queries(compressed, rows.position_BT)
         latent_BTC, rope_BTR = jnp.split(kept_BTW, [c.kv_lora_rank], axis=-1)
         v_BTHV = attention.mix(q_BTHK, latent_BTC, rope_BTR)
-        x_MD = x_MD + attention.out(rows.gather(v_BTHV))
+        x_MD = x_MD + attention.output(rows.gather(v_BTHV))
     return x_MD, latent_MW, kept_BTW[-1]
 
 
