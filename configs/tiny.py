@@ -1,5 +1,7 @@
 """The main job: a byte-level DeepSeek-V3-style model, trained with DualPipe."""
 
+import dataclasses
+
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
 from dualpipe_jax.train import OptimizerConfig, TrainConfig
 
@@ -52,3 +54,13 @@ def config() -> TrainConfig:
         sample_tokens=200,
         platform="cpu",
     )
+
+
+def fp8() -> TrainConfig:
+    """The same with products and tokens in float8, as the DeepSeek-V3 report trains.
+
+    Command: `python -m dualpipe_jax train tiny:fp8`.
+    """
+    plain = config()
+    model = dataclasses.replace(plain.model, products="fp8", payload="fp8")
+    return dataclasses.replace(plain, name="tiny_fp8", model=model)

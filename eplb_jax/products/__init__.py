@@ -38,6 +38,7 @@ from eplb_jax.products.scaled_products import (
     scaled_matmul,
     scaled_weight_grad as scaled_weight_grad,
 )
+from eplb_jax.products.triton_dot import check_has_float8 as check_has_float8
 from eplb_jax.products.varying import is_typed as is_typed, vary_alike as vary_alike
 
 __all__ = [

@@ -11,6 +11,7 @@ Shape suffixes: see `eplb_jax`; here P programs along the rows.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -59,9 +60,11 @@ def multiply_by_tiles(
         kernel,
         (num_rows, width),
         (programs, num_tiles(width)),
-        (*tables, *x, *w),
+        (x, w),
+        tables,
         out_dtype,
         interpret,
+        flops=2 * num_rows * depth * width,
         num_warps=4 if tile_rows == _ROWS[0] else 8,
     )
 
@@ -93,9 +96,11 @@ def sum_over_rows(
         kernel,
         (num_groups, depth, width),
         (num_groups, num_tiles(depth), num_tiles(width)),
-        (*tables, *x.transposed, *dy.transposed),
+        (x.transposed, dy.transposed),
+        tables,
         out_dtype,
         interpret,
+        flops=2 * num_rows * depth * width,
         num_warps=8,
     )
 
@@ -135,7 +140,7 @@ def _tiles_of_groups(
 def _rows_kernel(
     *refs: Any, tile_rows: int, num_rows: int, depth: int, width: int
 ) -> None:
-    *tables, x, x_scales, w, w_scales, y = refs
+    x, w, x_scales, w_scales, *tables, y = refs
     program, column = pl.program_id(0), pl.program_id(1)
     steps = num_tiles(depth)
     if tables:
@@ -165,7 +170,7 @@ def _rows_kernel(
 
 
 def _sums_kernel(*refs: Any, num_rows: int, depth: int, width: int) -> None:
-    *tables, x, x_scales, dy, dy_scales, dw = refs
+    x, dy, x_scales, dy_scales, *tables, dw = refs
     group, row, column = (pl.program_id(axis) for axis in range(3))
     start, end, low, high = 0, num_rows, min, max
     if tables:
@@ -238,15 +243,31 @@ def _call(
     kernel: Any,
     shape: tuple[int, ...],
     grid: tuple[int, ...],
-    operands: tuple[jax.Array, ...],
+    factors: tuple[Scaled, Scaled],
+    tables: tuple[jax.Array, ...],
     out_dtype: Any,
     interpret: bool,
+    flops: int,
     num_warps: int,
 ) -> jax.Array:
+    """Calls a kernel with the values of both factors, their scales, and the tables."""
+    values, scales = zip(*factors, strict=True)
+    operands = *values, *scales, *tables
+    result = jax.ShapeDtypeStruct(shape, out_dtype)
+    cost = pl.CostEstimate(
+        flops=flops,
+        transcendentals=0,
+        bytes_accessed=sum(_nbytes(each) for each in (*operands, result)),
+    )
     return pl.pallas_call(
         kernel,
-        out_shape=struct_like(shape, out_dtype, operands[-1]),
+        out_shape=struct_like(shape, out_dtype, values[0]),
         grid=grid,
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=4),
+        cost_estimate=cost,
         interpret=interpret,
     )(*operands)
+
+
+def _nbytes(array: Any) -> int:
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize

@@ -13,6 +13,7 @@ changed, the product is Pallas' own, which is slower, and a warning says so once
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from typing import Any
 
@@ -81,7 +82,8 @@ def _register() -> bool:
 
     def lower(ctx: Any, a: Any, b: Any) -> Any:
         del ctx
-        _check_device()
+        if jax.default_backend() == "gpu":  # else for devices that are not here
+            check_has_float8(jax.local_devices(backend="gpu")[0])
         (m, _), (_, n) = (ir.RankedTensorType(each.type).shape for each in (a, b))
         total = zeros(ir.RankedTensorType.get([m, n], ir.F32Type.get()))
         return dot(a, b, total, max_num_imprecise_acc=_MOST_INEXACT)
@@ -90,15 +92,20 @@ def _register() -> bool:
     return True
 
 
-def _check_device() -> None:
-    """Raises if this process has GPUs without float8 tensor cores."""
-    if jax.default_backend() != "gpu":
-        return  # compiled for devices that are not here
-    device = jax.local_devices(backend="gpu")[0]
-    major, minor = map(int, str(device.compute_capability).split(".")[:2])
-    if (major, minor) < (8, 9):
+def check_has_float8(device: Any) -> None:
+    """Raises unless a device can multiply float8, or is no NVIDIA GPU.
+
+    Args:
+      device: a `jax.Device`, also one that is only compiled for.
+
+    Raises:
+      ValueError: naming the GPU and what to use instead.
+    """
+    found = str(getattr(device, "compute_capability", ""))
+    if device.platform != "gpu" or not re.fullmatch(r"\d+\.\d+", found):
+        return
+    if tuple(map(int, found.split("."))) < (8, 9):
         raise ValueError(
-            f"float8 products need a GPU of compute capability 8.9 or more, but "
-            f"{device.device_kind} has {device.compute_capability}; use "
-            "products='plain'."
+            f"products in float8 need a GPU of compute capability 8.9 or more, but "
+            f"{device.device_kind} has {found}; use products='plain'."
         )
