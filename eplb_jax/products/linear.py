@@ -178,7 +178,7 @@ def _linear_backward(saved: Any, dy: jax.Array) -> Any:
     (scaled, weight, sizes), static = saved
     dx = _input_grad(dy, weight, sizes)
     x = dequantize(scaled)
-    dw = _weight_grad(x, dy, sizes, weight.dtype, static.powers_of_two)
+    dw = _weight_grad(x, dy, sizes, weight, static.powers_of_two)
     return _cotangent(dx, static), dw, None
 
 
@@ -266,7 +266,7 @@ def _swiglu_backward(saved: Any, dy: jax.Array) -> Any:
     gate, up = (dequantize(each, dy.dtype) for each in kept)
     hidden, pullback = jax.vjp(swiglu, gate, up, row_weights)
     d_gate, d_up, d_weights = pullback(_input_grad(dy, down, sizes))
-    d_down = _weight_grad(hidden, dy, sizes, down.dtype)
+    d_down = _weight_grad(hidden, dy, sizes, down)
     return d_gate, d_up, d_down, d_weights, None
 
 
@@ -285,7 +285,7 @@ def _product(x: Scaled, w: Scaled, sizes: jax.Array | None, dtype: Any) -> jax.A
 
 
 def _input_grad(dy: jax.Array, weight: jax.Array, sizes: jax.Array | None) -> jax.Array:
-    transposed = quantize_blocks(weight).transposed
+    transposed = _blocks(weight).transposed
     return _product(quantize_tiles(dy), transposed, sizes, dy.dtype)
 
 
@@ -293,18 +293,24 @@ def _weight_grad(
     x: jax.Array,
     dy: jax.Array,
     sizes: jax.Array | None,
-    dtype: Any,
+    weight: jax.Array | Scaled,
     powers_of_two: bool = False,
-) -> jax.Array:
+) -> jax.Array | None:
+    """Returns the gradient of a weight, in its dtype; None if it is quantized."""
+    if isinstance(weight, Scaled):
+        return None
     if sizes is not None:
         # Padding may hold anything, and would share scales with rows of a group.
         num_rows = sizes.sum(dtype=jnp.int32)
         x, dy = mask_rows(x, num_rows), mask_rows(dy, num_rows)
     columns = quantize_tiles(x, axis=-2, powers_of_two=powers_of_two)
     dw = scaled_weight_grad(
-        columns, quantize_tiles(dy, axis=-2), sizes, out_dtype=_result_dtype(dtype)
+        columns,
+        quantize_tiles(dy, axis=-2),
+        sizes,
+        out_dtype=_result_dtype(weight.dtype),
     )
-    return dw.astype(dtype)
+    return dw.astype(weight.dtype)
 
 
 def _result_dtype(dtype: Any) -> Any:
