@@ -128,7 +128,7 @@ def mix(
     p = parallel
     check_choices(products=(products, Products))
     if tables is None:
-        num_physical_experts = expert_weights.gate.shape[0] * p.num_devices
+        num_physical_experts = expert_weights.num_experts * p.num_devices
         num_experts = num_physical_experts
     else:
         num_physical_experts = tables.num_physical_experts
@@ -210,7 +210,7 @@ def _mix_exactly(
     """Mixes with slots, see `eplb_jax.layer.exact`, in place of physical experts."""
     assert p.axis_name is not None
     if tables is None:
-        num_experts = expert_weights.gate.shape[0] * p.num_devices
+        num_experts = expert_weights.num_experts * p.num_devices
         tables = ExpertTables.in_order(num_experts)
     num_rows = count_rows(experts.size, p)
     with jax.named_scope("plan"):
@@ -241,7 +241,7 @@ def _check_fit(
     tables: ExpertTables,
     parallel: ExpertParallel,
 ) -> None:
-    held = weights.gate.shape[0]
+    held = weights.num_experts
     if held * parallel.num_devices != tables.num_physical_experts:
         raise ValueError(
             f"weights of {held} physical experts per device do not fit tables of "

@@ -261,7 +261,8 @@ class MoE(nnx.Module):
         )
         outputs, counts = mixed.outputs, mixed.tokens_per_physical_expert
         if self.shared is not None:
-            weights = ExpertWeights(*(leaf[0] for leaf in self.shared))
+            shared = ExpertWeights(*(leaf.get_value() for leaf in self.shared))
+            weights = jax.tree.map(lambda leaf: leaf[0], shared)
             outputs += run_network(rows, weights, products=self.products)
         if tables is not None:
             # Each choice has one physical expert, whose count is that of all devices.

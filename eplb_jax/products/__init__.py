@@ -17,6 +17,7 @@ from eplb_jax.products.kernels import (
 )
 from eplb_jax.products.linear import (
     ScaledRows as ScaledRows,
+    ScaledWeight as ScaledWeight,
     named_rows as named_rows,
     rows_of as rows_of,
     scale_rows as scale_rows,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,9 +131,32 @@ def _unscale_rows_backward(static: _Static, ct: jax.Array) -> Any:
 unscale_rows.defvjp(_unscale_rows_forward, _unscale_rows_backward)
 
 
+class ScaledWeight(NamedTuple):
+    """A weight in float8 that is held between steps, without a gradient.
+
+    It is transposed: products read it along the axis that they sum over, and would copy
+    it in every step.
+
+    Attributes:
+      transposed: [..., f, d] with scales of 128 x 128, of a weight [..., d, f].
+    """
+
+    transposed: Scaled
+
+    @classmethod
+    def of(cls, weight: jax.Array) -> ScaledWeight:
+        """Quantizes a weight, [..., d, f]."""
+        return cls(quantize_blocks(jnp.swapaxes(weight, -1, -2)))
+
+    @property
+    def matrix(self) -> Scaled:
+        """The weight as products take it, [..., d, f]."""
+        return self.transposed.transposed
+
+
 def scaled_linear(
     rows: ScaledRows,
-    weight: jax.Array | Scaled,
+    weight: jax.Array | ScaledWeight,
     group_sizes: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies activations with a weight, or with one of each group of rows.
@@ -141,7 +164,8 @@ def scaled_linear(
     Args:
       rows: [..., d]; with groups [rows, d].
       weight: [d, f], or [groups, d, f]. In bfloat16 or float32 it is quantized here,
-        and its gradient is summed in float32 and rounded once; a `Scaled` has none.
+        and its gradient is summed in float32 and rounded once; a `ScaledWeight` has
+        none.
       group_sizes: as in `grouped_matmul`; None: one weight for all.
 
     Returns:
@@ -167,7 +191,7 @@ def _linear(rows: ScaledRows, weight: jax.Array, sizes: jax.Array | None) -> jax
 
 
 def _linear_forward(
-    rows: ScaledRows, weight: jax.Array | Scaled, sizes: jax.Array | None
+    rows: ScaledRows, weight: jax.Array | ScaledWeight, sizes: jax.Array | None
 ) -> Any:
     # Without its handle, which would be kept, as zeros.
     kept = (rows.scaled, weight, sizes)
@@ -201,7 +225,7 @@ def _cotangent(ct: jax.Array, static: _Static) -> ScaledRows:
 def scaled_swiglu(
     gate: jax.Array,
     up: jax.Array,
-    down: jax.Array | Scaled,
+    down: jax.Array | ScaledWeight,
     row_weights: jax.Array | None = None,
     group_sizes: jax.Array | None = None,
 ) -> jax.Array:
@@ -241,7 +265,7 @@ def swiglu(
 def _swiglu(
     gate: jax.Array,
     up: jax.Array,
-    down: jax.Array | Scaled,
+    down: jax.Array | ScaledWeight,
     row_weights: jax.Array | None,
     sizes: jax.Array | None,
 ) -> jax.Array:
@@ -252,7 +276,7 @@ def _swiglu(
 def _swiglu_forward(
     gate: jax.Array,
     up: jax.Array,
-    down: jax.Array | Scaled,
+    down: jax.Array | ScaledWeight,
     row_weights: jax.Array | None,
     sizes: jax.Array | None,
 ) -> Any:
@@ -273,8 +297,10 @@ def _swiglu_backward(saved: Any, dy: jax.Array) -> Any:
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _blocks(weight: jax.Array | Scaled) -> Scaled:
-    return weight if isinstance(weight, Scaled) else quantize_blocks(weight)
+def _blocks(weight: jax.Array | ScaledWeight) -> Scaled:
+    return (
+        weight.matrix if isinstance(weight, ScaledWeight) else quantize_blocks(weight)
+    )
 
 
 def _product(x: Scaled, w: Scaled, sizes: jax.Array | None, dtype: Any) -> jax.Array:
@@ -293,11 +319,11 @@ def _weight_grad(
     x: jax.Array,
     dy: jax.Array,
     sizes: jax.Array | None,
-    weight: jax.Array | Scaled,
+    weight: jax.Array | ScaledWeight,
     powers_of_two: bool = False,
 ) -> jax.Array | None:
     """Returns the gradient of a weight, in its dtype; None if it is quantized."""
-    if isinstance(weight, Scaled):
+    if isinstance(weight, ScaledWeight):
         return None
     if sizes is not None:
         # Padding may hold anything, and would share scales with rows of a group.

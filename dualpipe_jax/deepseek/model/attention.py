@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
-from dualpipe_jax.deepseek.model.projections import operand, project
+from dualpipe_jax.deepseek.model.projections import matrix, operand, project
 from dualpipe_jax.deepseek.model.rope import rotate
 from eplb_jax.layer import Products
 from eplb_jax.products import ScaledRows, load_tokamax, on_cuda
@@ -144,14 +144,16 @@ class LatentAttention(nnx.Module):
         """Returns the queries' compression, [..., Q]; without one, `x` itself."""
         if self.q_down is None or self.q_norm is None:
             return x
-        return self.operand(self.q_norm(project(self.q_down, x)))
+        rank = self.config.q_lora_rank
+        return self.operand(self.q_norm(project(self.q_down, x, (rank,))))
 
     def queries(
         self, compressed_BTQ: jax.Array | ScaledRows, positions_BT: jax.Array
     ) -> jax.Array:
         """Returns [batch, sequence, heads, N + R], in this order of the parts."""
         c = self.config
-        q_BTHK = project(self.q_up, compressed_BTQ)
+        shape = c.num_attention_heads, c.qk_head_dim
+        q_BTHK = project(self.q_up, compressed_BTQ, shape)
         nope, rope = jnp.split(q_BTHK, [c.qk_nope_head_dim], axis=-1)
         rope = rotate(rope, positions_BT, c.rope_theta, c.rope_scaling)
         return jnp.concatenate([nope, rope], axis=-1)
@@ -161,9 +163,9 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns what a cache keeps: [batch, sequence, C] and [batch, sequence, R]."""
         c = self.config
-        latent, rope = jnp.split(
-            project(self.kv_down, x_BTD), [c.kv_lora_rank], axis=-1
-        )
+        width = c.kv_lora_rank + c.qk_rope_head_dim
+        both = project(self.kv_down, x_BTD, (width,))
+        latent, rope = jnp.split(both, [c.kv_lora_rank], axis=-1)
         rope_BT1R = rotate(rope[:, :, None], positions_BT, c.rope_theta, c.rope_scaling)
         return self.kv_norm(latent), rope_BT1R[:, :, 0]
 
@@ -181,7 +183,8 @@ class LatentAttention(nnx.Module):
           [batch, sequence, heads, V].
         """
         c = self.config
-        both = project(self.kv_up, self.operand(latent_BTC))
+        shape = c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim
+        both = project(self.kv_up, self.operand(latent_BTC), shape)
         nope, v_BTHV = jnp.split(both, [c.qk_nope_head_dim], axis=-1)
         rope = jnp.broadcast_to(
             rope_BTR[:, :, None], (*nope.shape[:3], c.qk_rope_head_dim)
@@ -197,7 +200,8 @@ class LatentAttention(nnx.Module):
         """
         *leading, heads, width = v_BTHV.shape
         flat = v_BTHV.reshape(*leading, heads * width)
-        return project(self.out, operand(flat, self.products, powers_of_two=True))
+        scaled = operand(flat, self.products, powers_of_two=True)
+        return project(self.out, scaled, (self.config.hidden_size,))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         batch, sequence, _ = x_BTD.shape
@@ -239,9 +243,10 @@ class LatentAttention(nnx.Module):
             mode="promise_in_bounds",
             wrap_negative_indices=False,
         )
-        up_CHN, up_CHV = jnp.split(
-            self.kv_up.kernel[...].astype(x_BD.dtype), [c.qk_nope_head_dim], axis=-1
-        )
+        # Absorbed, it is a part of the attention, and not in float8.
+        up_CHM = matrix(self.kv_up, x_BD.dtype)
+        up_CHM = up_CHM.reshape(len(up_CHM), c.num_attention_heads, -1)
+        up_CHN, up_CHV = jnp.split(up_CHM, [c.qk_nope_head_dim], axis=-1)
         nope_BHN, rope_BHR = jnp.split(q_BHK, [c.qk_nope_head_dim], axis=-1)
         q_BHC = jnp.einsum("bhn,chn->bhc", nope_BHN, up_CHN)
         q_BHW = jnp.concatenate([q_BHC, rope_BHR], axis=-1)

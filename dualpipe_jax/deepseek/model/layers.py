@@ -45,7 +45,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         if self.products == "fp8":
             parts = self.gate, self.up, self.down
-            weights = ExpertWeights(*(part.kernel[...] for part in parts))
+            weights = ExpertWeights(*(part.kernel.get_value() for part in parts))
             return run_network(x_BTD, weights, products=self.products)
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
 

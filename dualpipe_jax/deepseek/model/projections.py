@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 from flax import nnx
 
 from eplb_jax.layer import Products
-from eplb_jax.products import ScaledRows, scale_rows, scaled_linear
+from eplb_jax.products import (
+    ScaledRows,
+    ScaledWeight,
+    dequantize,
+    scale_rows,
+    scaled_linear,
+)
 
 
 def operand(
@@ -25,24 +32,33 @@ def operand(
 
 
 def project(
-    linear: nnx.Linear | nnx.LinearGeneral, x: jax.Array | ScaledRows
+    linear: nnx.Linear | nnx.LinearGeneral,
+    x: jax.Array | ScaledRows,
+    out: tuple[int, ...],
 ) -> jax.Array:
     """Applies a linear layer without bias to the last axis of its input.
 
     Args:
-      linear: its kernel is [..., ...]: first the axes of its input, which are one axis
-        of `x`, then those of its result.
+      linear: its kernel has the axes of its input, which are one axis of `x`, and then
+        those of its result; or it is a `ScaledWeight`, if `x` is quantized.
       x: [..., d].
+      out: axes of the result.
 
     Returns:
-      [..., axes of the result].
+      [..., *out].
     """
-    kernel = linear.kernel[...]
-    num_in = 1
-    while math.prod(kernel.shape[:num_in]) != x.shape[-1]:
-        num_in += 1
-    into, out = kernel.shape[:num_in], kernel.shape[num_in:]
-    if not isinstance(x, ScaledRows):
-        return linear(x.reshape(*x.shape[:-1], *into))
-    y = scaled_linear(x, kernel.reshape(math.prod(into), math.prod(out)))
-    return y.reshape(*x.shape[:-1], *out)
+    kernel = linear.kernel.get_value()
+    shape = (*x.shape[:-1], *out)
+    if isinstance(x, ScaledRows):
+        if not isinstance(kernel, ScaledWeight):
+            kernel = kernel.reshape(x.shape[-1], math.prod(out))
+        return scaled_linear(x, kernel).reshape(shape)
+    return linear(x.reshape(*x.shape[:-1], *kernel.shape[: kernel.ndim - len(out)]))
+
+
+def matrix(linear: nnx.LinearGeneral, dtype: Any) -> jax.Array:
+    """Returns a layer's kernel as a matrix in this dtype, quantized or not."""
+    kernel = linear.kernel.get_value()
+    if isinstance(kernel, ScaledWeight):
+        return dequantize(kernel.matrix, dtype)
+    return kernel.reshape(kernel.shape[0], math.prod(kernel.shape[1:])).astype(dtype)

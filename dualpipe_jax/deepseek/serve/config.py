@@ -20,7 +20,7 @@ from dualpipe_jax.deepseek.model import (
 )
 from dualpipe_jax.train import Platform
 from eplb_jax import ExpertBalancer, ExpertParallel, lookup, moving_average
-from eplb_jax.layer import Payload, Route, check_payload
+from eplb_jax.layer import Payload, Products, Route, check_payload
 
 Phase = Literal["prefill", "decode"]
 # Each step is divided into two microbatches, which overlap.
@@ -66,6 +66,9 @@ class ServeConfig:
         `"decode"` one token of each request.
       compute_dtype: of activations, of the cache, and of all weights except the
         routers'.
+      products: `"fp8"` holds the layers' matrices in float8, with a scale for 128 x 128
+        values, and multiplies in float8, see `DeepSeek`. Where decoding absorbs a
+        matrix into its attention, it computes in `compute_dtype`.
       num_devices: devices of the `ep` axis.
       num_nodes: nodes that the devices are divided among.
       num_redundant: physical experts of a layer beyond one per expert.
@@ -95,6 +98,7 @@ class ServeConfig:
     architecture: DeepSeekConfig
     phase: Phase = "decode"
     compute_dtype: ComputeDtype = "float32"
+    products: Products = "plain"
     num_devices: Count
     num_nodes: Count = 1
     num_redundant: NumRedundant = 0

@@ -7,6 +7,7 @@ import pytest
 
 from eplb_jax import quantize_blocks, quantize_tiles
 from eplb_jax.products import (
+    ScaledWeight,
     dequantize,
     scale_rows,
     scaled_linear,
@@ -141,8 +142,8 @@ def test_one_gradient_for_all_products_of_some_rows():
 
 def test_weights_that_are_quantized_already():
     x, w = normal(0, 5, IN), normal(1, IN, OUT)
-    got = scaled_linear(scale_rows(x), quantize_blocks(w))
+    got = scaled_linear(scale_rows(x), ScaledWeight.of(w))
     np.testing.assert_array_equal(got, scaled_linear(scale_rows(x), w))
-    dx = jax.grad(lambda x: scaled_linear(scale_rows(x), quantize_blocks(w)).sum())(x)
+    dx = jax.grad(lambda x: scaled_linear(scale_rows(x), ScaledWeight.of(w)).sum())(x)
     want = jax.grad(lambda x: scaled_linear(scale_rows(x), w).sum())(x)
     np.testing.assert_array_equal(dx, want)
