@@ -33,7 +33,13 @@ from dualpipe_jax.train.optimizer import make_optimizer
 
 SEQUENCE, SEQUENCES, HELD_OUT = 128, 8, 128
 EVALUATE_EVERY = 50
-PRODUCTS = {"bfloat16": {}, "float8": {"products": "fp8", "payload": "fp8"}}
+PRODUCTS = {
+    "bfloat16": {},
+    "float8": {"products": "fp8", "payload": "fp8"},
+    # How far apart runs are that differ in nothing but rounding: the first parameters
+    # are rounded to bfloat16 once.
+    "control": {},
+}
 
 
 def model_of(products):
@@ -86,6 +92,10 @@ def train(products, seed, text, num_steps):
     """Returns the training losses, and held-out losses by step."""
     model, optimizer, step, evaluate = programs(products, num_steps)
     params = jax.jit(model.init)(jax.random.key(seed))
+    if products == "control":
+        params = jax.tree.map(
+            lambda leaf: leaf.astype("bfloat16").astype(leaf.dtype), params
+        )
     state = params, jax.jit(optimizer.init)(params), model.init_buffers()
     held_out = held_out_batch(
         text.held_out, (HELD_OUT // SEQUENCES, SEQUENCES), SEQUENCE
@@ -101,6 +111,23 @@ def train(products, seed, text, num_steps):
         if (number + 1) % EVALUATE_EVERY == 0:
             found[number + 1] = float(evaluate(state[0], state[2], *held_out))
     return losses, found
+
+
+def table(runs):
+    """Mean held-out losses of all seeds by step, relative to bfloat16's."""
+    lines = [
+        "",
+        "| step | bfloat16 | float8 | | control | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for step in runs["bfloat16"][0]["held_out"]:
+        plain, *others = (
+            np.mean([record["held_out"][step] for record in records])
+            for records in runs.values()
+        )
+        cells = [f"{other:.4f} | {other / plain - 1:+.2%}" for other in others]
+        lines.append(f"| {step} | {plain:.4f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main():
@@ -120,14 +147,7 @@ def main():
                 last = list(held_out.values())[-1]
                 seconds = time.perf_counter() - started
                 print(f"seed {seed}, {name}: {last:.4f} ({seconds:.0f} s)", flush=True)
-    print("\n| step | bfloat16 | float8 | difference |\n|---|---|---|---|")
-    for step in runs["bfloat16"][0]["held_out"]:
-        plain, quantized = (
-            np.mean([record["held_out"][step] for record in records])
-            for records in runs.values()
-        )
-        row = f"| {step} | {plain:.4f} | {quantized:.4f} |"
-        print(f"{row} {quantized / plain - 1:+.2%} |")
+    print(table(runs))
     if args.out:
         args.out.write_text(json.dumps(runs) + "\n")
 
