@@ -124,6 +124,12 @@ def combine(
 def _dispatch_tokens(
     x: jax.Array, plan: DispatchPlan, axis_name: Axis | None, transport: Transport
 ) -> jax.Array:
+    return _to_tokens_experts(x, plan, axis_name, transport)
+
+
+def _to_tokens_experts(
+    x: jax.Array, plan: DispatchPlan, axis_name: Axis | None, transport: Transport
+) -> jax.Array:
     token_C = plan.order // max(1, _top_k(plan, len(x)))
     return to_experts(x[token_C], plan, axis_name, transport)
 
@@ -149,7 +155,7 @@ _dispatch_tokens.defvjp(_dispatch_tokens_forward, _dispatch_tokens_backward)
 def _dispatch_scaled(
     x: ScaledRows, plan: DispatchPlan, axis_name: Axis | None, transport: Transport
 ) -> ScaledRows:
-    bytes_M = _dispatch_tokens(pack(x.scaled), plan, axis_name, transport)
+    bytes_M = _to_tokens_experts(pack(x.scaled), plan, axis_name, transport)
     return rows_of(unpack(bytes_M, x.shape[1]), x.dtype, x.powers_of_two)
 
 

@@ -55,7 +55,8 @@ def _exactly(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @_dot_p.def_abstract_eval
 def _abstract_eval(a: Any, b: Any) -> Any:
-    return jax.core.ShapedArray((a.shape[0], b.shape[1]), jnp.float32)
+    shape = a.shape[0], b.shape[1]
+    return jax.core.ShapedArray(shape, jnp.float32)  # pyright: ignore
 
 
 _dot_p.def_impl(_exactly)
@@ -66,7 +67,9 @@ mlir.register_lowering(_dot_p, mlir.lower_fun(_exactly, multiple_results=False))
 def _register() -> bool:
     """Registers the lowering to Triton; returns whether this jax has what it takes."""
     try:
-        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir import (
+            ir,  # pyright: ignore[reportPrivateImportUsage]
+        )
         from jax._src.lib.triton import dialect
         from jax._src.pallas.triton import lowering
 

@@ -59,4 +59,5 @@ def struct_like(shape: tuple[int, ...], dtype: Any, value: jax.Array) -> Any:
     type_ = jax.typeof(value)
     if (kind := getattr(type_, "manual_axis_type", None)) is not None:
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
-    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+    options: dict[str, Any] = {"vma": axes}  # of jax before 0.10
+    return jax.ShapeDtypeStruct(shape, dtype, **options)

@@ -144,8 +144,8 @@ class LatentAttention(nnx.Module):
         """Returns the queries' compression, [..., Q]; without one, `x` itself."""
         if self.q_down is None or self.q_norm is None:
             return x
-        rank = self.config.q_lora_rank
-        return self.operand(self.q_norm(project(self.q_down, x, (rank,))))
+        shape = (self.config.q_lora_rank or 0,)
+        return self.operand(self.q_norm(project(self.q_down, x, shape)))
 
     def queries(
         self, compressed_BTQ: jax.Array | ScaledRows, positions_BT: jax.Array
