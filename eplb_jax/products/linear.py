@@ -8,14 +8,10 @@ float8, and its result is computed again.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from eplb_jax.products.grouped import mask_rows
 from eplb_jax.products.quantize import quantize_blocks, quantize_tiles
@@ -25,110 +21,13 @@ from eplb_jax.products.scaled_products import (
     scaled_matmul,
     scaled_weight_grad,
 )
+from eplb_jax.products.scaled_rows import (
+    RowsKind,
+    ScaledRows,
+    cotangent_of_rows,
+    one_leading_axis,
+)
 from eplb_jax.products.varying import vary_alike
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["scaled", "handle"],
-    meta_fields=["powers_of_two"],
-)
-@dataclasses.dataclass(frozen=True)
-class ScaledRows:
-    """Activations in float8 that can be differentiated.
-
-    Cotangents have the dtype of what they belong to, and float8 would not do for them.
-    So there is a handle, of the dtype of the activations, for their cotangent alone:
-    its values are zeros that nothing reads, and no compiled program has them.
-
-    Attributes:
-      scaled: [..., d] with scales of 1 x 128.
-      handle: [..., d] zeros.
-      powers_of_two: whether the scales are powers of two.
-    """
-
-    scaled: Scaled
-    handle: jax.Array
-    powers_of_two: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the activations."""
-        return self.handle.shape
-
-    def __len__(self) -> int:
-        return len(self.handle)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the activations."""
-        return self.handle.dtype
-
-    @property
-    def flat(self) -> ScaledRows:
-        """The same with one leading axis."""
-        scaled = Scaled(*map(_flat, self.scaled))
-        return dataclasses.replace(self, scaled=scaled, handle=_flat(self.handle))
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def scale_rows(x: jax.Array, *, powers_of_two: bool = False) -> ScaledRows:
-    """Quantizes activations for any number of products; differentiable.
-
-    Args:
-      x: [..., d].
-      powers_of_two: see `quantize_tiles`.
-    """
-    return _scale_rows(powers_of_two, x)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scale_rows(powers_of_two: bool, x: jax.Array) -> ScaledRows:
-    scaled = quantize_tiles(x, powers_of_two=powers_of_two)
-    return rows_of(scaled, x.dtype, powers_of_two)
-
-
-_scale_rows.defvjp(
-    lambda powers_of_two, x: (_scale_rows(powers_of_two, x), None),
-    lambda powers_of_two, saved, ct: (ct.handle,),
-)
-
-
-def rows_of(scaled: Scaled, dtype: Any, powers_of_two: bool = False) -> ScaledRows:
-    """Returns activations that are quantized already.
-
-    Args:
-      scaled: [..., d] with scales of 1 x 128.
-      dtype: of the activations.
-      powers_of_two: whether the scales are powers of two.
-    """
-    handle = jnp.zeros(scaled.values.shape, dtype)
-    return ScaledRows(scaled, vary_alike(handle, scaled)[0], powers_of_two)
-
-
-def named_rows(rows: ScaledRows, name: str) -> ScaledRows:
-    """Names the values and scales of rows, for policies of `jax.checkpoint`."""
-    return dataclasses.replace(rows, scaled=checkpoint_name(rows.scaled, name))
-
-
-@jax.custom_vjp
-def unscale_rows(rows: ScaledRows) -> jax.Array:
-    """Returns the activations in their dtype; differentiable."""
-    return dequantize(rows.scaled, rows.dtype)
-
-
-def _unscale_rows_forward(rows: ScaledRows) -> Any:
-    return unscale_rows(rows), _Static(rows.powers_of_two)
-
-
-def _unscale_rows_backward(static: _Static, ct: jax.Array) -> Any:
-    return (_cotangent(ct, static),)
-
-
-unscale_rows.defvjp(_unscale_rows_forward, _unscale_rows_backward)
 
 
 class ScaledWeight(NamedTuple):
@@ -172,6 +71,7 @@ def scaled_linear(
       [..., f], of the dtype of the activations.
 
     Examples:
+      >>> from eplb_jax.products import scale_rows
       >>> x, w = jnp.ones((4, 256)), jnp.ones((256, 2))
       >>> scaled_linear(scale_rows(x), w)[0].tolist()
       [256.0, 256.0]
@@ -180,8 +80,7 @@ def scaled_linear(
       >>> float(dx[0, 0]), float(dw[0, 0])
       (2.0, 4.0)
     """
-    flat, weight, sizes = vary_alike(rows.flat, weight, group_sizes)
-    y = _linear(flat, weight, sizes)
+    y = _linear(*vary_alike(rows.flat, weight, group_sizes))
     return y.reshape(*rows.shape[:-1], y.shape[-1])
 
 
@@ -195,31 +94,18 @@ def _linear_forward(
 ) -> Any:
     # Without its handle, which would be kept, as zeros.
     kept = (rows.scaled, weight, sizes)
-    return _linear(rows, weight, sizes), (kept, _Static(rows.powers_of_two))
+    return _linear(rows, weight, sizes), (kept, RowsKind(rows.powers_of_two))
 
 
 def _linear_backward(saved: Any, dy: jax.Array) -> Any:
-    (scaled, weight, sizes), static = saved
+    (scaled, weight, sizes), kind = saved
     dx = _input_grad(dy, weight, sizes)
     x = dequantize(scaled)
-    dw = _weight_grad(x, dy, sizes, weight, static.powers_of_two)
-    return _cotangent(dx, static), dw, None
+    dw = _weight_grad(x, dy, sizes, weight, kind.powers_of_two)
+    return cotangent_of_rows(dx, kind), dw, None
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What a backward must know of its forward, beside arrays."""
-
-    powers_of_two: bool
-
-
-def _cotangent(ct: jax.Array, static: _Static) -> ScaledRows:
-    """Returns the cotangent of rows: that of their handle alone."""
-    return ScaledRows(None, ct, static.powers_of_two)  # pyright: ignore
 
 
 def scaled_swiglu(
@@ -243,7 +129,11 @@ def scaled_swiglu(
     Returns:
       [..., d], of the dtype of `gate`.
     """
-    y = _swiglu(*vary_alike(_flat(gate), _flat(up), down, row_weights, group_sizes))
+    y = _swiglu(
+        *vary_alike(
+            one_leading_axis(gate), one_leading_axis(up), down, row_weights, group_sizes
+        )
+    )
     return y.reshape(*gate.shape[:-1], y.shape[-1])
 
 
