@@ -101,8 +101,8 @@ class DeepSeek(DeepSeekOptions):
           sequence_length: tokens of a sequence.
 
         Raises:
-          ValueError: the layers do not fit the stages, or the experts do not fit the ep
-            axis.
+          ValueError: the layers do not fit the stages, the experts do not fit the ep
+            axis, or products are in float8 and the GPUs have none.
         """
         partition = self.partition(schedule, sequence_length)
         devices = mesh.shape["ep"]

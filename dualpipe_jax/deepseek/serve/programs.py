@@ -24,6 +24,7 @@ from dualpipe_jax.deepseek.serve.steps import Steps
 from dualpipe_jax.deepseek.serve.weights import initial_params
 from dualpipe_jax.gpu.overlap import compile_for
 from dualpipe_jax.train import CompileProgress, Job, compile_together
+from eplb_jax.products import check_has_float8
 
 P = PartitionSpec
 PyTree = Any
@@ -118,7 +119,8 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
         `gpu_mesh` to compile for GPUs.
 
     Raises:
-      ValueError: the mesh has another size, or there are too few devices.
+      ValueError: the mesh has another size, there are too few devices, or products are
+        in float8 and the GPUs have none.
     """
     if mesh is None:
         mesh = make_serve_mesh(config)
@@ -127,6 +129,8 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
             f"mesh has the axes {dict(mesh.shape)}, but the server's is "
             f"{config.mesh_shape}; make it with this one."
         )
+    if config.products == "fp8":
+        check_has_float8(mesh.devices.flat[0])
     steps = Steps(config, compat.platform_of(mesh))
     whole, over, halves = P(), P("ep"), P(None, "ep")
     state_specs = ServeState(

@@ -9,8 +9,11 @@ import pytest
 
 from dualpipe_jax.deepseek import DeepSeekConfig
 from dualpipe_jax.deepseek.pretrained.safetensors import File
-from dualpipe_jax.deepseek.serve import ServeConfig
+from dualpipe_jax.deepseek.serve import ServeConfig, make_serve_programs
 from dualpipe_jax.deepseek.serve.weights import load_published
+from dualpipe_jax.gpu import gpu_mesh
+from dualpipe_jax.train import make_programs
+from tests.deepseek.model import small
 from tests.deepseek.serve import small_server
 
 PUBLISHED = Path(__file__).parents[2] / "data" / "deepseek_v3_fp8"
@@ -57,6 +60,16 @@ def test_published_float8_weights_are_held_as_they_are():
     for expert in range(config.architecture.n_routed_experts):
         own = jax.tree.map(lambda leaf, at=expert: leaf[at], gate)
         check(own, f"{prefix}mlp.experts.{expert}.gate_proj.weight")
+
+
+def test_gpus_without_float8_are_refused():
+    message = "capability 8.9 or more, but NVIDIA A100 80GB has 8.0; use products="
+    config = small_server.config(products="fp8", num_devices=1, num_redundant=0)
+    with pytest.raises(ValueError, match=message):
+        make_serve_programs(config, gpu_mesh("a100", config.mesh_shape))
+    training = small.config(model={"products": "fp8"})
+    with pytest.raises(ValueError, match=message):
+        make_programs(training, gpu_mesh("a100", training.mesh_shape))
 
 
 @pytest.mark.slow  # programs of a server
