@@ -49,6 +49,20 @@ def sparing_dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     return schedule.with_whole_backwards(max_waiting=1)
 
 
+def _model() -> DeepSeek:
+    return DeepSeek(
+        architecture=architecture(),
+        compute_dtype="bfloat16",
+        remat=("attention", "experts"),
+        payload="fp8",
+        eplb=EplbConfig(every=1000, num_redundant=64, num_nodes=8),
+        buffer_factor=1.25,
+        stage_code="own",
+        # A fifth layer in one stage would take a quarter more memory on all ranks.
+        max_layers=4,
+    )
+
+
 def config() -> TrainConfig:
     """The published training setting: PP 16 x EP 64 on 1,024 GPUs (2,048 with dp=2).
 
@@ -58,25 +72,13 @@ def config() -> TrainConfig:
     Command: `srun python -m dualpipe_jax train configs/deepseek_v3.py --distributed
     --data TOKENS.npy`, with tokens of a vocabulary of 129,280.
     Runtime, result: not measured, for lack of 1,024 GPUs. A test counts the parameters:
-    671B, 37B of them active. Compiled for H800s with products in bfloat16 it needs 72.9
-    of 79.1 GiB per GPU (`python -m dualpipe_jax memory deepseek_v3 --gpu h800`), and a
-    pair of full stages hides 99.8 % of its exchanges:
-    benchmarks/results/overlap_gpu_2026-11-22.md.
+    671B, 37B of them active. Compiled for H800s it needs 72.9 of 79.1 GiB per GPU
+    (`python -m dualpipe_jax memory deepseek_v3 --gpu h800`), and a pair of full stages
+    hides 99.8 % of its exchanges: benchmarks/results/overlap_gpu_2026-11-22.md.
     """
     return TrainConfig(
         name="deepseek_v3",
-        model=DeepSeek(
-            architecture=architecture(),
-            compute_dtype="bfloat16",
-            products="fp8",
-            remat=("attention", "experts"),
-            payload="fp8",
-            eplb=EplbConfig(every=1000, num_redundant=64, num_nodes=8),
-            buffer_factor=1.25,
-            stage_code="own",
-            # A fifth layer in one stage would take a quarter more memory on all ranks.
-            max_layers=4,
-        ),
+        model=_model(),
         mesh={"pp": 16, "dp": 1, "ep": 64},
         schedule=whole_dualpipe,
         num_microbatches=60,
@@ -107,12 +109,17 @@ def two_pods() -> TrainConfig:
     )
 
 
-def some_apart() -> TrainConfig:
-    """The same with one I of a rank at a time apart from its W, to fill bubbles.
+def fp8() -> TrainConfig:
+    """The same with products in float8, as the model was trained, and some W apart.
 
-    Not compiled yet; by the program's account it needs 4.6 GiB more per GPU. Simulated
+    One I of a rank at a time is apart from its W, to fill bubbles. Not compiled yet: by
+    the program's account it needs 4.6 GiB more per GPU than whole backwards. Simulated
     with DeepSeek's costs, bubbles are 13.8 % instead of 15.4 %.
     """
+    one = config()
     return dataclasses.replace(
-        config(), name="deepseek_v3_some_apart", schedule=sparing_dualpipe
+        one,
+        name="deepseek_v3_fp8",
+        model=dataclasses.replace(_model(), products="fp8"),
+        schedule=sparing_dualpipe,
     )
