@@ -19,6 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualpipe_jax.configs.deepseek_v3 import architecture
+from dualpipe_jax.gpu import GPUS
+from dualpipe_jax.gpu.overlap import KERNEL_LATENCY_S
 from eplb_jax import ExpertTables, plan_microbatch, rebalance_experts, style
 
 LOADS = Path(__file__).parent.parent / "tests/data/eplb_loads_deepseek_v3.npz"
@@ -50,20 +53,29 @@ def counts_of(loads, devices):
     return np.array(counts, np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("num_fetched", "num_nodes", "slack"))
-def plans(counts, tables, num_fetched, num_nodes=1, slack=0.0):
+@functools.partial(
+    jax.jit, static_argnames=("num_fetched", "num_nodes", "slack", "has_shared")
+)
+def plans(counts, tables, num_fetched, num_nodes=1, slack=0.0, has_shared=False):
     def one(of_layer):
         counts, tables = of_layer
-        plan = plan_microbatch(
-            counts, tables, num_fetched=num_fetched, num_nodes=num_nodes, slack=slack
-        )
         devices, per_device = len(counts), len(tables.physical_to_logical_map)
+        # Each token has eight choices, and the shared expert.
+        plan = plan_microbatch(
+            counts,
+            tables,
+            num_fetched=num_fetched,
+            num_nodes=num_nodes,
+            slack=slack,
+            shared=jnp.full(devices, ROWS // 8) if has_shared else None,
+        )
+        mean = ROWS + has_shared * (ROWS // 8)
         per_device //= devices
         is_fetched = plan.fetched >= 0
         node = jnp.arange(devices) // (devices // num_nodes)
         is_far = plan.source // per_device // (devices // num_nodes) != node[:, None]
         return (
-            plan.device_rows.max() / ROWS,
+            plan.device_rows.max() / mean,
             is_fetched.sum() / devices,
             is_fetched.sum(axis=1).max(),
             (is_fetched & is_far).sum() / devices,
@@ -110,6 +122,52 @@ def plan_time(devices, num_fetched, physical, runs):
         jax.block_until_ready(plan(counts, tables))
         times.append(time.perf_counter() - start)
     return statistics.median(times), min(times)
+
+
+# One F&B pair of `profiles:training` on H800s: results/profiles_2026-11-23.md.
+PAIR_LAYERS, PAIR_COMPUTE, PAIR_SENT = 4, 0.1864, 0.1161
+
+
+def pair_seconds(fullest, fetched, *, devices=64, efficiency=0.7):
+    """An F&B pair whose fullest device has `fullest` times the mean of the rows.
+
+    It computes, or sends, whichever takes longer. The report's pair multiplies buffers
+    of 1.25 times the mean; products of the experts follow the rows, the rest does not.
+    A device fetches `fetched` experts a layer, in F and in B, and gradients go home.
+    """
+    sizes, gpu = architecture(), GPUS["h800"]
+    expert = 3 * sizes.hidden_size * sizes.moe_intermediate_size
+    products = PAIR_LAYERS * 3 * 2 * expert * ROWS / (gpu.bf16_flops * efficiency)
+    plans = PAIR_LAYERS * 110 * KERNEL_LATENCY_S * (fetched > 0)
+    compute = PAIR_COMPUTE + products * (fullest - 1.25) + plans
+    network = gpu.network_bandwidth / (1 - 8 / devices)
+    sent = PAIR_SENT * fullest + PAIR_LAYERS * 3 * 2 * expert * fetched / network
+    return np.maximum(compute, sent)
+
+
+def step_times(recorded):
+    """Mean over layers and windows, relative to a router that is even."""
+    devices, even = 64, pair_seconds(1.0, 0.0)
+    found = {"experts in order": [], "placed for the window before": [], "exact": []}
+    for before, now in WINDOWS:
+        if not {before, now} <= set(recorded):
+            continue
+        counts = counts_of(recorded[now], devices)
+        found["experts in order"].append((home(counts), np.zeros(len(counts))))
+        tables = ExpertTables(*rebalance_experts(recorded[before], 320, 1, 1, devices))
+        # Each replica has an equal part of its expert's rows.
+        expert = np.asarray(tables.physical_to_logical_map)
+        part = counts.sum(axis=1) / np.asarray(tables.expert_count)
+        load = np.take_along_axis(part, expert, axis=1)
+        load = load.reshape(len(counts), devices, -1).sum(axis=2)
+        placed = load.max(axis=1) / ROWS, np.zeros(len(counts))
+        found["placed for the window before"].append(placed)
+        most, fetched, *_ = plans(counts, tables, 1, has_shared=True)
+        found["exact"].append((np.asarray(most), np.maximum(fetched, 1 / devices)))
+    for name, parts in found.items():
+        most, fetched = (np.concatenate(column) for column in zip(*parts, strict=True))
+        times = pair_seconds(most, fetched).mean() / even
+        print(f"  {name:44} {most.mean():7.3f} {times:7.3f}")
 
 
 def draw(path, layer=30, before="prefill_in1024", now="prefill_in2048"):
@@ -193,10 +251,16 @@ def main():
         name = f"32 devices, num_fetched={num_fetched}"
         show(name, *plans(counts, in_order(len(counts)), num_fetched))
 
+    for devices, num_fetched in ((32, 8), (32, 2), (64, 4)):
+        counts = np.concatenate([counts_of(v, devices) for v in recorded.values()])
+        tables = in_order(len(counts))
+        name = f"{devices} devices, num_fetched={num_fetched}, shared rows planned"
+        show(name, *plans(counts, tables, num_fetched, has_shared=True))
+
     print("\n288 physical experts on 32 devices, placed for the window before")
     windows = [pair for pair in WINDOWS if set(pair) <= set(recorded)]
     for policy, nodes in (("global", 1), ("hierarchical", 4)):
-        for slack in (0.0, 0.02):
+        for slack, has_shared in ((0.0, False), (0.02, False), (0.0, True)):
             results = []
             for before, now in windows:
                 groups = 8 if policy == "hierarchical" else 1
@@ -204,11 +268,18 @@ def main():
                     recorded[before], 288, groups, nodes, 32, policy=policy
                 )
                 counts = counts_of(recorded[now], 32)
-                results.append(plans(counts, ExpertTables(*maps), 8, 1, slack))
-            name = f"policy={policy!r}, {slack=}"
+                tables = ExpertTables(*maps)
+                results.append(plans(counts, tables, 8, 1, slack, has_shared))
+            name = f"policy={policy!r}, {slack=}" + has_shared * ", shared rows"
             show(
                 name, *(np.concatenate(column) for column in zip(*results, strict=True))
             )
+
+    print(
+        "\nF&B pair of the training profile, estimated, 320 physical experts: fullest "
+        "device / mean, time / even router's"
+    )
+    step_times(recorded)
 
     print("\nmilliseconds of a plan, 256 experts: median, fastest")
     runs = 20 if args.quick else 200

@@ -30,6 +30,13 @@ from typing import TYPE_CHECKING
 from eplb_jax import lookup, plugins
 
 if TYPE_CHECKING:
+    from eplb_jax.files import (
+        PlacementFile,
+        Recording,
+        read_loads,
+        read_placement,
+        write_placement,
+    )
     from eplb_jax.layer import (
         ExpertParallel,
         ExpertWeights,
@@ -72,7 +79,7 @@ if TYPE_CHECKING:
         scaled_grouped_matmul,
         scaled_matmul,
     )
-    from eplb_jax.recordings import Outcome, Recording, read_loads, replay
+    from eplb_jax.recordings import Outcome, replay
     from eplb_jax.serving import BalancerState, ExpertBalancer, count_migrated, migrate
 
 __all__ = [
@@ -86,6 +93,7 @@ __all__ = [
     "MoE",
     "MoEStats",
     "Outcome",
+    "PlacementFile",
     "Recording",
     "Routing",
     "Scaled",
@@ -104,6 +112,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_tiles",
     "read_loads",
+    "read_placement",
     "rebalance_experts",
     "refine_placement",
     "replay",
@@ -118,6 +127,7 @@ __all__ = [
     "softmax_top_k",
     "sum_of_last",
     "update_bias",
+    "write_placement",
 ]
 
 plugins.skip_cuda_check()  # before jax loads them
@@ -134,7 +144,8 @@ __getattr__, __dir__ = lookup.attach(
         "MoE": "eplb_jax.layer",
         "MoEStats": "eplb_jax.layer",
         "Outcome": "eplb_jax.recordings",
-        "Recording": "eplb_jax.recordings",
+        "PlacementFile": "eplb_jax.files",
+        "Recording": "eplb_jax.files",
         "Routing": "eplb_jax.layer",
         "Scaled": "eplb_jax.products",
         "balancedness": "eplb_jax.placement",
@@ -151,7 +162,8 @@ __getattr__, __dir__ = lookup.attach(
         "plan_microbatch": "eplb_jax.layer",
         "quantize_blocks": "eplb_jax.products",
         "quantize_tiles": "eplb_jax.products",
-        "read_loads": "eplb_jax.recordings",
+        "read_loads": "eplb_jax.files",
+        "read_placement": "eplb_jax.files",
         "rebalance_experts": "eplb_jax.placement",
         "refine_placement": "eplb_jax.placement",
         "replay": "eplb_jax.recordings",
@@ -166,5 +178,6 @@ __getattr__, __dir__ = lookup.attach(
         "softmax_top_k": "eplb_jax.layer",
         "sum_of_last": "eplb_jax.placement",
         "update_bias": "eplb_jax.layer",
+        "write_placement": "eplb_jax.files",
     },
 )

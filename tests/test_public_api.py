@@ -72,6 +72,7 @@ FROZEN = {
         "MoE",
         "MoEStats",
         "Outcome",
+        "PlacementFile",
         "Recording",
         "Routing",
         "Scaled",
@@ -90,6 +91,7 @@ FROZEN = {
         "quantize_blocks",
         "quantize_tiles",
         "read_loads",
+        "read_placement",
         "rebalance_experts",
         "refine_placement",
         "replay",
@@ -104,6 +106,7 @@ FROZEN = {
         "softmax_top_k",
         "sum_of_last",
         "update_bias",
+        "write_placement",
     ],
     dualpipe_jax.deepseek: [
         "DeepSeek",

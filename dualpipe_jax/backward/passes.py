@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from dualpipe_jax.backward.flop_count import equation_flops
@@ -19,7 +19,7 @@ EXCHANGES = frozenset({"all_to_all", "ragged_all_to_all"})
 _FLOPS_A_BYTE = 300
 _NETWORK = 47
 # Fraction of the largest exchange from which an exchange gets its own turn.
-_LARGE = 1 / 8
+_LARGE = 1 / 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Pass:
 
     Attributes:
       eqns: all equations.
-      sends: the large exchanges, in order. Exchanges with no product between them form
-        one send, with the equations between them.
+      sends: the large exchanges, in order. Those that wait for the same ones, such as
+        the tokens and the weights of a layer, form one send.
       pieces: the equations before, between and after the sends.
       free: equations that no input cotangent needs.
     """
@@ -70,8 +70,8 @@ class Pass:
             slices and casts, run where they are first needed. None: as early as others.
           made: `made()` of a pass that is ahead, whose results this one reads.
         """
-        sends = _large_exchanges(jaxpr)
-        number = {id(eqn): i for i, eqn in enumerate(sends)}
+        group = _group_exchanges(jaxpr)
+        num_sends = max(group.values(), default=-1) + 1
         there: dict[Any, int] = dict(made or {})
         still = set(weights or ())
         levels: list[int | None] = []
@@ -82,46 +82,48 @@ class Pass:
                 levels.append(None)
                 continue
             level = max((there.get(v, 0) for v in reads), default=0)
-            if id(eqn) in number:
-                level = number[id(eqn)] + 1
+            if id(eqn) in group:
+                level = group[id(eqn)] + 1
             levels.append(level)
             there.update((v, level) for v in eqn.outvars)
         until: dict[Any, int] = {}
-        pieces: list[list[Any]] = [[] for _ in range(len(sends) + 1)]
+        sends: list[list[Any]] = [[] for _ in range(num_sends)]
+        pieces: list[list[Any]] = [[] for _ in range(num_sends + 1)]
         for eqn, level in reversed(list(zip(jaxpr.eqns, levels, strict=True))):
             if level is None:
-                level = min(until.get(v, len(sends)) for v in eqn.outvars)
-            is_send = id(eqn) in number
+                level = min(until.get(v, num_sends) for v in eqn.outvars)
+            is_send = id(eqn) in group
             for v in filter(is_var, eqn.invars):
-                until[v] = min(until.get(v, len(sends)), level - is_send)
-            if not is_send:
-                pieces[level].append(eqn)
-        pieces = [piece[::-1] for piece in pieces]
-        return cls(jaxpr.eqns, [[eqn] for eqn in sends], pieces, [])
+                until[v] = min(until.get(v, num_sends), level - is_send)
+            (sends[level - 1] if is_send else pieces[level]).append(eqn)
+        sends, pieces = ([part[::-1] for part in parts] for parts in (sends, pieces))
+        return cls(jaxpr.eqns, sends, pieces, [])
 
     @classmethod
     def of_backward(cls, jaxpr: Any, num_needed: int) -> Pass:
         """Places each equation as late as its users allow, so that less is kept."""
-        sends = _large_exchanges(jaxpr)
-        number = {id(eqn): i for i, eqn in enumerate(sends)}
         is_needed = [i < num_needed for i in range(len(jaxpr.outvars))]
-        needed = live_vars(jaxpr, is_needed, roots=sends, whole=True)
-        pieces: list[list[Any]] = [[] for _ in range(len(sends) + 1)]
+        needed = live_vars(jaxpr, is_needed, whole=True)
+        group = _group_exchanges(jaxpr, needed)
+        num_sends = max(group.values(), default=-1) + 1
+        sends: list[list[Any]] = [[] for _ in range(num_sends)]
+        pieces: list[list[Any]] = [[] for _ in range(num_sends + 1)]
         free: list[Any] = []
         until: dict[Any, int] = {}
         for eqn in reversed(jaxpr.eqns):
-            if id(eqn) in number:
-                level = number[id(eqn)]
-            elif not any(v in needed for v in eqn.outvars):
+            if not any(v in needed for v in eqn.outvars):
                 free.append(eqn)
                 continue
+            if id(eqn) in group:
+                level = group[id(eqn)]
+                sends[level].append(eqn)
             else:
-                level = min(until.get(v, len(sends)) for v in eqn.outvars)
+                level = min(until.get(v, num_sends) for v in eqn.outvars)
                 pieces[level].append(eqn)
             for v in filter(is_var, eqn.invars):
-                until[v] = min(until.get(v, len(sends)), level)
-        pieces = [piece[::-1] for piece in pieces]
-        return cls(jaxpr.eqns, [[eqn] for eqn in sends], pieces, free[::-1])
+                until[v] = min(until.get(v, num_sends), level)
+        sends, pieces = ([part[::-1] for part in parts] for parts in (sends, pieces))
+        return cls(jaxpr.eqns, sends, pieces, free[::-1])
 
 
 def cost_of(eqn: Any) -> float:
@@ -156,7 +158,32 @@ def _multiplies(eqn: Any) -> bool:
     return name in ("dot_general", "pallas_call", "while", "scan", "ragged_dot_general")
 
 
-def _large_exchanges(jaxpr: Any) -> list[Any]:
-    found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in EXCHANGES]
-    largest = max(map(_sent, found), default=0)
-    return [eqn for eqn in found if _sent(eqn) >= _LARGE * largest]
+def _group_exchanges(jaxpr: Any, needed: Set[Any] | None = None) -> dict[int, int]:
+    """Numbers the large exchanges by the sends that they belong to.
+
+    Those that the same number of others wait for, one after another, are one send: an
+    exchange of weights joins that of the tokens that they multiply.
+
+    Args:
+      jaxpr: the pass.
+      needed: variables; exchanges of other ones are left out. None: of all.
+
+    Returns:
+      By the `id` of an exchange, its number.
+    """
+    exchanges = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in EXCHANGES]
+    if needed is not None:
+        exchanges = [e for e in exchanges if not needed.isdisjoint(e.outvars)]
+    largest = max(map(_sent, exchanges), default=0)
+    large = {id(eqn) for eqn in exchanges if _sent(eqn) >= _LARGE * largest}
+    after: dict[Any, int] = {}
+    height: dict[int, int] = {}
+    for eqn in reversed(jaxpr.eqns):
+        level = max((after.get(v, 0) for v in eqn.outvars), default=0)
+        if id(eqn) in large:
+            level += 1
+            height[id(eqn)] = level
+        for v in filter(is_var, eqn.invars):
+            after[v] = max(after.get(v, 0), level)
+    highest = max(height.values(), default=0)
+    return {eqn: highest - level for eqn, level in height.items()}

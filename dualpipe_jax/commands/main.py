@@ -33,7 +33,13 @@ class Command(NamedTuple):
 
 
 # Packages that only some uses of a command need, and the extra that installs them.
-_EXTRAS = {"tokenizers": "text", "jinja2": "text", "pyarrow": "parquet"}
+_EXTRAS = {
+    "jinja2": "text",
+    "pyarrow": "parquet",
+    "starlette": "http",
+    "tokenizers": "text",
+    "uvicorn": "http",
+}
 
 COMMANDS = {
     "train": Command("train a language model from a config", "train"),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dualpipe_jax.tokens import Tokenizer
 
-OPTIONS = ("max_tokens", "temperature", "seed")
+OPTIONS = ("max_tokens", "temperature", "seed", "top_p")
 
 
 class Prompt(NamedTuple):
@@ -90,7 +90,7 @@ def _read_object(text: str) -> dict[str, Any]:
             f"{', '.join(OPTIONS)}."
         )
     for option in OPTIONS:
-        kinds = (int, float) if option == "temperature" else (int,)
+        kinds = (int, float) if option in ("temperature", "top_p") else (int,)
         if option in given and type(given[option]) not in kinds:
             raise ValueError(f"{option}={given[option]!r} must be a number.")
     return given

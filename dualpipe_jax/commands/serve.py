@@ -1,12 +1,15 @@
-"""`python -m dualpipe_jax serve`: writes completions as it computes them."""
+"""`python -m dualpipe_jax serve`: writes completions as it computes them, or serves."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
+import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -24,6 +27,7 @@ from dualpipe_jax.deepseek.serve import (
     make_serve_mesh,
     prometheus,
 )
+from dualpipe_jax.processes import handled
 from dualpipe_jax.profiles import profile
 from dualpipe_jax.tokens import (
     ByteTokenizer,
@@ -55,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="-",
         metavar="FILE",
         help="one prompt per line; or, in FILE.jsonl, objects with a prompt, or "
-        "messages for the chat template, and optionally max_tokens, temperature and "
-        "seed (default: standard input)",
+        "messages for the chat template, and optionally max_tokens, temperature, "
+        "top_p and seed (default: standard input)",
     )
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument(
@@ -99,6 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="0 takes the most likely token each time (%(default)g)",
     )
     parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the most likely tokens that add up to this probability only "
+        "(%(default)g)",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="seed of the draws (%(default)s)"
     )
     parser.add_argument(
@@ -114,7 +126,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a profile of the first prompts that are served together to FOLDER; "
         "`trace FOLDER` reads it",
     )
+    _add_http_arguments(parser)
     add_no_cache(parser)
+
+
+def _add_http_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "HTTP",
+        "Clients send their own prompts and options, in the form of OpenAI's API.",
+    )
+    group.add_argument(
+        "--http", type=int, metavar="PORT", help="serve over HTTP; 0 takes a free port"
+    )
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen (%(default)s: this machine only)",
+    )
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="the bearer token that clients must send; @FILE reads it from a file",
+    )
+    group.add_argument(
+        "--model-name", metavar="NAME", help="name for clients (the config's)"
+    )
+    group.add_argument(
+        "--max-waiting",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most requests that wait for others; more are refused (%(default)s)",
+    )
+    group.add_argument(
+        "--max-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="longest time of a request (%(default)g)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,7 +173,8 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
       The exit status: 1 if a prompt was refused, while the others are still served, or
-      if SIGTERM or SIGINT ended the serving before all prompts were.
+      if SIGTERM or SIGINT ended the serving before all prompts were; with `--http`, if
+      a second signal did before all requests were finished.
 
     Raises:
       ValueError: bad input. It is raised before anything compiles, except for a file
@@ -133,12 +185,17 @@ def run(args: argparse.Namespace) -> int:
     defaults = {name: getattr(args, name) for name in OPTIONS}
     check_options(**defaults)
     tokenizer = choose_tokenizer(config, args)
+    if args.http is not None:
+        from dualpipe_jax.commands.http import serve_over_http
+
+        start = functools.partial(_start, config, args, console)
+        return serve_over_http(args, start, tokenizer, config.name, console)
     number = num_refused = num_left = 0
     cache = compilation_cache(console.print, enabled=not args.no_cache)
     with cache, _opened(args.prompts) as file:
         # Typed prompts are answered line by line; piped ones are served together.
         groups = ([line] for line in file) if file.isatty() else [list(file)]
-        with rare_collections():
+        with _ended_by_sigterm(console):
             engine = _start(config, args, console)
         profiled = contextlib.nullcontext()
         if args.profile is not None:
@@ -201,8 +258,29 @@ def choose_tokenizer(config: ServeConfig, args: argparse.Namespace) -> Tokenizer
     return tokenizer
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm(console: Console) -> Iterator[None]:
+    """Ends the process in a block in which nothing is served yet."""
+
+    def end(number: int, restore: Callable[[], None]) -> None:
+        restore()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        console.print("SIGTERM: no prompt was served, the model was still loading")
+        # Programs that compile in other threads cannot be interrupted.
+        os._exit(1)
+
+    with handled(end):
+        yield
+
+
 def _start(config: ServeConfig, args: argparse.Namespace, console: Console) -> Engine:
     """Returns a compiled engine, with a run's experts placed for its observed load."""
+    with rare_collections():
+        return _load(config, args, console)
+
+
+def _load(config: ServeConfig, args: argparse.Namespace, console: Console) -> Engine:
     mesh, placement = make_serve_mesh(config), None
     if args.pretrained is not None:
         params = load_published(config, args.pretrained, mesh=mesh)

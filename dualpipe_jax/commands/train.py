@@ -271,6 +271,13 @@ def summary(
             f"{statistics.fmean(without):.3f} without "
             f"(mean of the last {len(without)} steps)"
         )
+    if exact := series("balancedness_exact")[-10:]:
+        before = series("balancedness_before")[-10:]
+        lines.append(
+            f"exact balance  {statistics.fmean(exact):.3f}, "
+            f"{statistics.fmean(before):.3f} before each microbatch's plan; "
+            f"{series('fetched_experts')[-1]:.2f} experts fetched per device and layer"
+        )
     if rates := sorted(series("tokens_per_s")):
         lines.append(f"tokens/s       {rates[len(rates) // 2]:,.0f} (median)")
     if bubble := series("pipeline_bubble_ratio"):

@@ -26,7 +26,7 @@ from dualpipe_jax.deepseek.model import (
     RopeScaling,
 )
 from dualpipe_jax.deepseek.pretrained import Pretrained, load_pretrained
-from dualpipe_jax.deepseek.serve import ServeConfig
+from dualpipe_jax.deepseek.serve import ServeConfig, break_even
 
 __all__ = [
     "DeepSeek",
@@ -35,5 +35,6 @@ __all__ = [
     "Pretrained",
     "RopeScaling",
     "ServeConfig",
+    "break_even",
     "load_pretrained",
 ]

@@ -131,6 +131,7 @@ class PublishedTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, with the token that texts begin with, if there is one."""
+        _check_unicode(text)
         tokens = self._inner.encode(text).ids
         first = self._vocabulary.get(self._special["bos_token"])
         # Some published files leave this to the class that reads them.
@@ -195,7 +196,9 @@ class PublishedTokenizer(Tokenizer):
             raise ValueError(f"{self.folder}: {error}") from error
 
     def encode_chat(self, messages: Messages) -> list[int]:
-        return self.encode_rendered([self.render(messages)])[0]
+        rendered = self.render(messages)
+        _check_unicode(rendered)
+        return self.encode_rendered([rendered])[0]
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
         """A conversation as text; see `ChatTemplate.render`.
@@ -263,3 +266,8 @@ def _types_of(decoder: Any) -> set[str]:
         return set()
     parts = decoder.get("decoders") or []
     return {str(decoder.get("type"))}.union(*map(_types_of, parts))
+
+
+def _check_unicode(text: str) -> None:
+    """Raises UnicodeEncodeError, a ValueError, for halves of surrogate pairs."""
+    text.encode()

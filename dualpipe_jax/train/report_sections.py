@@ -203,7 +203,26 @@ def experts(records: list[Record], config: Record) -> list[str]:
         parts.append(
             _page.paragraph("This run recorded no values for each layer.", "faint")
         )
-    return parts
+    return parts + _exact_balance(records)
+
+
+def _exact_balance(records: list[Record]) -> list[str]:
+    """What the plans of the microbatches gain, and what they send."""
+    planned = Line("planned", *series(records, "balancedness_exact"), 1)
+    if not planned.x:
+        return []
+    before = Line("at home", *series(records, "balancedness_before"), 3)
+    sent = [
+        Line("weights fetched", *series(records, "fetched_mib"), 1),
+        Line("tokens to other devices", *series(records, "dispatched_mib"), 3),
+    ]
+    return [
+        "<h2>Exact balance</h2>",
+        _page.paragraph("balancedness inside of each microbatch", "faint"),
+        line_chart("Balancedness of the microbatches", [planned, before], top=1.0),
+        _page.paragraph("MiB per device, layer and microbatch, forward", "faint"),
+        line_chart("MiB sent over the steps", sent),
+    ]
 
 
 def _is_layers(value: Any) -> bool:

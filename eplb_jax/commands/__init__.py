@@ -1,4 +1,4 @@
 """The command line, `python -m eplb_jax`: `main`, and a file for each command.
 
-Imports: placement, recordings, pictures.
+Imports: placement, files, recordings, pictures.
 """

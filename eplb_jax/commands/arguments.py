@@ -7,9 +7,9 @@ from pathlib import Path
 
 MAX_BYTES = 2**31
 _LOADS = (
-    "expert loads: .npz or .npy of [layers, experts] or [windows, layers, experts], "
-    "or JSON with logical_count, as SGLang records it; several arrays of an .npz are "
-    "windows"
+    "expert loads: what SGLang (.pt, .json), sglang-jax (.npy) or vLLM (.safetensors) "
+    "records, or .npz or .npy of [layers, experts] or [windows, layers, experts]; "
+    "several arrays of a file are windows"
 )
 
 

@@ -12,6 +12,13 @@ import numpy as np
 
 from eplb_jax import pictures
 from eplb_jax.commands.arguments import add_cluster, sizes_of
+from eplb_jax.files import (
+    ENGINES,
+    Recording,
+    engine_of,
+    read_loads,
+    write_placement,
+)
 from eplb_jax.placement import (
     ExpertTables,
     Policy,
@@ -22,7 +29,7 @@ from eplb_jax.placement import (
     rebalance_experts,
     remote_share,
 )
-from eplb_jax.recordings import Recording, in_order, read_loads
+from eplb_jax.recordings import in_order
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +60,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="write the maps: .npz, or .json for SGLang's --init-expert-location",
+        help="write the maps: .npz; .json or .npy for SGLang's or sglang-jax's "
+        "--init-expert-location; .yaml for TensorRT-LLM",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="that reads --out (default: by its name; .json may also be vllm-ascend's)",
+    )
+    parser.add_argument(
+        "--first-layer",
+        type=int,
+        default=0,
+        metavar="N",
+        help="index in the model of the first recorded layer, if LOADS lacks the dense "
+        "layers before it (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 
@@ -104,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     """Plans; writes and draws the plan, and prints it as a table or as JSON."""
     plan = _plan(args)
     if args.out:
-        _write_maps(args.out, plan.tables)
+        _write_maps(args, plan)
     if args.figure:
         figure = pictures.placement_figure(
             plan.weight[plan.layer],
@@ -128,15 +149,17 @@ def _plan(args: argparse.Namespace) -> _Plan:
     layer = args.layer
     if layer is not None and not 0 <= layer < len(weight):
         raise ValueError(f"--layer {layer} is not one of {len(weight)} layers.")
-    if args.out and args.out.suffix not in (".npz", ".json"):
-        raise ValueError(f"--out {args.out} must end in .npz or .json.")
     capacity = None if args.capacity is None else np.asarray(args.capacity)
-    if args.out and args.out.suffix == ".json" and 0 in (args.capacity or []):
-        raise ValueError(
-            f"--out {args.out} is for servers that take -1, an empty physical expert, "
-            "for the last expert, and a GPU with --capacity 0 has only such; use .npz, "
-            "or plan for the GPUs that are alive."
-        )
+    if args.first_layer < 0:
+        raise ValueError(f"--first-layer {args.first_layer} must be at least 0.")
+    if args.out:
+        engine = engine_of(args.out, args.engine)
+        if engine != "eplb-jax" and 0 in (args.capacity or []):
+            raise ValueError(
+                f"--out {args.out} is for servers that take -1, an empty physical "
+                "expert, for the last expert, and a GPU with --capacity 0 has only "
+                "such; use .npz, or plan for the GPUs that are alive."
+            )
     tables = rebalance_experts(
         weight, *sizes, policy=args.policy, device_capacity=capacity
     )
@@ -254,10 +277,16 @@ def _table(plan: _Plan) -> str:
     return "\n".join(lines)
 
 
-def _write_maps(path: Path, tables: ExpertTables) -> None:
-    arrays = {name: np.asarray(array) for name, array in tables._asdict().items()}
-    if path.suffix == ".json":
-        placement = arrays["physical_to_logical_map"].tolist()
-        path.write_text(json.dumps({"physical_to_logical_map": placement}))
-    else:
-        np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
+def _write_maps(args: argparse.Namespace, plan: _Plan) -> None:
+    # Other engines know layers by their place in the model; those without load are
+    # dense.
+    is_ours = engine_of(args.out, args.engine) == "eplb-jax"
+    rows = np.arange(len(plan.weight)) if is_ours else plan.loaded
+    write_placement(
+        args.out,
+        plan.placement[rows],
+        engine=args.engine,
+        layers=(rows + args.first_layer).tolist(),
+        num_layers=len(plan.weight) + args.first_layer,
+        num_devices=plan.num_gpus,
+    )

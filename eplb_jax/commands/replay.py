@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import get_args
 
-from eplb_jax import pictures, recordings
+from eplb_jax import files, pictures, recordings
 from eplb_jax.commands.arguments import add_cluster, sizes_of
 from eplb_jax.placement import Policy
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the strategies' outcomes as a table or as JSON, and draws them."""
-    recording = recordings.read_loads(args.loads)
+    recording = files.read_loads(args.loads)
     sizes = sizes_of(args, *recording.counts.shape[1:])
     outcomes = recordings.replay(
         recording.counts, *sizes, policy=args.policy, max_moves=args.max_moves

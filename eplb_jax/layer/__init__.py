@@ -22,6 +22,7 @@ from eplb_jax.layer.parallel import (
 )
 from eplb_jax.layer.payload import (
     Payload as Payload,
+    bytes_of_token as bytes_of_token,
     check_payload as check_payload,
 )
 from eplb_jax.layer.physical import (

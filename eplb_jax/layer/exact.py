@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eplb_jax.layer.axes import all_gather, axis_index, psum
 from eplb_jax.layer.fetch import Fetch, plan_fetch
@@ -34,7 +35,7 @@ class Slots(NamedTuple):
     """Where the choices of this device go, and what its slots fetch.
 
     Attributes:
-      slots: [tokens, top_k] int32, the slot of each choice, counted over all devices;
+      slots: [tokens, choices] int32, the slot of each choice, counted over all devices;
         -1 for padding.
       plan: the same on all devices.
       fetch: of the weights of this device's extra slots; None without any.
@@ -45,12 +46,16 @@ class Slots(NamedTuple):
     fetch: Fetch | None
 
 
-def plan_slots(experts: jax.Array, tables: ExpertTables, p: ExpertParallel) -> Slots:
+def plan_slots(
+    experts: jax.Array, tables: ExpertTables, p: ExpertParallel, num_shared: int
+) -> Slots:
     """Gathers what the devices' tokens have chosen, and plans with it.
 
     Args:
-      experts: [tokens, top_k] logical experts; -1 for padding.
+      experts: [tokens, choices] logical experts; -1 for padding. The shared expert
+        follows the others.
       tables: the tables of one layer.
+      num_shared: 1 if there are choices of the shared expert, else 0.
       p: with several devices; call in `jax.shard_map` over its axis.
 
     Returns:
@@ -61,35 +66,40 @@ def plan_slots(experts: jax.Array, tables: ExpertTables, p: ExpertParallel) -> S
     """
     assert p.axis_name is not None
     check_num_fetched(p.num_fetched, tables.num_experts)
-    count_DE = all_gather(count_experts(experts, tables.num_experts), p.axis_name)
+    num_experts = tables.num_experts + num_shared
+    count_DE = all_gather(count_experts(experts, num_experts), p.axis_name)
     plan = plan_microbatch(
-        count_DE,
+        count_DE[:, : tables.num_experts],
         tables,
+        shared=count_DE[:, -1] if num_shared else None,
         num_fetched=p.num_fetched,
         num_nodes=p.num_nodes,
         slack=p.slack,
     )
     fetch = None
     if p.num_fetched:
+        # The shared expert follows the physical experts of each device.
         per_device = tables.num_physical_experts // p.num_devices
-        fetch = plan_fetch(plan.source, per_device, p.axis_name)
-    slots = choose_slots(experts, tables, plan, axis_index(p.axis_name))
+        source = plan.source + num_shared * (plan.source // per_device)
+        source = jnp.where(plan.source < 0, -1, source)
+        fetch = plan_fetch(source, per_device + num_shared, p.axis_name)
+    slots = choose_slots(experts, num_experts, plan, axis_index(p.axis_name))
     return Slots(slots, plan, fetch)
 
 
 def choose_slots(
-    experts: jax.Array, tables: ExpertTables, plan: MicrobatchPlan, device: jax.Array
+    experts: jax.Array, num_experts: int, plan: MicrobatchPlan, device: jax.Array
 ) -> jax.Array:
     """Chooses the slot of each choice of a device: as many for each as planned.
 
     Args:
-      experts: [tokens, top_k] logical experts; -1 for padding.
-      tables: the tables of one layer.
+      experts: [tokens, choices] logical experts; -1 for padding.
+      num_experts: logical experts, the shared one among them if it is planned.
       plan: from `plan_microbatch`, for counts with those of `experts`.
       device: [] int32, the device that has these tokens.
 
     Returns:
-      [tokens, top_k] int32, from 0 to devices * slots of a device; -1 for padding.
+      [tokens, choices] int32, from 0 to devices * slots of a device; -1 for padding.
 
     Examples:
       Three rows of expert 0: two stay on device 0, one goes to the extra slot of
@@ -98,12 +108,10 @@ def choose_slots(
       >>> tables = ExpertTables.from_placement(jnp.arange(2), 2)
       >>> counts = jnp.array([[3, 0], [0, 1]])
       >>> plan = plan_microbatch(counts, tables, num_fetched=1)
-      >>> choose_slots(jnp.array([[0], [0], [0]]), tables, plan, 0).ravel().tolist()
+      >>> choose_slots(jnp.array([[0], [0], [0]]), 2, plan, 0).ravel().tolist()
       [0, 0, 3]
     """
-    num_devices, num_experts = len(plan.device_rows), tables.num_experts
-    held_DI = tables.physical_to_logical_map.reshape(num_devices, -1)
-    expert_X = jnp.concatenate([held_DI, plan.fetched], axis=1).reshape(-1)
+    expert_X = plan.experts.reshape(-1)
     expert_C = known_ids(experts, num_experts).reshape(-1)
     # Choices and slots, both by expert: the first slot takes the first choices.
     slot_X = jnp.argsort(jnp.where(expert_X < 0, num_experts, expert_X), stable=True)
@@ -150,13 +158,15 @@ def count_by_holder(
       axis_name: mesh axis of the devices.
 
     Returns:
-      [physical experts] int32, the load that devices have without fetched experts.
+      [physical experts] int32, the load that devices have without fetched experts; rows
+      of the shared expert do not count.
     """
     num_devices, per_device = len(plan.fetched), num_physical // len(plan.fetched)
     rows_DO = tokens_per_slot.reshape(num_devices, -1)
     physical_DI = jnp.arange(num_physical, dtype=jnp.int32).reshape(num_devices, -1)
-    of_DO = jnp.concatenate([physical_DI, plan.source], axis=1)
-    assert rows_DO.shape[1] == per_device + plan.source.shape[1]
+    num_shared = rows_DO.shape[1] - per_device - plan.source.shape[1]
+    shared_D = jnp.full((num_devices, num_shared), -1, jnp.int32)
+    of_DO = jnp.concatenate([physical_DI, shared_D, plan.source], axis=1)
 
     def count(of: jax.Array, rows: jax.Array) -> jax.Array:
         room_S = vary_alike(jnp.zeros(num_physical, jnp.int32), of, rows)[0]
@@ -172,7 +182,19 @@ def count_by_holder(
 
 def count_fetched(plan: MicrobatchPlan, axis_name: str) -> jax.Array:
     """Counts the experts that all devices fetch: [] int32."""
-    count_D = (plan.fetched >= 0).sum(axis=1, dtype=jnp.int32)
+    return _sum((plan.fetched >= 0).sum(axis=1, dtype=jnp.int32), axis_name)
+
+
+def count_moved(plan: MicrobatchPlan, axis_name: str) -> jax.Array:
+    """Counts the rows that are computed on another device than their token's."""
+    rows_DD = plan.rows.sum(axis=2, dtype=jnp.int32)
+    is_here_DD = np.eye(len(rows_DD), dtype=bool)
+    moved_DD = jnp.where(is_here_DD, 0, rows_DD)
+    return _sum(moved_DD.sum(axis=1, dtype=jnp.int32), axis_name)
+
+
+def _sum(count_D: jax.Array, axis_name: str) -> jax.Array:
     if is_typed(count_D):
+        # Where types must say that all devices have the same values.
         return psum(count_D[axis_index(axis_name)], axis_name)
     return count_D.sum(dtype=jnp.int32)

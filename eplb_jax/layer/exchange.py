@@ -53,6 +53,34 @@ class Segments(NamedTuple):
             output_offsets=self.input_offsets.T,
         )
 
+    def window(self, start: jax.Array, size: int) -> Segments:
+        """Returns the rows that arrive in `[start, start + size)`, counted from there.
+
+        Examples:
+          Device 1 receives two rows of device 0 and three of its own; the window has
+          the second and the third of these five:
+
+          >>> table = lambda *rows: jnp.array(rows)
+          >>> segments = Segments(send_sizes=table([0, 2], [0, 3]),
+          ...                     input_offsets=table([0, 0], [0, 0]),
+          ...                     output_offsets=table([0, 0], [0, 2]))
+          >>> [part.tolist() for part in segments.window(1, 2)]
+          [[[0, 1], [0, 1]], [[0, 1], [0, 0]], [[0, 0], [0, 1]]]
+        """
+        first = self.output_offsets
+        start_DD = jnp.maximum(first, start)
+        end_DD = jnp.minimum(first + self.send_sizes, start + size)
+        is_any_DD = start_DD < end_DD
+
+        def of(value: jax.Array) -> jax.Array:
+            return jnp.where(is_any_DD, value, 0)
+
+        return Segments(
+            send_sizes=of(end_DD - start_DD),
+            input_offsets=of(self.input_offsets + start_DD - first),
+            output_offsets=of(start_DD - start),
+        )
+
 
 def exchange(
     rows: jax.Array,

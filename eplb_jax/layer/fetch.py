@@ -3,26 +3,28 @@
 A fetch is one exchange per matrix. Each extra slot is one update of it, read from where
 the expert is held and written into the slot, so that nothing is copied in between. On
 the way home several devices may send a gradient of the same expert; there a buffer is
-needed, and the features are sent in slices to keep it small.
+needed, and what does not fit into it comes in later rounds.
 
-Shape suffixes: see `eplb_jax`. X are the extra slots of a device.
+Shape suffixes: see `eplb_jax`. X are the extra slots of a device; Y those of the buffer
+for gradients.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from eplb_jax.layer.axes import all_gather, axis_index, ragged_all_to_all
 from eplb_jax.layer.exchange import Transport, by_transport, exchange
-from eplb_jax.layer.physical import WeightGatherPlan, by_slices, plan_weight_gather
-from eplb_jax.placement import divisor_from, take_or_zero
+from eplb_jax.layer.physical import WeightGatherPlan, plan_weight_gather
+from eplb_jax.placement import take_or_zero
 from eplb_jax.products import vary_alike
+from eplb_jax.runtime import on_cpu
 
 
 class Fetch(NamedTuple):
@@ -115,22 +117,69 @@ def _backward(
 ) -> Any:
     del dtype
     gather, like = saved
-    num_sent, num_fetched = len(gather.sent), len(gather.received)
-    own, fetched = ct[:-num_fetched], ct[-num_fetched:]
+    num_fetched = len(gather.received)
+    own, fetched = ct[:-num_fetched].astype(jnp.float32), ct[-num_fetched:]
     # Slots in the order in which their rows arrived; those of none come last.
-    order_X = jnp.argsort(gather.received)
+    fetched = fetched[jnp.argsort(gather.received)]
+    way = {"axis_name": axis_name, "transport": transport}
+    home = on_cpu(
+        functools.partial(add_at_once, **way),
+        functools.partial(add_in_rounds, **way),
+        own,
+        fetched,
+        gather,
+    )
+    return home.astype(like.dtype), None
+
+
+def add_at_once(
+    own: jax.Array, fetched: jax.Array, gather: WeightGatherPlan, **way: Any
+) -> jax.Array:
+    """Adds what others have fetched, with room for the worst case.
+
+    Args:
+      own: [physical experts of this device, ...] float32.
+      fetched: [extra slots, ...], in the order in which their rows arrived.
+      gather: see `Fetch`.
+      **way: `axis_name` and `transport`, see `exchange`.
+
+    Returns:
+      [physical experts of this device, ...] float32.
+    """
     back = gather.segments.reversed()
+    returned = exchange(fetched, back, len(gather.sent), **way).astype(jnp.float32)
+    return own.at[gather.sent].add(returned, mode="drop")
 
-    def send_home(part: jax.Array) -> jax.Array:
-        returned = exchange(part[order_X], back, num_sent, axis_name, transport)
-        zeros = jnp.zeros((len(own), *part.shape[1:]), jnp.float32)
-        zeros, returned = vary_alike(zeros, returned.astype(jnp.float32))
-        return zeros.at[gather.sent].add(returned, mode="drop")
 
-    # So many slices that the buffer is no larger than the weights of all slots.
-    count = divisor_from(max(1, math.prod(own.shape[1:])), -(-num_sent // len(ct)))
-    home = by_slices(send_home, fetched, len(own), count, dtype=jnp.float32)
-    return (own.astype(jnp.float32) + home).astype(like.dtype), None
+def add_in_rounds(
+    own: jax.Array, fetched: jax.Array, gather: WeightGatherPlan, **way: Any
+) -> jax.Array:
+    """The same, with room for as many as a device has slots.
+
+    One round is nearly always enough, so it is not part of the loop: there it could not
+    run beside other work.
+    """
+    room = len(own) + len(fetched)
+    back = gather.segments.reversed()
+    arriving_D = back.send_sizes.sum(axis=0, dtype=jnp.int32)
+    sent = jnp.pad(gather.sent, (0, -len(gather.sent) % room), constant_values=len(own))
+    expert_I1 = jnp.arange(len(own), dtype=jnp.int32)[:, None]
+
+    def add_round(i: ArrayLike, own: jax.Array) -> jax.Array:
+        start = jnp.asarray(i * room, jnp.int32)
+        returned = exchange(fetched, back.window(start, room), room, **way)
+        sent_Y = lax.dynamic_slice_in_dim(sent, start, room)
+        # A sum in one order: a scatter on GPUs adds in any.
+        is_of_IY = expert_I1 == sent_Y[None]
+        is_of_IY = is_of_IY.reshape(*is_of_IY.shape, *[1] * (own.ndim - 1))
+        added = jnp.where(is_of_IY, returned[None].astype(jnp.float32), 0)
+        return own + added.sum(axis=1)
+
+    num_rounds = -(-arriving_D.max() // room)
+    own = add_round(0, own)
+    # The name tells overlap reports not to count on it.
+    with jax.named_scope("rarely"):
+        return lax.fori_loop(1, num_rounds, add_round, own)
 
 
 _add_fetched.defvjp(_forward, _backward)

@@ -9,22 +9,23 @@ not hold.
 Everything is sorts, sums and comparisons of integers, without a loop that is left in
 the program. Devices that have gathered the same counts make the same plan, bit by bit.
 
-Shape suffixes: see `eplb_jax`; here O slots of a device. These are its physical experts
-and, after them, X, its extra slots.
+Shape suffixes: see `eplb_jax`; here O slots of a device. These are its physical
+experts, then the one of the shared expert, if there is one, then X, its extra slots.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from eplb_jax.layer.replica_rows import Held, hold, level_replicas, share_evenly
+from eplb_jax.layer.shared_rows import spread_shared
 from eplb_jax.layer.surplus import give_surplus
 from eplb_jax.placement import ExpertTables, is_traced
 
@@ -37,13 +38,17 @@ class MicrobatchPlan(NamedTuple):
         for none.
       source: [devices, num_fetched] int32, the physical expert whose weights an extra
         slot takes; -1 for none.
+      experts: [devices, slots] int32, the logical expert of each slot of each device:
+        its physical experts, the shared expert if it is planned, which counts as one
+        more logical expert, and the extra slots; -1 for none.
       rows: [devices, devices, slots] int32, rows that each device (first axis) sends to
-        each slot of each device: its physical experts, then its extra slots.
+        each slot of each device.
       device_rows: [devices] int32, rows that each device computes.
     """
 
     fetched: jax.Array
     source: jax.Array
+    experts: jax.Array
     rows: jax.Array
     device_rows: jax.Array
 
@@ -56,6 +61,7 @@ def plan_microbatch(
     num_nodes: int = 1,
     slack: float = 0.0,
     capacity: ArrayLike | None = None,
+    shared: jax.Array | None = None,
 ) -> MicrobatchPlan:
     """Plans which device computes which rows of one microbatch.
 
@@ -74,6 +80,9 @@ def plan_microbatch(
         fewer experts are fetched.
       capacity: [devices] relative speeds, above 0: shares are proportional to them.
         None: all devices are equally fast.
+      shared: [devices] int32, rows that each device has for the shared expert, which
+        all devices hold. Devices with few other rows compute more of them, so that
+        fewer experts are fetched. None: it is not planned.
 
     Returns:
       A `MicrobatchPlan`.
@@ -95,11 +104,14 @@ def plan_microbatch(
     counts = jnp.asarray(counts)
     if capacity is not None:
         capacity = jnp.asarray(capacity, jnp.float32)
-    _check(counts, tables, num_fetched, num_nodes, slack, capacity)
+    if shared is not None:
+        shared = jnp.asarray(shared)
+    _check(counts, tables, num_fetched, num_nodes, slack, capacity, shared)
     return _plan(
         counts,
         tables,
         capacity,
+        shared,
         num_fetched=num_fetched,
         num_nodes=num_nodes,
         slack=float(slack),
@@ -111,6 +123,7 @@ def _plan(
     counts: jax.Array,
     tables: ExpertTables,
     capacity: jax.Array | None,
+    shared: jax.Array | None,
     *,
     num_fetched: int,
     num_nodes: int,
@@ -119,10 +132,24 @@ def _plan(
     counts_DE = counts.astype(jnp.int32)
     num_devices, num_experts = counts_DE.shape
     total_E = counts_DE.sum(axis=0, dtype=jnp.int32)
-    target_D = _targets(total_E.sum(dtype=jnp.int32), num_devices, slack, capacity)
+    total = total_E.sum(dtype=jnp.int32)
+    if shared is not None:
+        total += shared.sum(dtype=jnp.int32)
+    target_D = _targets(total, num_devices, slack, capacity)
     held = hold(tables, num_devices)
     rows_DI = share_evenly(total_E, held)
-    rows_DI = level_replicas(rows_DI, held, target_D, num_experts, may_pull=slack == 0)
+    # Of devices that have too few, shared rows make up for it.
+    may_pull = slack == 0 and shared is None
+    rows_DI = level_replicas(rows_DI, held, target_D, num_experts, may_pull=may_pull)
+    experts, rows = [held.expert_DI], []
+    if shared is not None:
+        shared_D = shared.astype(jnp.int32)
+        counts_DE = jnp.concatenate([counts_DE, shared_D[:, None]], axis=1)
+        experts.append(jnp.full((num_devices, 1), num_experts, jnp.int32))
+        load_D = rows_DI.sum(axis=1, dtype=jnp.int32)
+        shared_D = spread_shared(load_D, target_D, shared_D, num_fetched)
+        rows.append(shared_D[:, None])
+        target_D -= shared_D
     if num_fetched:
         rows_DI, fetched_DX, extra_DX = give_surplus(
             rows_DI, held.expert_DI, target_D, num_fetched, num_nodes
@@ -130,11 +157,12 @@ def _plan(
     else:
         fetched_DX = jnp.full((num_devices, 0), -1, jnp.int32)
         extra_DX = jnp.zeros((num_devices, 0), jnp.int32)
-    expert_DO = jnp.concatenate([held.expert_DI, fetched_DX], axis=1)
-    rows_DO = jnp.concatenate([rows_DI, extra_DX], axis=1)
+    expert_DO = jnp.concatenate([*experts, fetched_DX], axis=1)
+    rows_DO = jnp.concatenate([rows_DI, *rows, extra_DX], axis=1)
     return MicrobatchPlan(
         fetched=fetched_DX,
         source=_sources(fetched_DX, held, tables, num_nodes),
+        experts=expert_DO,
         rows=_rows_by_sender(counts_DE, expert_DO, rows_DO),
         device_rows=rows_DO.sum(axis=1, dtype=jnp.int32),
     )
@@ -178,9 +206,8 @@ def _rows_by_sender(
     sent_DE, wanted_DE = counts_DE - stay_DE, wanted_DE - stay_DE
     of_expert_E = sent_DE.sum(axis=0)
     first_E = jnp.cumsum(of_expert_E) - of_expert_E
-    # Not cumsum, which XLA for CPUs computes in quadratic time.
-    sent_end_DE = first_E[None] + lax.associative_scan(jnp.add, sent_DE)
-    wanted_end_DE = first_E[None] + lax.associative_scan(jnp.add, wanted_DE)
+    sent_end_DE = first_E[None] + _sums_so_far(sent_DE)
+    wanted_end_DE = first_E[None] + _sums_so_far(wanted_DE)
 
     expert_DO = jnp.where(expert_DO < 0, num_experts - 1, expert_DO)
     is_used_DO = rows_DO > 0
@@ -191,17 +218,32 @@ def _rows_by_sender(
 
     end_DO = at_slots(wanted_end_DE)
     start_DO = end_DO - at_slots(wanted_DE)
-    # Rows of the experts: slots first, senders last.
-    sent_end_DOD = sent_end_DE.T[expert_DO]
-    sent_start_DOD = jnp.concatenate(
-        [first_E[expert_DO][:, :, None], sent_end_DOD[:, :, :-1]], axis=2
-    )
-    overlap_DOD = jnp.minimum(sent_end_DOD, end_DO[:, :, None])
-    overlap_DOD -= jnp.maximum(sent_start_DOD, start_DO[:, :, None])
+    # Where the rows of each sender begin and end, of the expert of each slot.
+    bound_DE = jnp.concatenate([first_E[None], sent_end_DE])
+    bound_DDO = bound_DE[:, expert_DO]
+    overlap_DDO = jnp.minimum(bound_DDO[1:], end_DO[None])
+    overlap_DDO -= jnp.maximum(bound_DDO[:-1], start_DO[None])
     is_here_DD = np.eye(len(counts_DE), dtype=bool)
-    stay_DOD = jnp.where(is_here_DD[:, None], at_slots(stay_DE)[:, :, None], 0)
-    rows_DOD = jnp.maximum(overlap_DOD, 0) + stay_DOD
-    return rows_DOD.transpose(2, 0, 1)
+    stay_DDO = jnp.where(is_here_DD[:, :, None], at_slots(stay_DE)[None], 0)
+    return jnp.maximum(overlap_DDO, 0) + stay_DDO
+
+
+def _sums_so_far(value_DE: jax.Array) -> jax.Array:
+    """Inclusive sums over devices: in blocks of devices, then over the blocks.
+
+    XLA for CPUs computes `cumsum` in quadratic time, and each of the many small
+    operations of `lax.associative_scan` on its own.
+    """
+    num_devices, num_experts = value_DE.shape
+    block = math.isqrt(num_devices - 1) + 1
+    padded_DE = jnp.pad(value_DE, ((0, -num_devices % block), (0, 0)))
+    value_BDE = padded_DE.reshape(-1, block, num_experts)
+    is_up_to_DD = np.tri(block, dtype=bool)[None, :, :, None]
+    inside_BDE = jnp.where(is_up_to_DD, value_BDE[:, None], 0).sum(axis=2)
+    is_before_BB = np.tri(len(value_BDE), k=-1, dtype=bool)[:, :, None]
+    before_BE = jnp.where(is_before_BB, value_BDE.sum(axis=1)[None], 0).sum(axis=1)
+    sums_DE = (before_BE[:, None] + inside_BDE).reshape(-1, num_experts)
+    return sums_DE[:num_devices]
 
 
 def _sources(
@@ -232,6 +274,7 @@ def _check(
     num_nodes: int,
     slack: float,
     capacity: jax.Array | None,
+    shared: jax.Array | None,
 ) -> None:
     if tables.expert_count.ndim != 1:
         raise ValueError(
@@ -258,6 +301,11 @@ def _check(
         )
     check_num_fetched(num_fetched, num_experts)
     check_slack(slack)
+    if shared is not None and shared.shape != (num_devices,):
+        raise ValueError(
+            f"shared has shape {shared.shape}; it must have one entry for each of the "
+            f"{num_devices} devices of counts."
+        )
     if capacity is None:
         return
     if capacity.shape != (num_devices,):

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from eplb_jax.layer.exact import count_by_holder, count_fetched, count_rows, plan_slots
+from eplb_jax.layer.exact import (
+    count_by_holder,
+    count_fetched,
+    count_moved,
+    count_rows,
+    plan_slots,
+)
 from eplb_jax.layer.expert_weights import ExpertWeights
 from eplb_jax.layer.experts import Products
 from eplb_jax.layer.ids import known_ids, merge_repeated
@@ -32,13 +38,14 @@ EXCHANGED = (ROUTING, "moe_plan", "moe_rows")
 
 
 class Mixed(NamedTuple):
-    """What `mix_experts` returns, and two more of `MoEStats`."""
+    """What `mix_experts` returns, and more of `MoEStats`."""
 
     outputs: jax.Array
     tokens_per_physical_expert: jax.Array
     overflow: jax.Array
     device_rows: jax.Array
     num_fetched: jax.Array
+    num_moved: jax.Array
 
 
 def mix_experts(
@@ -120,10 +127,14 @@ def mix(
     implementation: Implementation = "auto",
     products: Products = "plain",
     is_distinct: bool = False,
+    shared: ExpertWeights | None = None,
 ) -> Mixed:
     """Does what `mix_experts` says, and counts the rows of each device as well.
 
     `x` may be quantized already, if its payload and the products are float8.
+
+    With exact balance, `shared` [1, ...] is an expert that all tokens go to, and that
+    all devices hold; its rows are planned with the others.
     """
     p = parallel
     check_choices(products=(products, Products))
@@ -147,16 +158,20 @@ def mix(
         # Nothing to send, on any device: all have equally many tokens.
         counts = jnp.zeros(num_physical_experts, jnp.int32)
         none = jnp.zeros((), jnp.int32)
-        return Mixed(
-            unscale_rows(x) if isinstance(x, ScaledRows) else x,
-            counts,
-            none,
-            jnp.zeros(p.num_devices, jnp.int32),
-            none,
-        )
+        device_rows = jnp.zeros(p.num_devices, jnp.int32)
+        outputs = unscale_rows(x) if isinstance(x, ScaledRows) else x
+        return Mixed(outputs, counts, none, device_rows, none, none)
     if p.is_exact:
         return _mix_exactly(
-            x, experts, weights, expert_weights, tables, p, implementation, products
+            x,
+            experts,
+            weights,
+            expert_weights,
+            tables,
+            p,
+            implementation,
+            products,
+            shared,
         )
     if tables is not None:
         experts = choose_physical_experts(
@@ -178,7 +193,8 @@ def mix(
         products,
     )
     device_rows = counts.reshape(p.num_devices, -1).sum(axis=1, dtype=jnp.int32)
-    return Mixed(outputs, counts, overflow, device_rows, jnp.zeros((), jnp.int32))
+    none = jnp.zeros((), jnp.int32)
+    return Mixed(outputs, counts, overflow, device_rows, none, none)
 
 
 def _hold(
@@ -206,15 +222,28 @@ def _mix_exactly(
     p: ExpertParallel,
     implementation: Implementation,
     products: Products,
+    shared: ExpertWeights | None,
 ) -> Mixed:
     """Mixes with slots, see `eplb_jax.layer.exact`, in place of physical experts."""
     assert p.axis_name is not None
     if tables is None:
         num_experts = expert_weights.num_experts * p.num_devices
         tables = ExpertTables.in_order(num_experts)
+    if shared is not None:
+        # It comes after the others, of the choices as of the experts of a device.
+        is_token_T1 = (experts >= 0).any(axis=1, keepdims=True)
+        chosen_T1 = jnp.where(is_token_T1, tables.num_experts, -1)
+        experts = jnp.concatenate([experts, chosen_T1], axis=1)
+        weights = jnp.concatenate([weights, is_token_T1.astype(weights.dtype)], axis=1)
+        expert_weights = jax.tree.map(
+            lambda held, one: jnp.concatenate([held, one.astype(held.dtype)]),
+            expert_weights,
+            shared,
+        )
     num_rows = count_rows(experts.size, p)
     with jax.named_scope("plan"):
-        slots = checkpoint_name(plan_slots(experts, tables, p), "moe_plan")
+        slots = plan_slots(experts, tables, p, num_shared=int(shared is not None))
+        slots = checkpoint_name(slots, "moe_plan")
     rows_DO = slots.plan.rows.reshape(p.num_devices, -1)
     outputs, counts, overflow = mix_physical(
         x,
@@ -233,6 +262,7 @@ def _mix_exactly(
         overflow,
         counts.reshape(p.num_devices, -1).sum(axis=1, dtype=jnp.int32),
         count_fetched(slots.plan, p.axis_name),
+        count_moved(slots.plan, p.axis_name),
     )
 
 

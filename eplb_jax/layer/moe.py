@@ -45,6 +45,8 @@ class MoEStats(NamedTuple):
         sequences (so it may differ between devices); 1 is even.
       device_rows: [devices] int32, rows that each device computes.
       num_fetched: [] int32, experts that all devices fetch, with exact balance; else 0.
+      num_moved: [] int32, with exact balance, choices that are computed on another
+        device than their token's; else 0.
     """
 
     tokens_per_expert: jax.Array
@@ -53,6 +55,7 @@ class MoEStats(NamedTuple):
     balance_loss: jax.Array
     device_rows: jax.Array
     num_fetched: jax.Array
+    num_moved: jax.Array
 
 
 class MoE(nnx.Module):
@@ -140,6 +143,11 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"parallel.num_devices={parallel.num_devices} must divide "
                 f"{num_experts=}."
+            )
+        if parallel.spread_shared and num_shared != 1:
+            raise ValueError(
+                f"parallel.spread_shared=True needs a shared expert of the size of the "
+                f"others, but {num_shared=}; use num_shared=1, or leave it out."
             )
         self.num_experts, self.top_k, self.kind = num_experts, top_k, router
         self.num_groups, self.topk_groups = num_groups, topk_groups
@@ -247,6 +255,10 @@ class MoE(nnx.Module):
         rows: jax.Array | ScaledRows = tokens
         if self.products == "fp8" and self.parallel.payload == "fp8":
             rows = scale_rows(tokens)  # once, for the shared experts too
+        shared = self.shared
+        if shared is not None:
+            shared = ExpertWeights(*(leaf.get_value() for leaf in shared))
+        is_planned = self.parallel.is_exact and self.parallel.spread_shared
         mixed = mix(
             rows,
             experts.reshape(-1, self.top_k),
@@ -258,10 +270,10 @@ class MoE(nnx.Module):
             implementation=self.implementation,
             products=self.products,
             is_distinct=True,
+            shared=shared if is_planned else None,
         )
         outputs, counts = mixed.outputs, mixed.tokens_per_physical_expert
-        if self.shared is not None:
-            shared = ExpertWeights(*(leaf.get_value() for leaf in self.shared))
+        if shared is not None and not is_planned:
             weights = jax.tree.map(lambda leaf: leaf[0], shared)
             outputs += run_network(rows, weights, products=self.products)
         if tables is not None:
@@ -277,5 +289,6 @@ class MoE(nnx.Module):
             balance_loss=loss,
             device_rows=mixed.device_rows,
             num_fetched=mixed.num_fetched,
+            num_moved=mixed.num_moved,
         )
         return outputs.reshape(x.shape).astype(x.dtype), stats

@@ -51,14 +51,18 @@ class ExpertParallel:
       num_fetched: experts that a device may fetch in a call, for `balance="exact"`. If
         they do not suffice for equal rows, what does not fit counts as overflow, unless
         `num_rows` is larger than the buffer above.
+      spread_shared: for `balance="exact"`, whether the rows of the shared expert are
+        planned as well, so that devices with few other rows compute more of them and
+        fewer experts are fetched. The buffer then has room for
+        `tokens * (top_k + 1) * (1 + slack)` rows.
       slack: see `plan_microbatch`.
       keep_fetched: whether fetched weights are kept for the backward pass; else they
         are fetched again there.
 
     Raises:
       ValueError: for a field that has none of these values, nodes that do not divide
-        the devices, and `num_fetched`, `slack` or `keep_fetched` without
-        `balance="exact"`.
+        the devices, and `num_fetched`, `spread_shared`, `slack` or `keep_fetched`
+        without `balance="exact"`.
     """
 
     axis_name: str | None = None
@@ -73,6 +77,7 @@ class ExpertParallel:
     route: Route = "direct"
     balance: Balance = "placement"
     num_fetched: int = 0
+    spread_shared: bool = False
     slack: float = 0.0
     keep_fetched: bool = False
 
@@ -94,7 +99,7 @@ class ExpertParallel:
             raise ValueError(f"{self.num_fetched=} must be at least 0; a few suffice.")
         check_slack(self.slack)
         if self.balance != "exact":
-            for name in ("num_fetched", "slack", "keep_fetched"):
+            for name in ("num_fetched", "spread_shared", "slack", "keep_fetched"):
                 if getattr(self, name):
                     raise ValueError(
                         f"{name}={getattr(self, name)} needs balance='exact'; "

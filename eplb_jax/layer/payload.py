@@ -7,7 +7,7 @@ Shape suffixes: see `eplb_jax`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,18 @@ def check_payload(payload: Payload, num_features: int) -> None:
             f"payload='fp8' scales tiles of {TILE} channels, which do not divide "
             f"{num_features} features; use payload='plain'."
         )
+
+
+def bytes_of_token(payload: Payload, num_features: int, dtype: Any) -> int:
+    """Bytes that a token has on its way to an expert.
+
+    Examples:
+      >>> bytes_of_token("plain", 256, jnp.bfloat16), bytes_of_token("fp8", 256, None)
+      (512, 264)
+    """
+    if payload == "fp8":
+        return num_features + 4 * num_features // TILE
+    return num_features * jnp.dtype(dtype).itemsize
 
 
 def pack(scaled: Scaled) -> jax.Array:

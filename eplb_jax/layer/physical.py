@@ -191,7 +191,7 @@ def _gather_slices(
     def gather(part: jax.Array) -> jax.Array:
         return gather_weight_rows(part, plan, axis_name, transport)
 
-    return by_slices(gather, rows, len(plan.received), count)
+    return _by_slices(gather, rows, len(plan.received), count)
 
 
 def _gather_forward(
@@ -219,24 +219,22 @@ def _gather_backward(
         )
         return pullback(part)[0]
 
-    return by_slices(sum_replicas, ct, num_rows, count), None
+    return _by_slices(sum_replicas, ct, num_rows, count), None
 
 
 _gather_slices.defvjp(_gather_forward, _gather_backward)
 
 
-def by_slices(
+def _by_slices(
     function: Callable[[jax.Array], jax.Array],
     rows: jax.Array,
     num_results: int,
     count: int,
-    dtype: Any = None,
 ) -> jax.Array:
     """Applies `function`, [rows, n] to [results, n], to `count` slices of the features.
 
-    `dtype` is that of the results; None: that of the rows. They start as some of the
-    rows and not as zeros, although all of it is overwritten: XLA allocates zeros when a
-    step starts, and holds them until here.
+    The results start as some of the rows and not as zeros, although all of it is
+    overwritten: XLA allocates zeros when a step starts, and holds them until here.
     """
     if count == 1:
         return function(rows)
@@ -250,7 +248,7 @@ def by_slices(
             new = function(part)
             return lax.dynamic_update_slice_in_dim(results, new, i * size, axis=1)
 
-        some = flat[jnp.arange(num_results) % len(rows)].astype(dtype or rows.dtype)
+        some = flat[jnp.arange(num_results) % len(rows)]
         results = lax.fori_loop(0, count, step, some)
         return results.reshape(num_results, *rows.shape[1:])
 

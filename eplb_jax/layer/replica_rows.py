@@ -44,27 +44,19 @@ class Held(NamedTuple):
 
 def hold(tables: ExpertTables, num_devices: int) -> Held:
     """Reads the tables of one layer."""
-    expert_S, num_experts = tables.physical_to_logical_map, tables.num_experts
-    order_X = _order(expert_S, num_experts)
-    if len(expert_S) > num_experts:
-        # Replicas on one device are neighbors in that order.
-        per_device = len(expert_S) // num_devices
-        sorted_X, device_X = expert_S[order_X], order_X // per_device
-        is_again_X = (sorted_X[1:] == sorted_X[:-1]) & (device_X[1:] == device_X[:-1])
-        sorted_X = jnp.where(jnp.pad(is_again_X, (1, 0)), -1, sorted_X)
-        expert_S = sorted_X[_inverse(order_X)]
-        order_X = _order(expert_S, num_experts)
-    return Held(expert_S.reshape(num_devices, -1), order_X, _inverse(order_X))
-
-
-def _order(expert_S: jax.Array, num_experts: int) -> jax.Array:
-    key_S = jnp.where(expert_S < 0, num_experts, expert_S)
-    return jnp.argsort(key_S, stable=True).astype(jnp.int32)
-
-
-def _inverse(order_X: jax.Array) -> jax.Array:
-    # A second sort: XLA for CPUs makes a loop of a scatter.
-    return jnp.argsort(order_X).astype(jnp.int32)
+    expert_DI = tables.physical_to_logical_map.reshape(num_devices, -1)
+    if expert_DI.size > tables.num_experts:
+        is_same_DII = expert_DI[:, :, None] == expert_DI[:, None]
+        is_before_II = np.tri(expert_DI.shape[1], k=-1, dtype=bool)
+        is_again_DI = (is_same_DII & is_before_II[None]).any(axis=2)
+        expert_DI = jnp.where(is_again_DI, -1, expert_DI)
+    key_S = jnp.where(expert_DI < 0, tables.num_experts, expert_DI).reshape(-1)
+    order_X = jnp.argsort(key_S, stable=True).astype(jnp.int32)
+    # Comparisons: XLA for CPUs makes a loop of a scatter, and a second sort is slower.
+    index_X = jnp.arange(len(order_X), dtype=jnp.int32)
+    is_at_XS = order_X[:, None] == index_X[None]
+    position_S = jnp.where(is_at_XS, index_X[:, None], 0).sum(axis=0, dtype=jnp.int32)
+    return Held(expert_DI, order_X, position_S)
 
 
 def share_evenly(total_E: jax.Array, held: Held) -> jax.Array:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from eplb_jax.runtime import on_cpu
+
 # Where the extra slots do not suffice, other orders of the devices are tried, and
 # targets that are higher by these fractions of the way to the fullest device.
 _NUM_ORDERS = 4
@@ -90,7 +92,18 @@ def give_surplus(
         return jax.tree.map(lambda leaf: leaf[best], given)
 
     is_enough = first.most(target_D) <= 0
-    return tuple(lax.cond(is_enough, lambda: first, others))
+
+    def choose_if_needed() -> _Given:
+        return lax.cond(is_enough, lambda: first, others)
+
+    def choose() -> _Given:
+        # XLA for GPUs lets the host wait for the condition of a branch; the few kernels
+        # that the branch would save take less.
+        return jax.tree.map(
+            lambda one, other: jnp.where(is_enough, one, other), first, others()
+        )
+
+    return tuple(on_cpu(choose_if_needed, choose))
 
 
 def _give(

@@ -1,9 +1,8 @@
-"""Recorded loads: reads files of them, and replays them against policies.
+"""Replays recorded loads against policies.
 
-Imports: placement.
+Imports: placement, files.
 """
 
-from eplb_jax.recordings.files import Recording, read_loads
 from eplb_jax.recordings.replays import (
     Outcome,
     in_order as in_order,
@@ -13,7 +12,5 @@ from eplb_jax.recordings.replays import (
 
 __all__ = [
     "Outcome",
-    "Recording",
-    "read_loads",
     "replay",
 ]

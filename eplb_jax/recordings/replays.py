@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eplb_jax.files import Recording
 from eplb_jax.placement import (
     Policy,
     balancedness,
@@ -20,7 +21,6 @@ from eplb_jax.placement import (
     rebalance_experts,
     refine_placement,
 )
-from eplb_jax.recordings.files import Recording
 
 
 class Outcome(NamedTuple):

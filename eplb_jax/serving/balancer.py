@@ -27,6 +27,8 @@ from eplb_jax.placement import (
     ExpertTables,
     add_saturating,
     as_capacity,
+    as_loads,
+    device_loads,
     is_traced,
     put_like,
 )
@@ -388,6 +390,25 @@ class ExpertBalancer(BalancerSettings):
             "num_refused": state.num_refused,
             "num_rejected": state.num_rejected,
             "num_stranded": is_stranded_L.sum(dtype=jnp.int32),
+        }
+
+    def layer_metrics(self, state: BalancerState) -> dict[str, jax.Array]:
+        """Computes what to show of each layer and device, for the estimated load.
+
+        Args:
+          state: of the server.
+
+        Returns:
+          `balancedness` [layers], see `metrics`, and `device_loads` [layers, devices],
+          the load of each device over the mean; all 0 for a layer without load.
+        """
+        loads_LE = as_loads(self.estimator.estimate(state.loads))
+        placement_LS = state.tables.physical_to_logical_map
+        load_LD = device_loads(loads_LE, placement_LS, self.num_devices)
+        mean_L1 = load_LD.mean(axis=-1, keepdims=True)
+        return {
+            "balancedness": score_layers(self, state),
+            "device_loads": load_LD / jnp.where(mean_L1 > 0, mean_L1, 1),
         }
 
     def _as_capacity(self, capacity: ArrayLike | None) -> jax.Array:

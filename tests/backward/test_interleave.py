@@ -34,10 +34,10 @@ def exchange(x):
     return lax.all_to_all(x, "ep", split_axis=0, concat_axis=0, tiled=True)
 
 
-def stage(layers, x, *, remat=False, weighted=False):
+def stage(layers, x, *, remat=False, weighted=False, fetched=False):
     """Like a mixture of experts: compute, dispatch, compute, and combine.
 
-    Weights of some rows may be sent with them.
+    Weights of some rows may be sent with them, and weights of experts be fetched.
     """
 
     def attend(layer, x):
@@ -48,8 +48,15 @@ def stage(layers, x, *, remat=False, weighted=False):
         rows = exchange(x)
         if weighted:
             rows *= 1 + exchange(x[:DEVICES, :1]).sum(keepdims=True)
-        x = x + exchange(jax.nn.silu(rows @ layer["c"]) @ layer["d"])
+        product = _multiply_fetched if fetched else jnp.matmul
+        x = x + exchange(jax.nn.silu(product(rows, layer["c"])) @ layer["d"])
     return x
+
+
+@jax.checkpoint
+def _multiply_fetched(rows, weight):
+    """The backward pass fetches the weight again, and sends its gradient back."""
+    return rows @ exchange(weight)
 
 
 def operands(seed=0):
@@ -66,7 +73,9 @@ def operands(seed=0):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"remat": True}, {"weighted": True}], ids=["plain", *"rw"]
+    "options",
+    [{}, {"remat": True}, {"weighted": True}, {"fetched": True}],
+    ids=["plain", *"rwf"],
 )
 def test_in_turns_as_one_after_the_other(options):
     def run(layers, x, other, dy):
@@ -147,6 +156,31 @@ def test_every_exchange_has_products_of_the_other_pass_beside_it(remat):
     )
     # Weight gradients remain to hide the messages to the neighbours.
     assert any(e.primitive.name == "dot_general" for e in turns[-1])
+
+
+def test_weights_are_fetched_beside_tokens_and_their_gradients_go_home_last():
+    plans = []
+
+    def run(layers, x):
+        fn = functools.partial(stage, fetched=True)
+        plans.append(SplitBackward.trace(fn, layers, x, platform="cpu"))
+        return x
+
+    jax.eval_shape(on_devices(run, 2), *operands()[:2])
+    programs = plans[0].programs
+    turns = turns_of(programs.pair(programs))
+    sizes = [
+        [e.outvars[0].aval.size for e in turn if e.primitive.name == "all_to_all"]
+        for turn in turns
+    ]
+    tokens, weights = TOKENS * WIDTH, WIDTH * WIDTH
+    *sent, last = [each for each in sizes if each]
+    # F fetches with its dispatch, the recomputation in B with the tokens before it.
+    both, alone = sorted([tokens, weights]), [tokens]
+    assert [sorted(each) for each in sent] == [both, both, alone, alone] * LAYERS
+    assert last == [weights] * LAYERS and sizes[-1] == last
+    # Each is computed from a product of the last turn, or of one before.
+    assert sum(e.primitive.name == "dot_general" for e in turns[-1]) >= LAYERS
 
 
 def test_a_small_exchange_is_not_waited_for_behind_a_large_one():

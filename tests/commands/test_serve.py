@@ -19,7 +19,7 @@ from tests.tokens.small import small_tokenizer
 
 CONFIG = tiny_server.config()
 BYTES = ByteTokenizer()
-DEFAULTS = {"max_tokens": 4, "temperature": 0.0, "seed": 0}
+DEFAULTS = {"max_tokens": 4, "temperature": 0.0, "seed": 0, "top_p": 1.0}
 
 
 def found_in(path):
@@ -65,6 +65,8 @@ def test_bad_lines_of_json_are_refused_one_by_one(tmp_path):
         ("--temperature=nan", "temperature=nan must be a finite number, at least 0"),
         ("--temperature=-1", "temperature=-1.0 must be a finite number"),
         ("--temperature=1e39", "temperature=1e+39 must be a finite number"),
+        ("--top-p=0", "top_p=0.0 must be a number above 0, at most 1"),
+        ("--top-p=1.5", "top_p=1.5 must be a number above 0, at most 1"),
         (f"--seed={2**31}", "seed=2147483648 must be an integer from 0 to 2^31 - 1"),
         ("--max-tokens=0", "max_tokens=0 must be an integer, at least 1"),
     ],

@@ -374,8 +374,9 @@ def test_no_more_backwards_wait_than_allowed(make, max_waiting):
     assert lower(found).num_wgrad_residual_slots == min(max_waiting, slots)
     if max_waiting >= slots:
         assert found == schedule
-    ideal = [simulate(each).makespan for each in (schedule, found)]
-    whole = simulate(schedule.with_whole_backwards()).makespan
-    assert ideal[0] <= ideal[1] <= whole
+    if make is dualpipe:  # others may lose more to the order than W fills
+        whole = schedule.with_whole_backwards()
+        times = [simulate(each).makespan for each in (schedule, found, whole)]
+        assert times == sorted(times)
     with pytest.raises(ValueError, match=r"max_waiting=-1 must be at least 0"):
         schedule.with_whole_backwards(max_waiting=-1)

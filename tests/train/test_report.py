@@ -250,6 +250,22 @@ def test_a_schedule_that_we_did_not_draw_is_left_out(tmp_path, svg):
     assert "http://a" not in html and "onload" not in html
 
 
+def test_exact_balance_has_charts_of_its_own(tmp_path):
+    exact = {
+        "balancedness_exact": 1.0,
+        "balancedness_before": 0.5,
+        "fetched_mib": 3.0,
+        "dispatched_mib": 12.0,
+    }
+    records = [record | exact for record in make_records()]
+    found = charts(report_html(make_run(tmp_path, records)))
+    for title, names in (
+        ("Balancedness of the microbatches", {"planned", "at home"}),
+        ("MiB sent over the steps", {"weights fetched", "tokens to other devices"}),
+    ):
+        assert set(lines_of(found[title])) == names
+
+
 def test_runs_without_values_by_layer_and_without_experts(tmp_path):
     html = report_html(make_run(tmp_path / "a", make_records(layers=False), state=None))
     assert "recorded no values for each layer" in html

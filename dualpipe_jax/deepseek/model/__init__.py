@@ -27,6 +27,7 @@ from dualpipe_jax.deepseek.model.placement_config import (
     EplbConfig,
     NumRedundant as NumRedundant,
     PlacementConfig as PlacementConfig,
+    check_balance as check_balance,
     rows_of_buffer as rows_of_buffer,
 )
 from dualpipe_jax.deepseek.model.published import (

@@ -90,6 +90,43 @@ def _by_xla(
     return jnp.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV)
 
 
+def attend_at(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHV: jax.Array,
+    position_BT: jax.Array,
+    *,
+    score_scale: float = 1.0,
+) -> jax.Array:
+    """Computes what `attend` does, for queries of a part of the positions.
+
+    Args:
+      q_BTHK: [batch, queries, heads, K].
+      k_BSHK: [batch, sequence, heads, K].
+      v_BSHV: [batch, sequence, heads, V].
+      position_BT: [batch, queries] int32, place of each query in the sequence.
+      score_scale: see `attend`.
+
+    Returns:
+      [batch, queries, heads, V].
+
+    Examples:
+      >>> x = jnp.ones((1, 3, 2, 4))
+      >>> values = jnp.arange(3.0).reshape(1, 3, 1, 1) * x
+      >>> attend_at(x[:, 1:2], x, values, jnp.array([[1]]))[0, :, 0, 0]
+      Array([0.5], dtype=float32)
+    """
+    divisor = math.sqrt(q_BTHK.shape[-1]) / score_scale
+    scores_BHTS = jnp.einsum(
+        "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
+    )
+    position_S = jnp.arange(k_BSHK.shape[1], dtype=jnp.int32)
+    is_past_BTS = position_BT[..., None] >= position_S[None, None]
+    scores_BHTS = jnp.where(is_past_BTS[:, None], scores_BHTS / divisor, -jnp.inf)
+    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHV.dtype)
+    return jnp.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV)
+
+
 class LatentAttention(nnx.Module):
     """Causal multi-head latent attention.
 
@@ -170,14 +207,19 @@ class LatentAttention(nnx.Module):
         return self.kv_norm(latent), rope_BT1R[:, :, 0]
 
     def mix(
-        self, q_BTHK: jax.Array, latent_BTC: jax.Array, rope_BTR: jax.Array
+        self,
+        q_BTHK: jax.Array,
+        latent_BTC: jax.Array,
+        rope_BTR: jax.Array,
+        position_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Attends to each position and those before it.
 
         Args:
           q_BTHK: see `queries`.
-          latent_BTC: see `latents`, of the same positions.
+          latent_BTC: see `latents`, of all positions from 0 on.
           rope_BTR: the same.
+          position_BT: of the queries; None: they are of the same positions.
 
         Returns:
           [batch, sequence, heads, V].
@@ -190,7 +232,10 @@ class LatentAttention(nnx.Module):
             rope_BTR[:, :, None], (*nope.shape[:3], c.qk_rope_head_dim)
         )
         k_BTHK = jnp.concatenate([nope, rope], axis=-1)
-        return attend(q_BTHK, k_BTHK, v_BTHV, score_scale=c.score_scale)
+        scale = c.score_scale
+        if position_BT is not None:
+            return attend_at(q_BTHK, k_BTHK, v_BTHV, position_BT, score_scale=scale)
+        return attend(q_BTHK, k_BTHK, v_BTHV, score_scale=scale)
 
     def output(self, v_BTHV: jax.Array) -> jax.Array:
         """Returns what is added to the residual stream, [..., D].

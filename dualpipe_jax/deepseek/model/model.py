@@ -52,6 +52,8 @@ class DeepSeek(DeepSeekOptions):
         `eplb_jax.ExpertParallel`.
       num_fetched: experts that a device may fetch in a layer and microbatch, for
         `balance="exact"`.
+      spread_shared: whether the rows of the shared expert are planned as well; see
+        `eplb_jax.ExpertParallel`.
       layer_costs: costs of the layers, in any unit; None: those of
         `DeepSeekConfig.forward_flops`.
       head_cost: cost of what follows the layers, in the same unit.
@@ -107,7 +109,9 @@ class DeepSeek(DeepSeekOptions):
         partition = self.partition(schedule, sequence_length)
         devices = mesh.shape["ep"]
         tokens = microbatch_size * sequence_length / (mesh.shape["dp"] * devices)
-        num_choices = tokens * self.architecture.num_experts_per_tok
+        num_choices = tokens * (
+            self.architecture.num_experts_per_tok + self.spread_shared
+        )
         parallel = ExpertParallel(
             axis_name="ep" if devices > 1 else None,
             num_devices=devices,
@@ -117,6 +121,7 @@ class DeepSeek(DeepSeekOptions):
             remat="experts" in self.remat,
             balance=self.balance,
             num_fetched=self.num_fetched,
+            spread_shared=self.spread_shared,
         )
         self.architecture.check_activations(
             math.ceil(tokens), sequence_length, parallel.most_rows(num_choices)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
 from dualpipe_jax.deepseek.model.layout import Layout
 from eplb_jax import ExpertParallel
-from eplb_jax.layer import MoEStats
+from eplb_jax.layer import MoEStats, bytes_of_token
 
 Stats = dict[str, jax.Array]
 
@@ -29,6 +29,7 @@ def stats_of(stats: MoEStats, parallel: ExpertParallel) -> Stats:
             "fullest_device": stats.device_rows.max(),
             "fullest_home": home_DI.sum(axis=1, dtype=jnp.int32).max(),
             "num_fetched": stats.num_fetched,
+            "num_moved": stats.num_moved,
         }
     return some
 
@@ -42,32 +43,56 @@ def no_stats(config: DeepSeekConfig, parallel: ExpertParallel) -> Stats:
         "balance_loss": jnp.zeros((), jnp.float32),
     }
     if parallel.is_exact:
-        some |= dict.fromkeys(("fullest_device", "fullest_home", "num_fetched"), none)
+        names = "fullest_device", "fullest_home", "num_fetched", "num_moved"
+        some |= dict.fromkeys(names, none)
     return some
 
 
-def exact_metrics(stats: Stats, parallel: ExpertParallel, share: int) -> Stats:
-    """How even the devices were in each microbatch, before and after its plan.
+def exact_metrics(
+    stats: Stats,
+    config: DeepSeekConfig,
+    parallel: ExpertParallel,
+    dtype: Any,
+    share: int,
+) -> Stats:
+    """How even the devices were in each microbatch, and what it took.
 
     Args:
       stats: of all layers, added up over microbatches and devices.
+      config: the sizes.
       parallel: with exact balance.
+      dtype: of weights and tokens that travel.
       share: how often each layer's statistics were added up.
 
     Returns:
       `balancedness_exact`, mean over maximum of the devices' rows, and
       `balancedness_before`, the same if each row were computed where the weights of its
-      expert came from; `fetched_experts`, per device, layer and microbatch.
+      expert came from. Per device, layer and microbatch: `fetched_experts`,
+      `fetched_mib`, the bytes of their weights, and `dispatched_mib`, those of the
+      choices that go to other devices, each counted by itself.
     """
     rows = stats["tokens_per_expert"].sum().astype(jnp.float32) / parallel.num_devices
 
-    def balancedness(fullest_L: jax.Array) -> jax.Array:
+    # Each token has one row more of the shared expert, if these are planned.
+    with_shared = 1 + parallel.spread_shared / config.num_experts_per_tok
+
+    def balancedness(rows: jax.Array, fullest_L: jax.Array) -> jax.Array:
         return rows / jnp.maximum(fullest_L.sum(), 1).astype(jnp.float32)
 
+    def each(count_L: jax.Array) -> jax.Array:
+        return count_L.astype(jnp.float32).mean() / (share * parallel.num_devices)
+
+    dim, hidden = config.hidden_size, config.moe_intermediate_size
+    bytes_of_expert = 3 * dim * hidden * jnp.dtype(dtype).itemsize
+    fetched = each(stats["num_fetched"])
+    moved = each(stats["num_moved"])
     return {
-        "balancedness_exact": balancedness(stats["fullest_device"]),
-        "balancedness_before": balancedness(stats["fullest_home"]),
-        "fetched_experts": stats["num_fetched"].mean() / (share * parallel.num_devices),
+        "balancedness_exact": balancedness(rows * with_shared, stats["fullest_device"]),
+        "balancedness_before": balancedness(rows, stats["fullest_home"]),
+        "fetched_experts": fetched,
+        "fetched_mib": fetched * (bytes_of_expert / 2**20),
+        "dispatched_mib": moved
+        * (bytes_of_token(parallel.payload, dim, dtype) / 2**20),
     }
 
 

@@ -7,7 +7,11 @@ from typing import Annotated, Literal
 
 from dualpipe_jax.checked import Count, Range, Size, check_fields
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig, Positive
-from dualpipe_jax.deepseek.model.placement_config import ComputeDtype, EplbConfig
+from dualpipe_jax.deepseek.model.placement_config import (
+    ComputeDtype,
+    EplbConfig,
+    check_balance,
+)
 from eplb_jax.layer import Balance, Payload, Products, check_payload
 
 Remat = Literal["attention", "experts"]
@@ -32,6 +36,7 @@ class DeepSeekOptions:
     payload: Payload = "plain"
     balance: Balance = "placement"
     num_fetched: Size = 0
+    spread_shared: bool = False
     layer_costs: tuple[Positive, ...] | None = None
     head_cost: NotNegative | None = None
     rank_speeds: tuple[Positive, ...] | None = None
@@ -41,21 +46,13 @@ class DeepSeekOptions:
     def __post_init__(self):
         check_fields(self)
         check_payload(self.payload, self.architecture.hidden_size)
-        if self.num_fetched and self.balance != "exact":
-            raise ValueError(
-                f"num_fetched={self.num_fetched} needs balance='exact'; "
-                f"balance={self.balance!r} fetches nothing."
-            )
-        if self.num_fetched > self.architecture.n_routed_experts:
-            raise ValueError(
-                f"num_fetched={self.num_fetched} must be at most n_routed_experts="
-                f"{self.architecture.n_routed_experts}; a few suffice."
-            )
-        if self.balance == "exact" and (self.buffer_factor or 1) < 1:
-            raise ValueError(
-                f"buffer_factor={self.buffer_factor} contradicts balance='exact', by "
-                "which all devices compute the mean; leave it out."
-            )
+        check_balance(
+            self.architecture,
+            self.balance,
+            self.num_fetched,
+            self.spread_shared,
+            self.buffer_factor,
+        )
         if (self.layer_costs is None) != (self.head_cost is None):
             raise ValueError(
                 "layer_costs and head_cost share a unit; set both or neither."

@@ -195,7 +195,8 @@ class DeepSeekPipeline(PipelineModel):
             metrics["overflow"] = (stats["overflow"] // num_copies).sum()
             metrics["balance_loss"] = stats["balance_loss"].mean() / share
             if self.parallel.is_exact:
-                metrics |= exact_metrics(stats, self.parallel, share)
+                dtype = self.model.compute_dtype
+                metrics |= exact_metrics(stats, self.arch, self.parallel, dtype, share)
         metrics |= {name: value / share for name, value in loss.items()}
         return buffers, metrics
 

@@ -7,6 +7,8 @@ import math
 from typing import Annotated, Literal
 
 from dualpipe_jax.checked import Count, Range, check_fields
+from dualpipe_jax.deepseek.model.config import DeepSeekConfig
+from eplb_jax.layer import Balance
 from eplb_jax.placement import Policy
 
 NumRedundant = Annotated[int, Range(0, 65_536)]
@@ -30,6 +32,50 @@ def rows_of_buffer(
     if buffer_factor is None:
         return None
     return math.ceil(min(buffer_factor, num_devices) * num_choices)
+
+
+def check_balance(
+    config: DeepSeekConfig,
+    balance: Balance,
+    num_fetched: int,
+    spread_shared: bool,
+    buffer_factor: float | None,
+) -> None:
+    """Raises unless settings of exact balance fit each other and the model.
+
+    Args:
+      config: sizes of the model.
+      balance: see `eplb_jax.ExpertParallel`.
+      num_fetched: see there.
+      spread_shared: see there.
+      buffer_factor: see `rows_of_buffer`.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    if num_fetched and balance != "exact":
+        raise ValueError(
+            f"{num_fetched=} needs balance='exact'; {balance=} fetches nothing."
+        )
+    if spread_shared and balance != "exact":
+        raise ValueError(
+            f"{spread_shared=} needs balance='exact'; {balance=} plans no rows."
+        )
+    if spread_shared and config.n_shared_experts != 1:
+        raise ValueError(
+            f"{spread_shared=} needs a shared expert of the size of the others, but "
+            f"n_shared_experts={config.n_shared_experts}; leave it out."
+        )
+    if num_fetched > config.n_routed_experts:
+        raise ValueError(
+            f"{num_fetched=} must be at most n_routed_experts="
+            f"{config.n_routed_experts}; a few suffice."
+        )
+    if balance == "exact" and (buffer_factor or 1) < 1:
+        raise ValueError(
+            f"{buffer_factor=} contradicts balance='exact', by which all devices "
+            "compute the mean; leave it out."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """Reads and writes safetensors files, a part of a tensor at a time.
 
-The format (huggingface/safetensors, README): the length of the header, 8 bytes, little
-end first; the header, a JSON object that gives each tensor's dtype, shape and place in
-what follows; then the tensors' bytes, rows first.
+`eplb_jax.files` describes the format.
 """
 
 from __future__ import annotations
@@ -12,10 +10,12 @@ import math
 import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from eplb_jax.files import LENGTH_BYTES, read_header
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -24,25 +24,6 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
 }
-_LENGTH = 8
-# As the format's own library.
-_MAX_HEADER = 100_000_000
-
-
-class TensorInfo(NamedTuple):
-    """What a header says about a tensor.
-
-    Attributes:
-      dtype: a key of `DTYPES`.
-      shape: its axes.
-      start: first byte, counted from the start of the file.
-      stop: one past the last.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 class File:
@@ -57,7 +38,7 @@ class File:
         self.path = path
         if not path.is_file():
             raise ValueError(f"{path} is missing; download it.")
-        self.tensors = _read_header(path)
+        self.tensors = read_header(path, DTYPES)
         self._bytes: mmap.mmap | None = None
 
     def read(self, name: str, rows: slice, columns: slice) -> np.ndarray:
@@ -86,50 +67,6 @@ class File:
         return part
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Returns what a file holds; see `File` for what it raises."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH), "little")
-        if size < _LENGTH or length > min(size - _LENGTH, _MAX_HEADER):
-            raise ValueError(
-                f"{path} is truncated, or no safetensors file: it has {size} bytes, "
-                f"but its header alone would have {length}; download it again."
-            )
-        text = file.read(length)
-    try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        found = {
-            name: _info(entry, _LENGTH + length) for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{path} has a damaged header, or is no safetensors file; download it "
-            "again."
-        ) from None
-    for name, info in found.items():
-        if info.stop > size:
-            raise ValueError(
-                f"{path} is truncated: {name} ends at byte {info.stop}, but the file "
-                f"at {size}; download it again."
-            )
-        dtype = DTYPES.get(info.dtype)
-        number = math.prod(info.shape)
-        if dtype and info.stop - info.start != number * dtype.itemsize:
-            raise ValueError(
-                f"{path}: {name} has {info.stop - info.start} bytes, which are not "
-                f"those of {info.dtype} {list(info.shape)}; download the file again."
-            )
-    return found
-
-
-def _info(entry: Mapping[str, Any], origin: int) -> TensorInfo:
-    start, stop = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
-    return TensorInfo(str(entry["dtype"]), shape, origin + start, origin + stop)
-
-
 def write_file(
     path: Path,
     infos: Mapping[str, tuple[str, tuple[int, ...]]],
@@ -149,9 +86,9 @@ def write_file(
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, stop]}
         at = stop
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)  # so that tensors are aligned
+    text += b" " * (-len(text) % LENGTH_BYTES)  # so that tensors are aligned
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(_LENGTH, "little"))
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
         file.write(text)
         for array in arrays:
             np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)

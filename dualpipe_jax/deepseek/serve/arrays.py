@@ -11,6 +11,8 @@ import jax
 from jax.sharding import PartitionSpec
 
 P = PartitionSpec
+# Most likely tokens that are reported with a token, at most.
+MAX_TOP = 20
 # An index past the end of any array; negative ones would count from the end.
 NOWHERE = 2**31 - 1
 
@@ -43,10 +45,34 @@ class Sampling(NamedTuple):
       temperature: [B] float32; 0 takes the most likely token.
       seed: [B] int32; a draw depends on the seed and the position, and not on what is
         served together with the request.
+      top_p: [B] float32; a draw is from the most likely tokens whose probabilities add
+        up to this; 1: from all.
+      has_logprobs: [B] bool, whether log probabilities are computed, too.
     """
 
     temperature: Any
     seed: Any
+    top_p: Any
+    has_logprobs: Any
+
+
+class Chosen(NamedTuple):
+    """The next tokens of requests, and what the model thought of them.
+
+    Log probabilities are the model's own, before the temperature. They are 0 where no
+    request has asked for them. K: as many as `MAX_TOP`, or the vocabulary.
+
+    Attributes:
+      tokens: [B] int32.
+      logprobs: [B] float32, of these tokens.
+      top_tokens: [B, K] int32, the most likely tokens, in order.
+      top_logprobs: [B, K] float32, of those.
+    """
+
+    tokens: Any
+    logprobs: Any
+    top_tokens: Any
+    top_logprobs: Any
 
 
 class Prompts(NamedTuple):
@@ -92,10 +118,12 @@ class Loads(NamedTuple):
     Attributes:
       tokens_per_expert: [L, E] int32.
       overflow: [] int32, choices that exceeded a buffer.
+      num_fetched: [] int32, experts that devices fetched; see `ServeConfig.balance`.
     """
 
     tokens_per_expert: jax.Array
     overflow: jax.Array
+    num_fetched: jax.Array
 
 
 class ServeState(NamedTuple):
@@ -109,6 +137,7 @@ class ServeState(NamedTuple):
       balancer: of all MoE layers.
       overflow: [] int32, expert choices so far that exceeded a buffer; it stays at the
         largest int32.
+      num_fetched: [] int32, experts that devices have fetched, likewise.
     """
 
     tokens: Any
@@ -117,3 +146,4 @@ class ServeState(NamedTuple):
     caches: Any
     balancer: Any
     overflow: Any
+    num_fetched: Any

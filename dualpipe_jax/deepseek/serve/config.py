@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from dualpipe_jax.checked import INT32_MAX, Count, Range, check_fields
+from dualpipe_jax.checked import INT32_MAX, Count, Range, Size, check_fields
 from dualpipe_jax.deepseek.model import (
     MAX_VALUES,
     ComputeDtype,
@@ -16,11 +16,14 @@ from dualpipe_jax.deepseek.model import (
     NumRedundant,
     PlacementConfig,
     Positive,
+    check_balance,
     rows_of_buffer,
 )
+from dualpipe_jax.deepseek.serve.fetch_costs import break_even
+from dualpipe_jax.gpu import Gpu
 from dualpipe_jax.train import Platform
 from eplb_jax import ExpertBalancer, ExpertParallel, lookup, moving_average
-from eplb_jax.layer import Payload, Products, Route, check_payload
+from eplb_jax.layer import Balance, Payload, Products, Route, check_payload
 
 Phase = Literal["prefill", "decode"]
 # Each step is divided into two microbatches, which overlap.
@@ -77,11 +80,17 @@ class ServeConfig:
       prompts_per_device: most prompts of one prefill on a device; even.
       max_prompt_length: most tokens of a prompt; None: `context_length`.
       max_prefill_tokens: most tokens of one prefill on a device; even. None: as many as
-        `prompts_per_device` prompts of `max_prompt_length` have.
+        `prompts_per_device` prompts of `max_prompt_length` have. Longer prompts are
+        computed in pieces, with decode steps of other requests in between.
       route: see `eplb_jax.ExpertParallel`.
       payload: see `eplb_jax.ExpertParallel`.
       buffer_factor: see `DeepSeek`; choices that exceed a buffer count as zero. None:
         buffers have room for all.
+      balance: see `eplb_jax.ExpertParallel`; `"exact"` holds for steps whose microbatch
+        has at least `exact_from` tokens on a device.
+      num_fetched: experts that a device may fetch for a layer of such a step.
+      spread_shared: see `eplb_jax.ExpertParallel`.
+      exact_from: None: from `break_even` on, on GPUs that it knows; elsewhere 1.
       rebalance: None: experts are not moved.
       platform: what jax runs on, as in `TrainConfig`; None: what it finds.
 
@@ -112,6 +121,10 @@ class ServeConfig:
     route: Route = "direct"
     payload: Payload = "plain"
     buffer_factor: Positive | None = None
+    balance: Balance = "placement"
+    num_fetched: Size = 0
+    spread_shared: bool = False
+    exact_from: Count | None = None
     rebalance: RebalanceConfig | None = dataclasses.field(
         default_factory=RebalanceConfig
     )
@@ -125,6 +138,22 @@ class ServeConfig:
         check_fields(self)  # what has just been computed, too
         check_payload(self.payload, self.architecture.hidden_size)
         self._check_sizes()
+        if self.products == "fp8" and self.balance == "exact":
+            raise ValueError(
+                "balance='exact' fetches weights that are not float8 only; use "
+                "products='plain' or balance='placement'."
+            )
+        check_balance(
+            self.architecture,
+            self.balance,
+            self.num_fetched,
+            self.spread_shared,
+            self.buffer_factor,
+        )
+        if self.exact_from is not None and self.balance != "exact":
+            raise ValueError(
+                f"exact_from={self.exact_from} needs balance='exact'; leave it out."
+            )
         self.balancer  # noqa: B018  raises now if sizes do not fit
 
     def _set_default(self, name: str, value: int) -> None:
@@ -149,11 +178,6 @@ class ServeConfig:
             )
         if not self.num_moe_layers:
             raise ValueError("the model has no MoE layer, so no experts to serve.")
-        if self.max_prefill_tokens < self.max_prompt_length:
-            raise ValueError(
-                f"{self.max_prefill_tokens=} must be at least "
-                f"{self.max_prompt_length=}, so that every prompt fits one prefill."
-            )
         self._check_arrays()
 
     def _check_arrays(self) -> None:
@@ -172,6 +196,16 @@ class ServeConfig:
     def num_physical_experts(self) -> int:
         """Physical experts of a layer."""
         return self.architecture.n_routed_experts + self.num_redundant
+
+    @property
+    def num_request_slots(self) -> int:
+        """Requests that run at once, on all devices together."""
+        return self.num_devices * self.requests_per_device
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether prompts may be too long for one prefill."""
+        return self.max_prompt_length > self.max_prefill_tokens
 
     @property
     def placement_in_order(self) -> np.ndarray:
@@ -238,9 +272,34 @@ class ServeConfig:
             min_gain=plan.min_gain,
         )
 
-    def parallel(self, num_tokens: int) -> ExpertParallel:
-        """Returns how experts are divided, for `num_tokens` tokens per microbatch."""
-        num_choices = num_tokens * self.architecture.num_experts_per_tok
+    def is_exact(self, num_tokens: int, gpu: Gpu | None) -> bool:
+        """Whether microbatches of so many tokens on a device are balanced exactly.
+
+        Args:
+          num_tokens: of a device.
+          gpu: that runs them; None: another device.
+        """
+        if self.balance != "exact":
+            return False
+        least = self.exact_from
+        if least is None and gpu is not None:
+            least = break_even(
+                self.architecture, gpu, self.num_devices, payload=self.payload
+            )
+            return least is not None and num_tokens >= least
+        return num_tokens >= (least or 1)
+
+    def parallel(self, num_tokens: int, is_exact: bool = False) -> ExpertParallel:
+        """Returns how experts are divided.
+
+        Args:
+          num_tokens: of a device in one microbatch.
+          is_exact: see the method of that name.
+        """
+        spread_shared = is_exact and self.spread_shared
+        num_choices = num_tokens * (
+            self.architecture.num_experts_per_tok + spread_shared
+        )
         return ExpertParallel(
             axis_name=self.axis_name,
             num_devices=self.num_devices,
@@ -249,4 +308,7 @@ class ServeConfig:
             payload=self.payload,
             apply_scores="after",
             route=self.route,
+            balance="exact" if is_exact else "placement",
+            num_fetched=self.num_fetched if is_exact else 0,
+            spread_shared=spread_shared,
         )

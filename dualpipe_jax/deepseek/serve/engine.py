@@ -10,7 +10,7 @@ import collections
 import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +21,19 @@ from jax.typing import ArrayLike
 from dualpipe_jax.deepseek.serve.arrays import ServeParams
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.programs import make_serve_programs
-from dualpipe_jax.deepseek.serve.requests import Request, as_prompt, check_options
+from dualpipe_jax.deepseek.serve.requests import (
+    Request,
+    RequestSlot,
+    as_prompt,
+    check_options,
+)
+from dualpipe_jax.deepseek.serve.results import Step, Token
 from dualpipe_jax.deepseek.serve.scheduler import Admitted, Scheduler, prefill_arrays
 from dualpipe_jax.train import CompileProgress
 
 P = PartitionSpec
-
-
-class Token(NamedTuple):
-    """One generated token of a request.
-
-    Attributes:
-      request: the id that `submit` returned.
-      token: the token.
-      is_last: whether the request is finished.
-    """
-
-    request: int
-    token: int
-    is_last: bool
+# Steps that the device has, the one that runs among them, while the host reads.
+_AHEAD = 2
 
 
 class Engine:
@@ -91,9 +85,15 @@ class Engine:
         self.num_prefills = self.num_decode_steps = self.num_tokens = 0
         self.seconds = 0.0
         self._measure = jax.jit(config.balancer.metrics)
+        self._measure_layers = jax.jit(config.balancer.layer_metrics)
         self._scheduler = Scheduler(config)
         self._numbers = itertools.count()
         self._undelivered: collections.deque[Token] = collections.deque()
+        self._in_flight: collections.deque[Step] = collections.deque()
+        self._is_after_prefill = False
+        # The free request slots, here and on the devices, as in the last decode step.
+        self._is_idle = self._scheduler.is_idle.copy()
+        self._is_idle_put = _put(self._is_idle, self.programs.abstract_idle)
 
     def compile(self, progress: CompileProgress | None = None) -> None:
         """Compiles the steps' programs now; no step compiles anything after that.
@@ -103,6 +103,7 @@ class Engine:
         """
         self.programs = self.programs.compile(progress)
         self.metrics()
+        self.layer_metrics()
 
     # Requests.
 
@@ -113,6 +114,8 @@ class Engine:
         max_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        top_p: float = 1.0,
+        num_logprobs: int | None = None,
         stop_tokens: Collection[int] = (),
     ) -> int:
         """Queues a request.
@@ -123,6 +126,10 @@ class Engine:
           temperature: 0 takes the most likely token each time.
           seed: of the draws at a temperature. They do not depend on the other requests
             (unless `buffer_factor` drops choices, which depends on all of them).
+          top_p: at a temperature, draw from the most likely tokens whose probabilities
+            add up to this only.
+          num_logprobs: report the log probability of each token, and this many of the
+            most likely tokens with theirs.
           stop_tokens: tokens that end the request; the one that does is part of the
             completion.
 
@@ -133,18 +140,46 @@ class Engine:
           ValueError: a prompt that is empty, too long, or of another vocabulary, or an
             invalid option. Other requests are not affected.
         """
-        check_options(max_tokens, temperature, seed)
-        tokens = as_prompt(self.config, prompt, max_tokens)
+        tokens = self.check(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            top_p=top_p,
+            num_logprobs=num_logprobs,
+        )
         request = Request(
             next(self._numbers),
             tokens,
             max_tokens,
             temperature,
             seed,
+            top_p,
+            num_logprobs,
             frozenset(stop_tokens),
         )
         self._scheduler.add(request)
         return request.number
+
+    def check(
+        self,
+        prompt: ArrayLike,
+        *,
+        max_tokens: int,
+        stop_tokens: Collection[int] = (),
+        **options: Any,
+    ) -> np.ndarray:
+        """Checks the arguments of `submit`; any thread may call this.
+
+        Returns:
+          The prompt, [n] int32.
+
+        Raises:
+          ValueError: see `submit`.
+        """
+        del stop_tokens  # any are allowed
+        check_options(max_tokens, **options)
+        return as_prompt(self.config, prompt, max_tokens)
 
     def cancel(self, request: int) -> None:
         """Ends a request early; `run` yields no more of its tokens.
@@ -163,14 +198,23 @@ class Engine:
             )
 
     def step(self) -> list[Token]:
-        """Runs a prefill if a waiting request can start, else a decode step.
+        """Starts a step, and reads the tokens of the one before.
+
+        A step is a prefill if a waiting request can start, else a decode step. The
+        device has the next step before the host reads the last one's tokens, so it does
+        not wait for the host. A token that is computed after a stop token, because of
+        that, is left out.
 
         Returns:
-          The generated tokens; empty if there are no requests.
+          The tokens of a step. It is empty if there are no requests, or if the step has
+          only computed pieces of prompts, or tokens of requests that have ended.
         """
         started = time.perf_counter()
-        admitted = self._scheduler.admit()
-        tokens = self._prefill(admitted) if admitted else self._decode()
+        tokens: list[Token] = []
+        while len(self._in_flight) < _AHEAD and self._start_step():
+            pass
+        if self._in_flight:
+            tokens = self._read(self._in_flight.popleft())
         self.num_tokens += len(tokens)
         self.seconds += time.perf_counter() - started
         return tokens
@@ -201,11 +245,8 @@ class Engine:
         Raises:
           ValueError: see `submit`; no prompt is queued then.
         """
-        check_options(
-            max_tokens, options.get("temperature", 0.0), options.get("seed", 0)
-        )
         for prompt in prompts:
-            as_prompt(self.config, prompt, max_tokens)
+            self.check(prompt, max_tokens=max_tokens, **options)
         generated: dict[int, list[int]] = {
             self.submit(prompt, max_tokens=max_tokens, **options): []
             for prompt in prompts
@@ -222,42 +263,61 @@ class Engine:
         self._undelivered.extendleft(reversed(others))
         return [np.array(tokens, np.int32) for tokens in generated.values()]
 
-    def _prefill(self, admitted: list[Admitted]) -> list[Token]:
+    def _start_step(self) -> bool:
+        """Starts a step if there is anything to compute; returns whether it did."""
+        running = self._scheduler.running()
+        # Between two pieces of long prompts, the others get a token each.
+        is_turn = self._is_after_prefill and self.config.has_pieces
+        admitted = [] if running and is_turn else self._scheduler.admit()
+        if admitted:
+            self._in_flight.append(self._prefill(admitted))
+        elif running:
+            self._in_flight.append(self._decode(running))
+        else:
+            return False
+        self._is_after_prefill = bool(admitted)
+        for _, request in self._in_flight[-1].places:
+            self._scheduler.start_token(request)
+        return True
+
+    def _prefill(self, admitted: list[Admitted]) -> Step:
         batches, ending = zip(
             *(prefill_arrays(self.config, admitted, half) for half in range(HALVES)),
             strict=True,
         )
         prompts = jax.tree.map(_put, batches, self.programs.abstract_prompts)
-        self.state, tokens = self.programs.prefill(self.params, self.state, prompts)
+        self.state, chosen = self.programs.prefill(self.params, self.state, prompts)
         self.num_prefills += 1
         self._rebalance_if_due()
-        tokens = np.asarray(tokens)
-        return [
-            self._take(request, int(tokens[half, row]))
+        places = [
+            ((half, row), request)
             for half, requests in enumerate(ending)
             for row, request in enumerate(requests)
             if request is not None
         ]
+        return Step(places, chosen)
 
-    def _decode(self) -> list[Token]:
-        running = self._scheduler.running()
-        if not running:
-            return []
-        # A copy: on CPU jax may use the array itself, which changes before the step
-        # ends.
-        is_idle = self._scheduler.is_idle.copy()
-        is_idle = _put(is_idle, self.programs.abstract_idle)
-        self.state, tokens = self.programs.decode(self.params, self.state, is_idle)
+    def _decode(self, running: list[tuple[RequestSlot, Request]]) -> Step:
+        if not np.array_equal(self._is_idle, self._scheduler.is_idle):
+            # A copy: on CPU jax may use the array itself, which changes before the step
+            # ends.
+            self._is_idle = self._scheduler.is_idle.copy()
+            self._is_idle_put = _put(self._is_idle, self.programs.abstract_idle)
+        self.state, chosen = self.programs.decode(
+            self.params, self.state, self._is_idle_put
+        )
         self.num_decode_steps += 1
         self._rebalance_if_due()
-        tokens = np.asarray(tokens)
-        return [self._take(request, int(tokens[slot])) for slot, request in running]
+        return Step(running, chosen)
 
-    def _take(self, request: Request, token: int) -> Token:
-        is_last = request.add(token)
-        if is_last:
-            self._scheduler.end(request)
-        return Token(request.number, token, is_last)
+    def _read(self, step: Step) -> list[Token]:
+        """Waits for a step, and returns the tokens of requests that have not ended."""
+        tokens = []
+        for request, token in step.read():
+            if token.is_last:
+                self._scheduler.end(request)
+            tokens.append(token)
+        return tokens
 
     # Experts.
 
@@ -326,6 +386,7 @@ class Engine:
         """Returns the balancer's metrics, the queue's lengths, and totals so far."""
         measured = self._measure(self.state.balancer)
         measured["num_overflowed"] = self.state.overflow
+        measured["num_fetched"] = self.state.num_fetched
         rate = self.num_tokens / self.seconds if self.seconds else 0.0
         counts = {
             "num_waiting": self._scheduler.num_waiting,
@@ -336,6 +397,11 @@ class Engine:
             "tokens_per_s": rate,
         }
         return {name: float(value) for name, value in (measured | counts).items()}
+
+    def layer_metrics(self) -> dict[str, np.ndarray]:
+        """Returns `ExpertBalancer.layer_metrics`, for all MoE layers."""
+        measured = self._measure_layers(self.state.balancer)
+        return {name: np.asarray(value) for name, value in measured.items()}
 
 
 def _put(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -6,9 +6,9 @@ Plain functions of one microbatch, for use inside `jax.shard_map`. Shape suffixe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,16 +20,21 @@ from dualpipe_jax.deepseek.serve.arrays import (
     Loads,
     Prompts,
     Requests,
-    Sampling,
     ServeParams,
+)
+from dualpipe_jax.deepseek.serve.attending import (
+    Handed,
+    Pieces,
+    attend_in_prompts,
+    attend_to_cache,
+    kernels,
+    part_of_layer,
 )
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.rows import Rows
-from dualpipe_jax.deepseek.serve.sampling import choose_tokens
 from eplb_jax import ExpertTables, ExpertWeights, MoEStats
 from eplb_jax.layer import ONE_DEVICE, Products
 from eplb_jax.placement import take_or_zero
-from eplb_jax.products import cross_compiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +45,13 @@ class Forward:
       config: of the server.
       num_tokens: tokens of a microbatch on a device.
       is_on_gpu: whether it is for GPUs, which may only be compiled for.
+      is_exact: see `ServeConfig`.
     """
 
     config: ServeConfig
     num_tokens: int
     is_on_gpu: bool = False
+    is_exact: bool = False
 
     @functools.cached_property
     def _graphs(self) -> list[Any]:
@@ -56,7 +63,9 @@ class Forward:
             if module.moe is not None:
                 # Only physical experts are divided over the devices here.
                 module.moe.experts = None
-                module.moe.parallel = self.config.parallel(self.num_tokens)
+                module.moe.parallel = self.config.parallel(
+                    self.num_tokens, self.is_exact
+                )
             return nnx.graphdef(module)
 
         is_dense = [arch.is_dense(layer) for layer in range(arch.num_hidden_layers)]
@@ -68,47 +77,53 @@ class Forward:
         params: ServeParams,
         tables: ExpertTables,
         prompts: Prompts,
-        earlier: list[jax.Array] | None = None,
-    ) -> tuple[Any, list[jax.Array]]:
-        """Computes whole prompts, or the two parts of one.
+        handed: Handed | None = None,
+        caches: Sequence[list[jax.Array]] | None = None,
+    ) -> tuple[Any, Handed]:
+        """Computes whole prompts, the two parts of one, or pieces of long ones.
 
         Args:
           params: of the server.
           tables: of all MoE layers.
           prompts: the microbatch.
-          earlier: what the call for the microbatch before returned as `handed`: its
-            last row may be the beginning of the prompt that row 0 continues.
+          handed: what the call for the microbatch before returned as such: its last row
+            may be the beginning of the prompt that row 0 continues.
+          caches: for each half and layer, with the pieces before these; None: prompts
+            are not computed in pieces.
 
         Returns:
-          outputs: tokens [B] int32 that follow the prompts whose last token is here,
+          outputs: logits [B, U] of what follows the prompts whose last token is here,
             latents (for each layer [M, W]), and the `Loads`.
-          handed: for each layer [T, W], the latents of the last row.
+          handed: of the last row.
         """
         rows = Rows.of(prompts, self.config.max_prompt_length)
-        handed, latents = [], []
+        pieces = None
+        if caches is not None:
+            pieces = Pieces.of(prompts, self.config.requests_per_device)
+        lasts, latents = [], []
 
         def attend(layer: int, x_MD: jax.Array) -> jax.Array:
-            before = None if earlier is None else earlier[layer]
-            x_MD, latent_MW, last_TW = _attend_in_prompts(
+            x_MD, latent_MW, last_TW = attend_in_prompts(
                 self._graphs[layer],
                 self.is_on_gpu,
                 params.layers[layer],
                 x_MD,
                 prompts.positions,
                 rows,
-                before,
+                None if handed is None else handed.row(layer),
+                None if caches is None else [half[layer] for half in caches],
+                pieces,
             )
             latents.append(latent_MW)
-            handed.append(last_TW)
+            lasts.append(last_TW)
             return x_MD
 
         x_MD, loads = self._layers(
             params, tables, params.embed[prompts.tokens], prompts.rows < 0, attend
         )
         x_BD = take_or_zero(x_MD, prompts.last)
-        position_B = take_or_zero(prompts.positions, prompts.last)
-        tokens_B = self._next(params, x_BD, position_B, prompts.sampling)
-        return (tokens_B, latents, loads), handed
+        logits_BU = self._logits(params, x_BD)
+        return (logits_BU, latents, loads), Handed(lasts, prompts.request_slots[-1])
 
     def decode(
         self,
@@ -126,14 +141,14 @@ class Forward:
           caches: for each layer [B, positions, W].
 
         Returns:
-          tokens: [B] int32.
+          logits: [B, U], of the next tokens.
           caches: with the latents of the given tokens added.
           loads: of the experts.
         """
         caches = list(caches)
 
         def attend(layer: int, x_BD: jax.Array) -> jax.Array:
-            x_BD, caches[layer] = _attend_to_cache(
+            x_BD, caches[layer] = attend_to_cache(
                 self._graphs[layer],
                 self.is_on_gpu,
                 params.layers[layer],
@@ -146,8 +161,7 @@ class Forward:
         x_BD, loads = self._layers(
             params, tables, params.embed[requests.tokens], requests.is_idle, attend
         )
-        tokens_B = self._next(params, x_BD, requests.positions, requests.sampling)
-        return tokens_B, caches, loads
+        return self._logits(params, x_BD), caches, loads
 
     def _layers(
         self,
@@ -158,7 +172,7 @@ class Forward:
         attend,
     ) -> tuple[jax.Array, Loads]:
         """Runs all layers; `attend` takes a layer's number and input."""
-        counts, overflow = [], jnp.zeros((), jnp.int32)
+        counts, overflow, fetched = [], jnp.int32(0), jnp.int32(0)
         for layer, graph in enumerate(self._graphs):
             arrays = params.layers[layer]
             x = attend(layer, x)
@@ -177,22 +191,16 @@ class Forward:
             )
             counts.append(stats.tokens_per_expert)
             overflow += stats.overflow
-        return x, Loads(jnp.stack(counts), overflow)
+            fetched += stats.num_fetched
+        return x, Loads(jnp.stack(counts), overflow, fetched)
 
-    def _next(
-        self,
-        params: ServeParams,
-        x_BD: jax.Array,
-        position_B: jax.Array,
-        sampling: Sampling,
-    ) -> jax.Array:
-        """Chooses the tokens [B] that follow those at the given positions."""
+    def _logits(self, params: ServeParams, x_BD: jax.Array) -> jax.Array:
+        """Returns the logits [B, U] of the tokens that follow."""
         arch = self.config.architecture
         hidden_BD = nnx.merge(_head(arch), params.head).norm(x_BD)
         tied = arch.tie_word_embeddings
         kernel = params.embed.T if tied else params.head["kernel"]
-        logits_BU = logits_of(hidden_BD[None], kernel)[0]
-        return choose_tokens(logits_BU, position_B + 1, sampling)
+        return logits_of(hidden_BD[None], kernel)[0]
 
 
 # Structures are made once for all programs: making them traces all initial values.
@@ -216,73 +224,13 @@ def _head(arch: DeepSeekConfig) -> Any:
     return nnx.graphdef(nnx.eval_shape(lambda: Head(arch, jax.random.key(0))))
 
 
-# The parts of a layer are functions of their own so that layers of one structure are
-# traced, and lowered, once.
-_part_of_layer = functools.partial(jax.jit, static_argnames=("graph", "is_on_gpu"))
-
-
-@_part_of_layer
-def _attend_in_prompts(
-    graph: Any,
-    is_on_gpu: bool,
-    arrays: Any,
-    x_MD: jax.Array,
-    position_M: jax.Array,
-    rows: Rows,
-    earlier_TW: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the attention of a layer over prompts; see `Forward.prefill`.
-
-    Returns:
-      The layer's state, the latents [M, W] of all tokens, and those [T, W] of the last
-      row.
-    """
-    module = nnx.merge(graph, arrays)
-    attention, c = module.attention, module.attention.config
-    with jax.named_scope("attn"), _kernels(is_on_gpu):
-        x_1MD = attention.operand(module.attention_norm(x_MD)[None])
-        pair = attention.latents(x_1MD, position_M[None])
-        latent_MW = jnp.concatenate(pair, axis=-1)[0]
-        kept_BTW = rows.spread(latent_MW)
-        if earlier_TW is not None:
-            is_token_T1 = rows.is_token_BT[0][:, None]
-            first_TW = jnp.where(is_token_T1, kept_BTW[0], earlier_TW)
-            kept_BTW = kept_BTW.at[0].set(first_TW)
-        compressed = jax.tree.map(
-            lambda leaf_1M: rows.spread(leaf_1M[0]), attention.compress(x_1MD)
-        )
-        q_BTHK = attention.queries(compressed, rows.position_BT)
-        latent_BTC, rope_BTR = jnp.split(kept_BTW, [c.kv_lora_rank], axis=-1)
-        v_BTHV = attention.mix(q_BTHK, latent_BTC, rope_BTR)
-        x_MD = x_MD + attention.output(rows.gather(v_BTHV))
-    return x_MD, latent_MW, kept_BTW[-1]
-
-
-@_part_of_layer
-def _attend_to_cache(
-    graph: Any,
-    is_on_gpu: bool,
-    arrays: Any,
-    x_BD: jax.Array,
-    position_B: jax.Array,
-    cache_BSW: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs the attention of a layer for one token of each request."""
-    module = nnx.merge(graph, arrays)
-    with jax.named_scope("attn"), _kernels(is_on_gpu):
-        y_BD, cache_BSW = module.attention.decode(
-            module.attention_norm(x_BD), position_B, cache_BSW
-        )
-        return x_BD + y_BD, cache_BSW
-
-
 @functools.partial(jax.jit, static_argnames="graph")
 def _feed_forward(graph: Any, arrays: Any, x: jax.Array) -> jax.Array:
     """Runs the dense network of a layer."""
     return nnx.merge(graph, arrays).feed_forward(x)
 
 
-@_part_of_layer
+@part_of_layer
 def _mix(
     graph: Any,
     is_on_gpu: bool,
@@ -294,7 +242,7 @@ def _mix(
 ) -> tuple[jax.Array, MoEStats]:
     """Runs the experts of a layer; returns the layer's output and their statistics."""
     module = nnx.merge(graph, arrays)
-    with _kernels(is_on_gpu):
+    with kernels(is_on_gpu):
         y, stats = module.moe(
             module.feed_forward_norm(x),
             tables,
@@ -302,8 +250,3 @@ def _mix(
             is_padding=is_padding,
         )
     return x + y, stats
-
-
-def _kernels(is_on_gpu: bool) -> contextlib.AbstractContextManager[None]:
-    """Enables kernels for GPUs, which may only be compiled for."""
-    return cross_compiling() if is_on_gpu else contextlib.nullcontext()

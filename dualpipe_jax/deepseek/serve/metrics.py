@@ -16,6 +16,7 @@ _KNOWN = {
     "num_rejected": ("counter", "plans of a layer that would have gained too little"),
     "num_stranded": ("gauge", "layers with experts on a device of speed 0"),
     "num_overflowed": ("counter", "expert choices that exceeded a buffer"),
+    "num_fetched": ("counter", "experts that devices fetched for one step"),
     "num_waiting": ("gauge", "requests without a request slot"),
     "num_running": ("gauge", "requests with a request slot"),
     "num_prefills": ("counter", "prefills"),

@@ -22,6 +22,7 @@ from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.mesh import make_serve_mesh
 from dualpipe_jax.deepseek.serve.steps import Steps
 from dualpipe_jax.deepseek.serve.weights import initial_params
+from dualpipe_jax.gpu import gpu_of_device_kind
 from dualpipe_jax.gpu.overlap import compile_for
 from dualpipe_jax.train import CompileProgress, Job, compile_together
 from eplb_jax.products import check_has_float8
@@ -45,9 +46,9 @@ class ServePrograms:
       abstract_prompts: the same of the prompts that `prefill` takes.
       abstract_idle: the same of `is_idle`, which `decode` takes.
       init: placement [MoE layers, physical experts] -> `ServeState` without requests.
-      prefill: (params, state, prompts of both microbatches) -> (state, tokens [2, B]
+      prefill: (params, state, prompts of both microbatches) -> (state, `Chosen` [2, B]
         that follow the prompts which end there).
-      decode: (params, state, is_idle [2, B]) -> (state, tokens [2, B]).
+      decode: (params, state, is_idle [2, B]) -> (state, `Chosen` [2, B]).
       rebalance: (experts, balancer state) -> (experts, balancer state).
       move: (experts, their tables, new tables) -> experts.
     """
@@ -131,7 +132,8 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
         )
     if config.products == "fp8":
         check_has_float8(mesh.devices.flat[0])
-    steps = Steps(config, compat.platform_of(mesh))
+    gpu = gpu_of_device_kind(mesh.devices.flat[0].device_kind)
+    steps = Steps(config, compat.platform_of(mesh), gpu)
     whole, over, halves = P(), P("ep"), P(None, "ep")
     state_specs = ServeState(
         tokens=halves,
@@ -140,6 +142,7 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
         caches=over,
         balancer=whole,
         overflow=whole,
+        num_fetched=whole,
     )
 
     def mapped(function, in_specs: Any, out_specs: Any, **options: Any) -> Any:

@@ -17,13 +17,17 @@ import numpy as np
 _UNEVEN = 0.1
 
 
+# Where the tokens of a prompt that a prefill computes start and stop.
+Span = tuple[int, int]
+
+
 class Piece(NamedTuple):
     """Tokens `start` to `stop` of a prompt.
 
     Attributes:
       prompt: index in the list of prompts.
-      start: 0, except in the second part of a split prompt.
-      stop: the prompt's length, except in the first part of a split prompt.
+      start: where the prompt's span starts, or the second part of a split one.
+      stop: where the span stops, or the first part of a split one.
     """
 
     prompt: int
@@ -55,7 +59,7 @@ class Halves(NamedTuple):
 
 
 def halve_prompts(
-    lengths: Sequence[int], num_tokens: int, num_rows: int
+    spans: Sequence[Span], num_tokens: int, num_rows: int
 ) -> Halves | None:
     """Divides prompts so that both microbatches have equal attention to compute.
 
@@ -63,7 +67,8 @@ def halve_prompts(
     (deepseek-ai/profile-data).
 
     Args:
-      lengths: lengths of the prompts, at least 1 each.
+      spans: of each prompt the tokens to compute, at least one; those before them are
+        in the cache.
       num_tokens: most tokens of a microbatch.
       num_rows: most prompts or parts of one in a microbatch.
 
@@ -71,15 +76,14 @@ def halve_prompts(
       `Halves`; None if the prompts do not fit.
 
     Examples:
-      >>> halves = halve_prompts([100], 80, 2)
+      >>> halves = halve_prompts([(0, 100)], 80, 2)
       >>> halves.first[-1][1:], halves.second[0][1:], halves.attention()
       ((0, 71), (71, 100), (2556, 2494))
     """
     best, least = None, 2.0
-    for candidate in _candidates(lengths, num_tokens, num_rows):
+    for candidate, is_split in _candidates(spans, num_tokens, num_rows):
         first, second = candidate.attention()
         uneven = abs(first - second) / max(1, first + second)
-        is_split = any(piece.start for piece in candidate.second if piece is not None)
         cost = uneven + (_UNEVEN if is_split else 0.0)
         if cost < least:
             best, least = candidate, cost
@@ -87,45 +91,46 @@ def halve_prompts(
 
 
 def _candidates(
-    lengths: Sequence[int], num_tokens: int, num_rows: int
-) -> Iterator[Halves]:
+    spans: Sequence[Span], num_tokens: int, num_rows: int
+) -> Iterator[tuple[Halves, bool]]:
     """Yields the divisions that fit: with no prompt split, or with any one of them."""
-    for split in (None, *range(len(lengths))):
-        bins = _fill(lengths, split, num_tokens, num_rows)
+    for split in (None, *range(len(spans))):
+        bins = _fill(spans, split, num_tokens, num_rows)
         if bins is None:
             continue
         if split is None:
             rest = [[None] * (num_rows - len(each)) for each in bins]
-            yield Halves([*bins[0], *rest[0]], [*bins[1], *rest[1]])
+            yield Halves([*bins[0], *rest[0]], [*bins[1], *rest[1]]), False
             continue
-        length = lengths[split]
+        start, stop = spans[split]
         for one, other in (bins, bins[::-1]):
             if max(len(one), len(other)) >= num_rows:
                 continue
             room, more = (
-                num_tokens - sum(lengths[p.prompt] for p in each)
+                num_tokens - sum(piece.stop - piece.start for piece in each)
                 for each in (one, other)
             )
-            at = _cut(length, _total(one), _total(other))
-            at = min(max(at, length - more, 1), room, length - 1)
-            if at < max(1, length - more):
+            at = _cut(start, stop, _total(one), _total(other))
+            at = min(max(at, stop - more, start + 1), start + room, stop - 1)
+            if at < max(start + 1, stop - more):
                 continue
             gaps = [[None] * (num_rows - 1 - len(each)) for each in (one, other)]
-            head, tail = Piece(split, 0, at), Piece(split, at, length)
-            yield Halves([*one, *gaps[0], head], [tail, *other, *gaps[1]])
+            head, tail = Piece(split, start, at), Piece(split, at, stop)
+            yield Halves([*one, *gaps[0], head], [tail, *other, *gaps[1]]), True
 
 
 def _fill(
-    lengths: Sequence[int], split: int | None, num_tokens: int, num_rows: int
+    spans: Sequence[Span], split: int | None, num_tokens: int, num_rows: int
 ) -> list[list[Piece]] | None:
     """Assigns all prompts but `split`, longest first, where there is less attention."""
     bins: list[list[Piece]] = [[], []]
+    lengths = [stop - start for start, stop in spans]
     for prompt in np.argsort([-length for length in lengths], kind="stable").tolist():
         if prompt == split:
             continue
-        piece = Piece(prompt, 0, lengths[prompt])
+        piece = Piece(prompt, *spans[prompt])
         for each in sorted(bins, key=_total):
-            tokens = sum(other.stop for other in each) + piece.stop
+            tokens = sum(lengths[other.prompt] for other in each) + lengths[prompt]
             if tokens <= num_tokens and len(each) < num_rows:
                 each.append(piece)
                 break
@@ -134,13 +139,13 @@ def _fill(
     return bins
 
 
-def _cut(length: int, before: int, after: int) -> int:
-    """Returns where to cut a prompt so that both sides have about equal attention.
+def _cut(start: int, stop: int, before: int, after: int) -> int:
+    """Returns where to cut a span so that both sides have about equal attention.
 
     The pairs of the first part and `before` should be half of all pairs.
     """
-    wanted = (_pairs(0, length) + after - before) / 2
-    return round((max(0.0, 2 * wanted)) ** 0.5)
+    wanted = (_pairs(start, stop) + after - before) / 2
+    return round(max(0.0, 2 * wanted + start**2) ** 0.5)
 
 
 def _total(pieces: Sequence[Piece]) -> int:

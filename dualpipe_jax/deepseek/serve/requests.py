@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
+from dualpipe_jax.deepseek.serve.arrays import MAX_TOP
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from eplb_jax.placement import is_count
 
@@ -35,9 +36,16 @@ class Request:
       max_tokens: most tokens to generate.
       temperature: 0 takes the most likely token.
       seed: of the draws.
+      top_p: draws are from the most likely tokens that add up to this probability.
+      num_logprobs: most likely tokens to report with each token; None: not even the
+        log probability of the token itself.
       stop_tokens: tokens that end it.
-      num_generated: tokens so far.
-      request_slot: None while it waits.
+      num_prefilled: tokens of the prompt that have been computed, or that a step is
+        computing.
+      num_started: tokens that have been computed, or that a step is computing.
+      num_generated: those that the host has read.
+      request_slot: None while it waits, and when all of its tokens are started.
+      is_ended: whether it is finished or cancelled; a step may still compute a token.
     """
 
     number: int
@@ -45,9 +53,19 @@ class Request:
     max_tokens: int
     temperature: float
     seed: int
+    top_p: float
+    num_logprobs: int | None
     stop_tokens: frozenset[int]
+    num_prefilled: int = 0
+    num_started: int = 0
     num_generated: int = 0
     request_slot: RequestSlot | None = None
+    is_ended: bool = False
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether all of the prompt is computed, or will be by the last step."""
+        return self.num_prefilled == len(self.prompt)
 
     def add(self, token: int) -> bool:
         """Counts a generated token; returns whether it is the last."""
@@ -86,16 +104,33 @@ def as_prompt(config: ServeConfig, prompt: ArrayLike, max_tokens: int) -> np.nda
     return tokens.astype(np.int32)
 
 
-def check_options(max_tokens: int, temperature: float, seed: int) -> None:
+def check_options(
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    top_p: float = 1.0,
+    num_logprobs: int | None = None,
+) -> None:
     """Raises a ValueError for an invalid option of `Engine.submit`."""
     if not is_count(max_tokens):
         raise ValueError(f"{max_tokens=} must be an integer, at least 1.")
-    try:
-        with np.errstate(over="ignore"):
-            is_number = math.isfinite(np.float32(temperature)) and temperature >= 0
-    except (TypeError, ValueError, OverflowError):
-        is_number = False
-    if not is_number:
+    if not _is_finite(temperature) or temperature < 0:
         raise ValueError(f"{temperature=} must be a finite number, at least 0.")
     if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**31:
         raise ValueError(f"{seed=} must be an integer from 0 to 2^31 - 1.")
+    if not _is_finite(top_p) or not 0 < top_p <= 1:
+        raise ValueError(f"{top_p=} must be a number above 0, at most 1.")
+    if num_logprobs is None:
+        return
+    if not isinstance(num_logprobs, (int, np.integer)) or (
+        not 0 <= num_logprobs <= MAX_TOP
+    ):
+        raise ValueError(f"{num_logprobs=} must be an integer from 0 to {MAX_TOP}.")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        with np.errstate(over="ignore"):
+            return math.isfinite(np.float32(value))
+    except (TypeError, ValueError, OverflowError):
+        return False

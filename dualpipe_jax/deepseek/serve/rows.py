@@ -28,10 +28,20 @@ class Rows(NamedTuple):
     place_M: jax.Array
 
     @classmethod
-    def of(cls, prompts: Prompts, num_positions: int) -> Rows:
-        """Returns the rows of some prompts, of `num_positions` positions each."""
+    def of(
+        cls, prompts: Prompts, num_positions: int, start_B: jax.Array | None = None
+    ) -> Rows:
+        """Returns the rows of some prompts.
+
+        Args:
+          prompts: the microbatch.
+          num_positions: of each row.
+          start_B: position of each row's first place; None: 0.
+        """
         num_rows, num_tokens = len(prompts.request_slots), len(prompts.tokens)
         place_M = prompts.rows * num_positions + prompts.positions
+        if start_B is not None:
+            place_M -= take_or_zero(start_B, prompts.rows)
         place_M = jnp.where(prompts.rows < 0, NOWHERE, place_M)
         empty = jnp.full(num_rows * num_positions, num_tokens, jnp.int32)
         token = empty.at[place_M].set(
@@ -58,3 +68,14 @@ class Rows(NamedTuple):
     def gather(self, x_BT: jax.Array) -> jax.Array:
         """Moves values [B, T, ...] of rows to tokens; zeros for padding."""
         return take_or_zero(x_BT.reshape(-1, *x_BT.shape[2:]), self.place_M)
+
+
+def start_and_stop(prompts: Prompts) -> tuple[jax.Array, jax.Array]:
+    """Returns where the piece of each row starts and stops, [B] each; 0 if empty."""
+    num_rows, rows = len(prompts.request_slots), prompts.rows
+    rows = jnp.where(rows < 0, NOWHERE, rows)
+    far = jnp.full(num_rows, NOWHERE, jnp.int32)
+    start_B = far.at[rows].min(prompts.positions, mode="drop")
+    stop_B = jnp.zeros(num_rows, jnp.int32)
+    stop_B = stop_B.at[rows].max(prompts.positions + 1, mode="drop")
+    return jnp.where(stop_B > 0, start_B, 0), stop_B

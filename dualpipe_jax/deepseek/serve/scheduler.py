@@ -7,26 +7,28 @@ device for this.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dualpipe_jax.deepseek.serve.arrays import Prompts, Sampling
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
-from dualpipe_jax.deepseek.serve.prompts import Halves, as_arrays, halve_prompts
+from dualpipe_jax.deepseek.serve.prompts import Halves, Span, as_arrays, halve_prompts
 from dualpipe_jax.deepseek.serve.requests import Request, RequestSlot
 
 
 class Admitted(NamedTuple):
-    """The requests that start on one device, and where their prompts are computed.
+    """The prompts that a prefill computes on one device, or pieces of them.
 
     Attributes:
       requests: each has a request slot.
-      halves: of their prompts.
+      spans: which tokens of each prompt.
+      halves: of these.
     """
 
     requests: list[Request]
+    spans: list[Span]
     halves: Halves
 
 
@@ -34,7 +36,8 @@ class Scheduler:
     """Queues requests, and gives them request slots in the order they came.
 
     Attributes:
-      is_idle: [halves, requests] bool, the free request slots.
+      is_idle: [halves, requests] bool, the request slots without a request that
+        decodes.
     """
 
     def __init__(self, config: ServeConfig):
@@ -63,7 +66,7 @@ class Scheduler:
 
     def running(self) -> list[tuple[RequestSlot, Request]]:
         """Returns the requests that the next decode step computes."""
-        return list(self._running.items())
+        return [each for each in self._running.items() if each[1].is_prefilled]
 
     def add(self, request: Request) -> None:
         """Queues a request."""
@@ -73,55 +76,91 @@ class Scheduler:
     def cancel(self, number: int) -> None:
         """Removes a request, which may wait or run."""
         request = self._requests[number]
-        if request.request_slot is None:
+        if request in self._waiting:
             self._waiting.remove(request)
         self.end(request)
+
+    def start_token(self, request: Request) -> None:
+        """Counts a token that a step computes; after the last, the slot is free.
+
+        The device runs steps in order, so another request may have the slot in the next
+        one.
+        """
+        request.num_started += 1
+        if request.num_started >= request.max_tokens:
+            self._free(request)
 
     def end(self, request: Request) -> None:
         """Removes a request, and frees its request slot if it has one."""
         del self._requests[request.number]
+        request.is_ended = True
+        self._free(request)
+
+    def _free(self, request: Request) -> None:
         if request.request_slot is not None:
             self.is_idle[request.request_slot] = True
             self._running.pop(request.request_slot)
+            request.request_slot = None
 
     def admit(self) -> list[Admitted]:
-        """Returns, for each device, the requests that start; empty if none can."""
-        c = self._config
-        num_rows = c.prompts_per_device // HALVES
-        num_tokens = c.max_prefill_tokens // HALVES
+        """Returns what the next prefill computes, for each device; empty if nothing.
+
+        Prompts of which a piece is computed come first, then waiting ones in the order
+        they came.
+        """
         free = self._free_slots()
         admitted = [
-            Admitted([], Halves([None] * num_rows, [None] * num_rows))
-            for _ in range(c.num_devices)
+            self._continued(device) for device in range(self._config.num_devices)
         ]
         while self._waiting:
             request = self._waiting[0]
             # The device with the most free request slots first. A device may lack
             # tokens or rows for a prompt that fits on another.
-            for device in sorted(range(c.num_devices), key=lambda d: -len(free[d])):
-                own = [*admitted[device].requests, request]
-                lengths = [len(each.prompt) for each in own]
-                halves = None
-                if free[device]:
-                    halves = halve_prompts(lengths, num_tokens, num_rows)
-                if halves is not None:
-                    self._start(request, free[device].pop(0))
-                    admitted[device] = Admitted(own, halves)
+            for device in sorted(range(len(free)), key=lambda d: -len(free[d])):
+                more = self._joined(admitted[device], request) if free[device] else None
+                if more is not None:
+                    request.request_slot = slot = free[device].pop(0)
+                    self._running[slot] = request
+                    admitted[device] = more
                     break
             else:
                 break
             self._waiting.popleft()
-        return admitted if any(own for own, _ in admitted) else []
+        for each in admitted:
+            for request, (_, stop) in zip(each.requests, each.spans, strict=True):
+                request.num_prefilled = stop
+                self.is_idle[request.request_slot] = not request.is_prefilled
+        return admitted if any(each.requests for each in admitted) else []
 
-    def _start(self, request: Request, slot: RequestSlot) -> None:
-        request.request_slot = slot
-        self._running[slot] = request
-        self.is_idle[slot] = False
+    def _continued(self, device: int) -> Admitted:
+        """Returns the next piece of the device's long prompt, if it has one."""
+        num_rows = self._config.prompts_per_device // HALVES
+        admitted = Admitted([], [], Halves([None] * num_rows, [None] * num_rows))
+        for slot in self._slots_of(device):
+            request = self._running.get(slot)
+            if request is not None and not request.is_prefilled:
+                admitted = self._joined(admitted, request) or admitted
+        return admitted
+
+    def _joined(self, admitted: Admitted, request: Request) -> Admitted | None:
+        """Returns what a device computes with one more prompt, if there is room.
+
+        A prompt that is too long for a prefill gets a whole one, until its last piece.
+        """
+        c = self._config
+        start, stop = request.num_prefilled, len(request.prompt)
+        spans = [*admitted.spans, (start, min(stop, start + c.max_prefill_tokens))]
+        halves = halve_prompts(
+            spans, c.max_prefill_tokens // HALVES, c.prompts_per_device // HALVES
+        )
+        if halves is None:
+            return None
+        return Admitted([*admitted.requests, request], spans, halves)
 
     def _free_slots(self) -> list[list[RequestSlot]]:
         """Returns the free request slots of each device, taken from both in turn."""
         return [
-            [slot for slot in self._slots_of(device) if self.is_idle[slot]]
+            [slot for slot in self._slots_of(device) if slot not in self._running]
             for device in range(self._config.num_devices)
         ]
 
@@ -148,7 +187,7 @@ def prefill_arrays(
     per_half = config.requests_per_device // HALVES
     of_row: list[Request | None] = []
     parts = []
-    for own, halves in admitted:
+    for own, _, halves in admitted:
         prompts = [request.prompt for request in own]
         part = as_arrays(halves[half], prompts, config.max_prefill_tokens // HALVES)
         of_row += [None if number < 0 else own[number] for number in part.prompts]
@@ -163,6 +202,9 @@ def prefill_arrays(
         slot = request.request_slot
         return slot.half * per_half + slot.column % per_half
 
+    def of_rows(empty: Any, dtype: Any, get: Callable[[Request], Any]) -> np.ndarray:
+        return np.array([get(each) if each else empty for each in of_row], dtype)
+
     last = joined("last")
     prompts = Prompts(
         tokens=joined("tokens"),
@@ -171,8 +213,10 @@ def prefill_arrays(
         request_slots=np.array([slot_on_device(each) for each in of_row], np.int32),
         last=last,
         sampling=Sampling(
-            np.array([r.temperature if r else 0.0 for r in of_row], np.float32),
-            np.array([r.seed if r else 0 for r in of_row], np.int32),
+            temperature=of_rows(0.0, np.float32, lambda r: r.temperature),
+            seed=of_rows(0, np.int32, lambda r: r.seed),
+            top_p=of_rows(1.0, np.float32, lambda r: r.top_p),
+            has_logprobs=of_rows(False, bool, lambda r: r.num_logprobs is not None),
         ),
     )
     ending = [r if at >= 0 else None for r, at in zip(of_row, last, strict=True)]

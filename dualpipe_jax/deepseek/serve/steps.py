@@ -7,6 +7,7 @@ of tokens, rows and requests go over all devices.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from dualpipe_jax.backward import run_interleaved
 from dualpipe_jax.deepseek.serve.arrays import (
     NOWHERE,
+    Chosen,
     Loads,
     Prompts,
     Requests,
@@ -24,8 +26,11 @@ from dualpipe_jax.deepseek.serve.arrays import (
 )
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.forward import Forward
+from dualpipe_jax.deepseek.serve.rows import start_and_stop
+from dualpipe_jax.deepseek.serve.sampling import choose_tokens, greedy
+from dualpipe_jax.gpu import Gpu
 from eplb_jax import BalancerState, ExpertBalancer, ExpertTables, migrate
-from eplb_jax.placement import add_saturating
+from eplb_jax.placement import add_saturating, take_or_zero
 
 PyTree = Any
 
@@ -37,10 +42,12 @@ class Steps:
     Attributes:
       config: of the server.
       platform: of the mesh.
+      gpu: of the mesh, if it is one whose peaks are known.
     """
 
     config: ServeConfig
     platform: str | None
+    gpu: Gpu | None = None
 
     @property
     def balancer(self) -> ExpertBalancer:
@@ -48,30 +55,41 @@ class Steps:
         return self.config.balancer
 
     def _forward(self, num_tokens: int) -> Forward:
-        return Forward(self.config, num_tokens, is_on_gpu=self.platform != "cpu")
+        return Forward(
+            self.config,
+            num_tokens,
+            is_on_gpu=self.platform != "cpu",
+            is_exact=self.config.is_exact(num_tokens, self.gpu),
+        )
 
     # On a device.
 
     def prefill(
         self, params: ServeParams, state: ServeState, prompts: tuple[Prompts, Prompts]
-    ) -> tuple[ServeState, jax.Array]:
-        """Computes prompts; returns the state with them, and the next tokens [2, B]."""
+    ) -> tuple[ServeState, Chosen]:
+        """Computes prompts; returns the state with them, and what follows, [2, B]."""
         forward = self._forward(self.config.max_prefill_tokens // HALVES)
 
-        def prefill(weights: Any, each: Prompts, earlier: Any) -> Any:
-            params, tables = weights
-            return forward.prefill(params, tables, each, earlier)
+        def prefill(weights: Any, each: Prompts, handed: Any) -> Any:
+            params, tables, caches = weights
+            return forward.prefill(params, tables, each, handed, caches)
 
-        weights = params, state.balancer.tables
+        caches = state.caches if self.config.has_pieces else None
+        weights = params, state.balancer.tables, caches
         done = self._run_halves(prefill, weights, [[each] for each in prompts])
-        for each, (tokens_B, latents, _) in zip(prompts, done, strict=True):
-            state = self._insert(state, each, tokens_B, latents)
-        (first, _, loads), (second, _, more) = done
-        return self._observe(state, loads, more), jnp.stack([first, second])
+        logits, latents, loads = zip(*done, strict=True)
+        position_HB = _stacked(
+            [take_or_zero(each.positions, each.last) for each in prompts]
+        )
+        sampling = _stacked([each.sampling for each in prompts])
+        chosen = _choose(_stacked(logits), position_HB + 1, sampling)
+        for each, tokens_B, own in zip(prompts, chosen.tokens, latents, strict=True):
+            state = self._insert(state, each, tokens_B, own)
+        return self._observe(state, *loads), chosen
 
     def decode(
         self, params: ServeParams, state: ServeState, is_idle: jax.Array
-    ) -> tuple[ServeState, jax.Array]:
+    ) -> tuple[ServeState, Chosen]:
         """Computes the next token of each request; returns the state and [2, B]."""
         forward = self._forward(self.config.requests_per_device // HALVES)
         halves = [
@@ -90,14 +108,15 @@ class Steps:
 
         weights = params, state.balancer.tables
         inputs = [list(each) for each in zip(halves, state.caches, strict=True)]
-        first, second = self._run_halves(decode, weights, inputs)
-        tokens = jnp.stack([first[0], second[0]])
+        done = self._run_halves(decode, weights, inputs)
+        logits, caches, loads = zip(*done, strict=True)
+        chosen = _choose(_stacked(logits), state.positions + 1, state.sampling)
         state = state._replace(
-            tokens=jnp.where(is_idle, state.tokens, tokens),
+            tokens=jnp.where(is_idle, state.tokens, chosen.tokens),
             positions=state.positions + (~is_idle).astype(jnp.int32),
-            caches=(first[1], second[1]),
+            caches=tuple(caches),
         )
-        return self._observe(state, first[2], second[2]), tokens
+        return self._observe(state, *loads), chosen
 
     def _run_halves(
         self, run: Any, weights: Any, halves: list[list[Any]]
@@ -153,11 +172,14 @@ class Steps:
     def _observe(self, state: ServeState, *loads: Loads) -> ServeState:
         first, *others = (each.tokens_per_expert for each in loads)
         counts_LE = sum(others, first)
-        overflow = state.overflow
+        overflow, fetched = state.overflow, state.num_fetched
         for each in loads:
             overflow = add_saturating(overflow, each.overflow)
+            fetched = add_saturating(fetched, each.num_fetched)
         return state._replace(
-            balancer=self.balancer.observe(state.balancer, counts_LE), overflow=overflow
+            balancer=self.balancer.observe(state.balancer, counts_LE),
+            overflow=overflow,
+            num_fetched=fetched,
         )
 
     def _insert(
@@ -169,6 +191,10 @@ class Steps:
         slot_M = jnp.where(prompts.rows < 0, -1, slots[prompts.rows])
         ended_B = jnp.where(prompts.last < 0, -1, slots)
         position_B = prompts.positions[prompts.last] + 1
+        if self.config.has_pieces:
+            # Until a prompt is complete, decode steps write what nobody reads: where
+            # its next piece begins, which comes after.
+            ended_B, position_B = slots, start_and_stop(prompts)[1]
         caches, requests = [], []
         for half in range(HALVES):
             at_M, at_B = (
@@ -210,7 +236,7 @@ class Steps:
         return ServeState(
             tokens=jnp.zeros((HALVES, num_requests), jnp.int32),
             positions=jnp.zeros((HALVES, num_requests), jnp.int32),
-            sampling=_greedy((HALVES, num_requests)),
+            sampling=greedy((HALVES, num_requests)),
             caches=tuple(
                 [
                     jnp.zeros(shape, c.compute_dtype)
@@ -220,6 +246,7 @@ class Steps:
             ),
             balancer=self.balancer.init(placement),
             overflow=jnp.zeros((), jnp.int32),
+            num_fetched=jnp.zeros((), jnp.int32),
         )
 
     def no_prompts(self) -> tuple[Prompts, Prompts]:
@@ -237,7 +264,7 @@ class Steps:
             rows=none(num_tokens, -1),
             request_slots=none(num_rows, -1),
             last=none(num_rows, -1),
-            sampling=_greedy((num_rows,)),
+            sampling=greedy((num_rows,)),
         )
         return each, each
 
@@ -246,5 +273,23 @@ class Steps:
         return jnp.ones((HALVES, self._requests_per_half), bool)
 
 
-def _greedy(shape: tuple[int, ...]) -> Sampling:
-    return Sampling(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
+def _stacked(halves: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *halves)
+
+
+def _choose(
+    logits_HBU: jax.Array, position_HB: jax.Array, sampling: Sampling
+) -> Chosen:
+    """Chooses the next tokens [2, B] of both halves, when both are computed.
+
+    If each half chose its own, the last exchange of a decode step would be under no
+    product: the choice is conditional, and stands in the way of the other half's.
+    """
+    flat = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]),
+        (logits_HBU, position_HB, sampling),
+    )
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(*position_HB.shape, *leaf.shape[1:]),
+        choose_tokens(*flat),
+    )

@@ -16,10 +16,15 @@ from dualpipe_jax.gpu.overlap.compiling import (
     compile_overlapped,
     options_here as options_here,
 )
-from dualpipe_jax.gpu.overlap.links import KINDS as KINDS
+from dualpipe_jax.gpu.overlap.links import (
+    BETWEEN_LATENCY_S as BETWEEN_LATENCY_S,
+    INSIDE_LATENCY_S as INSIDE_LATENCY_S,
+    KINDS as KINDS,
+)
 from dualpipe_jax.gpu.overlap.reading import overlap_report
 from dualpipe_jax.gpu.overlap.records import CollectiveReport, LoopReport
 from dualpipe_jax.gpu.overlap.report import OverlapReport
+from dualpipe_jax.gpu.overlap.work import KERNEL_LATENCY_S as KERNEL_LATENCY_S
 
 __all__ = [
     "CollectiveReport",

@@ -11,6 +11,7 @@ from dualpipe_jax.gpu.overlap.program import (
     GIVEN,
     GUARD,
     KNOWN,
+    RARE,
     UNKNOWN,
     HloProgram,
 )
@@ -18,6 +19,7 @@ from dualpipe_jax.gpu.overlap.work import KERNEL_LATENCY_S
 
 _GUESSES = {
     GUARD: "at most once: counted as once",
+    RARE: "in exceptional cases only: counted as none",
     BLOCKS: "over the blocks of a buffer: guessed to cover it once",
     UNKNOWN: "a data-dependent number of times: counted as once, unless trip_counts= "
     "says otherwise",

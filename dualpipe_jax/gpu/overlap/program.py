@@ -16,6 +16,9 @@ from dualpipe_jax.gpu.overlap.timeline import Compute, Done, Event, HloTimeline,
 from dualpipe_jax.gpu.overlap.work import KernelWork, Roofline
 
 KNOWN, GUARD, GIVEN, BLOCKS, UNKNOWN = "known", "guard", "given", "blocks", "unknown"
+RARE = "rare"
+# A named scope of loops that usually have no trip at all.
+RARELY = "rarely"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +162,8 @@ class HloProgram:
             return Trips(given, GIVEN)
         if is_guard:
             return Trips(1, GUARD)
+        if RARELY in op.op_name.split("/"):
+            return Trips(0, RARE)
         blocks = self._blocks.get(body)
         return Trips(1, UNKNOWN) if blocks is None else Trips(blocks, BLOCKS)
 

@@ -92,8 +92,8 @@ def unpipelined_steps(config, num_steps):
       config: mesh, schedule, EPLB and exact balance make no difference.
       num_steps: how many steps.
     """
-    on_one = {"eplb": None, "balance": "placement", "num_fetched": 0}
-    model = dataclasses.replace(config.model, **on_one)
+    placed = {"balance": "placement", "num_fetched": 0, "spread_shared": False}
+    model = dataclasses.replace(config.model, eplb=None, **placed)
     return _unpipelined_steps(model, config.num_microbatches, num_steps)
 
 

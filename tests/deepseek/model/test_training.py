@@ -100,13 +100,25 @@ def test_one_rank_tied_and_computed_again():
 def test_exact_balance_changes_where_rows_are_computed():
     config = small.config(
         mesh={"pp": 2, "ep": 4},
-        model={"eplb": None, "balance": "exact", "num_fetched": 3},
+        model={
+            "eplb": None,
+            "balance": "exact",
+            "num_fetched": 3,
+            "spread_shared": True,
+        },
     )
     pipelined, _ = pipelined_steps(config, 4)
     assert_equal_steps(pipelined, small.unpipelined_steps(config, 4), rtol=1e-4)
     for record in pipelined:
         assert record["balancedness_exact"] == 1 > record["balancedness_before"]
         assert 0 < record["fetched_experts"] <= 3 and record["overflow"] == 0
+        arch = config.model.architecture
+        size = 4 * 3 * arch.hidden_size * arch.moe_intermediate_size / 2**20
+        fetched = size * record["fetched_experts"]
+        np.testing.assert_allclose(record["fetched_mib"], fetched, rtol=1e-6)
+        tokens = config.microbatch_size * config.sequence_length / 4
+        choices = tokens * arch.num_experts_per_tok
+        assert 0 < record["dispatched_mib"] * 2**20 / (4 * arch.hidden_size) < choices
 
 
 def test_bfloat16_computes_with_float32_masters():

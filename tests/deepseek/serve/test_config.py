@@ -30,11 +30,13 @@ def make(**changes):
         ({"max_prompt_length": 32}, (32, 2 * 32)),
         ({"max_prefill_tokens": 98}, (96, 98)),
         ({"max_prompt_length": 32, "max_prefill_tokens": 40}, (32, 40)),
+        ({"max_prefill_tokens": 80}, (96, 80)),
     ],
 )
 def test_lengths_that_are_not_given_follow_from_others(given, expected):
     config = make(**given)
     assert (config.max_prompt_length, config.max_prefill_tokens) == expected
+    assert config.has_pieces == (expected[0] > expected[1])
 
 
 @pytest.mark.parametrize(
@@ -66,10 +68,6 @@ def test_lengths_that_are_not_given_follow_from_others(given, expected):
         (
             {"max_prompt_length": 97},
             "max_prompt_length=97 must be at most .*context_length=96",
-        ),
-        (
-            {"max_prefill_tokens": 80},
-            "max_prefill_tokens=80 must be at least .*max_prompt_length=96",
         ),
         (
             {"architecture": dataclasses.replace(SIZES, first_k_dense_replace=61)},

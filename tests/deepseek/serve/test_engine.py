@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dualpipe_jax.deepseek.serve import Engine
+from dualpipe_jax.deepseek.serve import Engine, make_serve_programs
 from tests.deepseek.serve import small_server
 
 # Programs of eight devices, that run for hundreds of steps.
@@ -86,6 +86,22 @@ def test_prefills_are_observed_and_followed_by_plans(config, make_engine):
     # What was observed: each token of a prompt chose its experts once.
     loads = still.state.balancer.loads.total
     assert int(still.state.balancer.step) == still.num_prefills and loads.any()
+
+
+def test_exact_balance_of_prefills(config, programs, make_engine):
+    """Large microbatches are balanced exactly; decode steps, of two tokens, are not."""
+    changes = {"balance": "exact", "num_fetched": 3, "exact_from": 2}
+    changes["spread_shared"] = True
+    engine = make_engine(**changes)
+    exact = make_serve_programs(engine.config, programs.mesh)
+    assert exact.lower("decode").as_text() == programs.lower("decode").as_text()
+    engine.programs = dataclasses.replace(programs, prefill=exact.prefill)
+    prompts = small_server.prompts(40, config, seed=12)
+    expected = make_engine().generate(prompts, max_tokens=2)
+    np.testing.assert_array_equal(engine.generate(prompts, max_tokens=2), expected)
+    metrics = engine.metrics()
+    most = 3 * 8 * 2 * 2 * metrics["num_prefills"]  # devices, layers, microbatches
+    assert 0 <= metrics["num_fetched"] <= most and metrics["num_overflowed"] == 0
 
 
 def test_a_device_that_is_left_changes_nothing(config, make_engine):
@@ -196,6 +212,9 @@ def test_what_is_refused_leaves_the_others_alone(config, make_engine):
         ({"prompt": [1], "temperature": np.nan}, "temperature=nan must be"),
         ({"prompt": [1], "seed": -1}, "seed=-1 must be an integer from 0"),
         ({"prompt": [1], "seed": 0.5}, "seed=0.5 must be an integer from 0"),
+        ({"prompt": [1], "top_p": 0}, "top_p=0 must be a number above 0"),
+        ({"prompt": [1], "top_p": np.inf}, "top_p=inf must be a number above 0"),
+        ({"prompt": [1], "num_logprobs": 21}, "=21 must be an integer from 0 to 20"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.submit(**{"max_tokens": 2} | arguments)
@@ -267,22 +286,109 @@ def test_weights_stay_the_callers(config):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
-def test_devices_that_do_not_divide_the_experts():
-    """Only physical experts are divided: 18, of 16 experts, on 3 devices and on 1."""
+def test_long_prompts_in_pieces_on_devices_that_do_not_divide_the_experts():
+    """Only physical experts are divided: 18, of 16 experts, on 3 devices and on 1.
+
+    Four tokens fit a prefill, so that prompts have up to ten pieces.
+    """
     changes = {
         "architecture": dataclasses.replace(small_server.SIZES, num_hidden_layers=2),
-        "context_length": 16,
+        "context_length": 64,
+        "max_prompt_length": 40,
+        "max_prefill_tokens": 4,
         "num_redundant": 2,
         "prompts_per_device": 2,
     }
     config = small_server.config(num_devices=3, **changes)
-    prompts = small_server.prompts(3, config, seed=10)
+    rng = np.random.default_rng(10)
+    prompts = [rng.integers(0, 32, n) for n in (3, 40, 4, 5, 17, 1, 32, 8, 2, 25)]
     complete = small_server.reference(config, small_server.params(config)[1])
+    expected = [complete(prompt, 20).tolist() for prompt in prompts]
     for devices in (3, 1):
         engine = small_server.engine(
             small_server.config(num_devices=devices, **changes)
         )
-        for prompt, tokens in zip(
-            prompts, engine.generate(prompts, max_tokens=4), strict=True
-        ):
-            assert tokens.tolist() == complete(prompt, 4).tolist()
+        ran = with_log(engine)
+        first = engine.submit(prompts[0], max_tokens=20)
+        written = {first: [token.token for token in engine.step()]}
+        for prompt in prompts[1:]:
+            written[engine.submit(prompt, max_tokens=20)] = []
+        ended = None
+        for token in engine.run():
+            written[token.request].append(token.token)
+            if token.request == first and token.is_last:
+                ended = len(ran)
+        assert list(written.values()) == expected
+        # While the first request got its tokens, others' prompts were computed, and
+        # no two pieces without a decode step in between.
+        meanwhile = "".join(ran[:ended])
+        assert meanwhile.count("P") > 5 and "PP" not in meanwhile
+        assert engine.metrics()["num_running"] == 0
+
+
+def with_log(engine):
+    """Returns a list that gets P for each prefill of an engine, and D for a decode."""
+    programs, ran = engine.programs, []
+
+    def logged(name, letter):
+        def run(*args):
+            ran.append(letter)
+            return getattr(programs, name)(*args)
+
+        return run
+
+    engine.programs = dataclasses.replace(
+        programs, prefill=logged("prefill", "P"), decode=logged("decode", "D")
+    )
+    return ran
+
+
+def test_the_next_step_is_started_before_tokens_are_read(config, make_engine):
+    engine = make_engine()
+    ran = with_log(engine)
+    prompt = small_server.prompts(1, config, seed=14)[0]
+    engine.submit(prompt, max_tokens=4)
+    seen = []
+    while tokens := engine.step():
+        seen.append((len(tokens), "".join(ran)))
+    # One ahead; and nothing after the last token, which is known beforehand.
+    assert seen == [(1, "PD"), (1, "PDD"), (1, "PDDD"), (1, "PDDD")]
+    # A stop token is not: one step too many runs, whose token is left out.
+    (whole,) = engine.generate([prompt], max_tokens=4)
+    del ran[:]
+    stop = int(whole[0])
+    (stopped,) = engine.generate([prompt], max_tokens=4, stop_tokens=[stop])
+    assert stopped.tolist() == [stop] and "".join(ran) == "PD"
+    assert engine.step() == []
+
+
+def test_log_probabilities_of_tokens_among_requests_without(config, make_engine):
+    engine = make_engine()
+    prompts = small_server.prompts(4, config, seed=12)
+    with_them = engine.submit(prompts[0], max_tokens=5, num_logprobs=3)
+    none = engine.submit(prompts[1], max_tokens=5, num_logprobs=0)
+    without = engine.submit(prompts[2], max_tokens=5)
+    tokens = list(engine.run())
+    for token in tokens:
+        if token.request == without:
+            assert token.logprob is None and token.top_logprobs == ()
+        else:
+            assert token.logprob <= 0
+        if token.request == none:
+            assert token.top_logprobs == ()
+        if token.request == with_them:  # greedy: the most likely token is the first
+            assert token.top_logprobs[0] == (token.token, token.logprob)
+            values = [logprob for _, logprob in token.top_logprobs]
+            assert values == sorted(values, reverse=True) and len(values) == 3
+
+
+def test_what_is_measured_of_layers(config, make_engine):
+    engine = make_engine()
+    engine.generate(small_server.prompts(16, config, seed=13), max_tokens=4)
+    measured, layers = engine.metrics(), engine.layer_metrics()
+    assert layers["device_loads"].shape == (2, 8)
+    loads = layers["device_loads"]
+    np.testing.assert_allclose(loads.mean(axis=1), 1, rtol=1e-5)
+    # Balancedness is the mean load over the largest.
+    np.testing.assert_allclose(layers["balancedness"], 1 / loads.max(axis=1), rtol=1e-5)
+    assert layers["balancedness"].min() == pytest.approx(measured["balancedness_worst"])

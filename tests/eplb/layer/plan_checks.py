@@ -17,13 +17,22 @@ def apportion(load, num_rows):
     return rows
 
 
-def check_plan(plan, counts, placement):
+def check_plan(plan, counts, placement, shared=None):
     """Raises unless each row reaches one slot of its expert, and totals are right."""
-    fetched, source, rows, device_rows = (np.asarray(leaf) for leaf in plan)
+    fetched, source, slots, rows, device_rows = (np.asarray(leaf) for leaf in plan)
     counts, placement = np.asarray(counts), np.asarray(placement)
     num_devices, num_experts = counts.shape
     held = placement.reshape(num_devices, -1)
-    slots = np.concatenate([held, fetched], axis=1)
+    if shared is not None:
+        # One more expert, of which each device has a replica after the others.
+        held = np.pad(held, ((0, 0), (0, 1)), constant_values=num_experts)
+        counts = np.concatenate([counts, np.asarray(shared)[:, None]], axis=1)
+        num_experts += 1
+    # An expert's second replica on a device is not used.
+    is_same = held[:, :, None] == held[:, None]
+    is_again = (is_same & np.tri(held.shape[1], k=-1, dtype=bool)).any(axis=2)
+    once = np.where(is_again, -1, held)
+    np.testing.assert_array_equal(slots, np.concatenate([once, fetched], axis=1))
     assert rows.shape == (num_devices, *slots.shape) and (rows >= 0).all()
     # Every row of every sender, once, at a slot that has its expert.
     assert not rows[:, slots < 0].any()

@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParallel, ExpertTables, ExpertWeights, mix_experts
-from eplb_jax.layer.fetch import add_fetched, plan_fetch
+from eplb_jax.layer.fetch import (
+    add_at_once,
+    add_fetched,
+    add_in_rounds,
+    plan_fetch,
+)
 from eplb_jax.layer.mixture import Mixed, mix
+from tests.eplb.layer import moe_cases
 from tests.eplb.layer.moe_cases import (
     DEVICES,
     DIM,
@@ -79,7 +86,7 @@ def _program(parallel, check_vma):
         local,
         mesh=MESH,
         in_specs=(P("ep"), P("ep"), P("ep"), P("ep"), P()),
-        out_specs=Mixed(P("ep"), P(), P(), P(), P()),
+        out_specs=Mixed(P("ep"), P(), P(), P(), P(), P()),
         check_vma=check_vma,
     )
 
@@ -92,7 +99,7 @@ def _program(parallel, check_vma):
 
 def _check(parallel, experts, tables, check_vma=False, limit=None):
     run = _program(parallel, check_vma)
-    grads, (y, (counts, overflow, device_rows, fetched)) = run(
+    grads, (y, (counts, overflow, device_rows, fetched, moved)) = run(
         X, SCORES, WEIGHTS, experts, tables
     )
     want_grads, want = _reference()(X, SCORES, WEIGHTS, experts)
@@ -100,6 +107,7 @@ def _check(parallel, experts, tables, check_vma=False, limit=None):
         check_close(got, wanted)
     assert overflow == 0
     assert 0 <= fetched <= parallel.num_fetched * DEVICES
+    assert 0 <= moved <= device_rows.sum()
     known = np.where((experts >= 0) & (experts < EXPERTS), experts, -1)
     chosen = [set(row) - {-1} for row in known.tolist()]
     by_expert = np.bincount([e for row in chosen for e in row], minlength=EXPERTS)
@@ -117,6 +125,53 @@ def test_with_a_placement():
     for seed, experts in enumerate(_choices().values()):
         _check(parallel, experts, placement(seed), check_vma=True)
     assert _program(parallel, True)._cache_size() == 1
+
+
+@pytest.mark.slow
+def test_shared_rows_of_a_layer():
+    """The module's shared expert, planned, against every expert on every token."""
+    parallel = ExpertParallel(
+        "ep", DEVICES, balance="exact", num_fetched=6, spread_shared=True
+    )
+    options = {"route_norm": False}  # the router's own gradient, not that of ties
+    model, want = (moe_cases.layer(each, **options) for each in (parallel, None))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    specs = moe_cases.specs(params)
+
+    def local(params, x, is_padding):
+        y, stats = nnx.merge(graph, params, rest)(x, is_padding=is_padding)
+        return y, (stats.device_rows, stats.num_fetched, stats.overflow)
+
+    mapped = jax.shard_map(
+        local,
+        mesh=MESH,
+        in_specs=(specs, P("ep"), P("ep")),
+        out_specs=(P("ep"), P()),
+    )
+
+    def loss(params, x, is_padding):
+        y, counted = mapped(params, x, is_padding)
+        return (y * OUT).sum(), (y, counted)
+
+    def dense(params, x, is_padding):
+        graph, _, rest = nnx.split(want, nnx.Param, ...)
+        x = jnp.where(is_padding[:, None], 0, x)
+        y = moe_cases.dense(nnx.merge(graph, params, rest), x)
+        y = jnp.where(is_padding[:, None], 0, y)
+        return (y * OUT).sum(), y
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    # The last two devices have padding only.
+    is_padding = jnp.arange(TOKENS) >= 3 * TOKENS // 4
+    grads, (y, (device_rows, fetched, overflow)) = run(params, X, is_padding)
+    want_grads, want_y = jax.jit(jax.grad(dense, argnums=(0, 1), has_aux=True))(
+        params, X, is_padding
+    )
+    check_close(y, want_y)
+    jax.tree.map(check_close, grads, want_grads)
+    rows = (3 * TOKENS // 4) * (K + 1)
+    assert device_rows.sum() == rows and device_rows.max() == -(-rows // DEVICES)
+    assert overflow == 0 and fetched <= 6 * DEVICES
 
 
 @pytest.mark.parametrize(
@@ -160,6 +215,33 @@ def test_gradients_are_added_in_float32_at_home():
     assert fetched.tolist() == [0] + [3] * (DEVICES - 1)
     assert slots.dtype == jnp.bfloat16 and grads.dtype == jnp.float32
     assert grads.ravel().tolist() == [256.0 + DEVICES - 1] + [256.0] * (DEVICES - 1)
+
+
+@pytest.mark.parametrize("most", [1, DEVICES - 1])
+def test_gradients_come_home_in_rounds(most):
+    """On GPUs: four experts, of which so many devices have fetched the first."""
+    rng = np.random.default_rng(most)
+    source = np.full((DEVICES, 2), -1)
+    source[1 : 1 + most, 0] = 0
+    source[:4, 1] = 2, 1, 1, 5
+    own = rng.integers(-9, 9, (2 * DEVICES, 3)).astype(np.float32)
+    fetched = rng.integers(-9, 9, (2 * DEVICES, 3)).astype(np.float32)
+
+    def local(own, fetched):
+        gather = plan_fetch(jnp.asarray(source), 2, "ep").gather
+        fetched = fetched[jnp.argsort(gather.received)]
+        way = {"axis_name": "ep", "transport": "gather"}
+        return [
+            add(own, fetched, gather, **way) for add in (add_at_once, add_in_rounds)
+        ]
+
+    mapped = jax.shard_map(
+        local, mesh=MESH, in_specs=P("ep"), out_specs=P("ep"), check_vma=False
+    )
+    want = own.copy()
+    np.add.at(want, source[source >= 0], fetched[source.reshape(-1) >= 0])
+    for got in jax.jit(mapped)(own, fetched):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_a_fetch_is_one_exchange_of_all_slots():

@@ -82,6 +82,28 @@ def test_a_batch_of_plans_is_each_of_them():
             np.testing.assert_array_equal(ours, batched[i])
 
 
+def test_shared_rows_fill_devices_that_have_few():
+    counts, placements, tables = cases()
+    rng = np.random.default_rng(1)
+    # As many as each device has tokens of three choices, and none on some devices.
+    shared = counts.sum(axis=2) // 3 * rng.integers(0, 2, (len(counts), DEVICES))
+    shared = shared.astype(np.int32)
+
+    def plan(counts, tables, shared):
+        return plan_microbatch(counts, tables, num_fetched=EXPERTS, shared=shared)
+
+    made = jax.tree.map(np.asarray, jax.jit(jax.vmap(plan))(counts, tables, shared))
+    without = plans(num_fetched=EXPERTS)
+    for i in range(len(counts)):
+        each = jax.tree.map(lambda leaf, i=i: leaf[i], made)
+        check_plan(each, counts[i], placements[i], shared[i])
+        total = counts[i].sum() + shared[i].sum()
+        assert each.device_rows.max() == -(-total // DEVICES)
+    # They do what fetched experts do else.
+    fewer = [(plan.fetched >= 0).sum() for plan in (made, without)]
+    assert fewer[0] < fewer[1]
+
+
 def test_nodes_fetch_from_themselves_first():
     """Each node could even itself out; without nodes most experts would cross."""
     counts = np.zeros((8, 16), np.int32)
@@ -152,6 +174,7 @@ TABLES = ExpertTables.from_placement(jnp.arange(12) % 8, 8)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"shared": jnp.zeros(3, jnp.int32)}, r"shared has shape \(3,\); it must have"),
         ({"num_fetched": -1}, "num_fetched=-1 must be at least 0 and at most the 8"),
         ({"num_fetched": 9}, "num_fetched=9 must be at least 0 and at most the 8 exp"),
         ({"counts": np.zeros((4, 7), int)}, r"counts has shape \(4, 7\); it must be"),

@@ -96,11 +96,13 @@ def loop(name, lines, flag="%flag"):
 }}"""
 
 
-def run_loop(name, trips=None, carry="x"):
+def run_loop(name, trips=None, carry="x", scope=None):
     """The lines that run a loop, in a computation that has `%x`."""
     config = (
         f', backend_config={{"known_trip_count":{{"n":"{trips}"}}}}' if trips else ""
     )
+    if scope:
+        config = f', metadata={{op_name="jit(f)/{scope}/while"}}' + config
     return f"""  %zero.{name} = s32[] constant(0)
   %true.{name} = pred[] constant(true)
   %init.{name} = {CARRY} tuple(%zero.{name}, %true.{name}, %{carry})

@@ -61,6 +61,14 @@ def test_runs_that_depend_on_data_are_unknown():
     assert "unknown" in str(report)
 
 
+def test_a_loop_that_is_named_so_is_not_counted_on():
+    run = run_loop("inner", scope="rarely")
+    lines = "\n".join([permute_start("p"), run, permute_done("p")])
+    report = report_of(lines, loop("inner", copy("k")))
+    assert report.collectives[0].under.kernels == 0
+    assert any("in exceptional cases only" in each for each in report.assumptions)
+
+
 def test_a_guard_runs_at_most_once():
     guard = loop("guard", PERMUTED, flag="%false")
     report = report_of(run_loop("outer", 3), guard, loop("outer", run_loop("guard")))

@@ -1,26 +1,21 @@
-"""Recorded expert loads: .npz, .npy, and JSON with `logical_count`.
+"""Recorded expert loads, as engines write them.
 
-A recording is a sequence of windows, each [layers, experts]: the arrays of an .npz
-file in order, or the leading axis of a single array. JSON is the format that SGLang
-reads as `--init-expert-location` (`sgl-project/sglang`,
-`python/sglang/srt/eplb/expert_location.py`): an object with `logical_count`, which is
-[layers, experts] or [steps, layers, experts].
+A recording is a sequence of windows, each [layers, experts]: the arrays of an .npz or
+.safetensors file in order, or the leading axis of a single array. What engines record
+is an object with `logical_count`, [layers, experts] or [steps, layers, experts]: SGLang
+as .pt or JSON, sglang-jax as .npy. vLLM writes .safetensors.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from eplb_jax.placement import check_size, read_npy, read_npz
+from eplb_jax.files.contents import SUFFIXES, as_array, read_content, reading
 
-# What a file may take in memory, and what of JSON, whose numbers take twenty times as
-# much as in an array.
-MAX_BYTES = 2**31
-MAX_JSON_BYTES = 2**28
+_KEY = "logical_count"
 
 
 class Recording(NamedTuple):
@@ -38,8 +33,12 @@ class Recording(NamedTuple):
 def read_loads(path: str | Path) -> Recording:
     """Reads a recording.
 
+    Code in a file is never run: pickles and torch's files are read by a reader that
+    knows arrays, numbers, strings, lists and dicts.
+
     Args:
-      path: a file whose name ends in .npz, .npy or .json.
+      path: a file whose name ends in .npz, .npy, .json, .pt or .safetensors, in
+        letters of any case.
 
     Returns:
       A `Recording`.
@@ -58,24 +57,12 @@ def read_loads(path: str | Path) -> Recording:
       (('0', '1'), (2, 1, 2))
     """
     path = Path(path)
-    readers = {".npz": _read_npz, ".npy": _read_npy, ".json": _read_json}
-    if path.suffix not in readers:
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
-            f"{path}: loads must be in a file ending in {', '.join(readers)}; convert "
-            "a torch file with json.dump({'logical_count': counts.tolist()}, file)."
+            f"{path}: loads must be in a file ending in {', '.join(SUFFIXES)}."
         )
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file.")
-    try:
-        named = readers[path.suffix](path)
-    except RecursionError as error:
-        raise ValueError(
-            f"{path} is nested too deeply; loads are [layers, experts] or [windows, "
-            "layers, experts]."
-        ) from error
-    except Exception as error:  # whatever a damaged file makes numpy or json raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {reason}") from error
+    with reading(path, "loads are [layers, experts] or [windows, layers, experts]"):
+        named = _as_windows(read_content(path))
     named = {name: _checked(path, name, counts) for name, counts in named.items()}
     if len(named) == 1:
         [counts] = named.values()
@@ -90,26 +77,18 @@ def read_loads(path: str | Path) -> Recording:
     return Recording(tuple(named), np.stack(list(named.values())))
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    named = read_npz(path, MAX_BYTES)
-    if not named:
-        raise ValueError("the file holds no array.")
-    return named
-
-
-def _read_npy(path: Path) -> dict[str, np.ndarray]:
-    check_size(path.stat().st_size, MAX_BYTES)
-    with path.open("rb") as file:
-        return {"0": read_npy(file)}
-
-
-def _read_json(path: Path) -> dict[str, np.ndarray]:
-    check_size(path.stat().st_size, MAX_JSON_BYTES)
-    data = json.loads(path.read_text(encoding="utf-8"))
-    counts = data.get("logical_count") if isinstance(data, dict) else data
-    if counts is None:
-        raise ValueError("the object has no `logical_count`.")
-    return {"0": np.asarray(counts)}
+def _as_windows(data: Any) -> dict[str, np.ndarray]:
+    """Returns the named arrays of what a file holds."""
+    if isinstance(data, dict) and _KEY in data:
+        data = data[_KEY]
+    if isinstance(data, dict):
+        if not data:
+            raise ValueError("the file holds no array.")
+        if not all(isinstance(each, np.ndarray) for each in data.values()):
+            names = ", ".join(str(name)[:40] for name in [*data][:5])
+            raise ValueError(f"the object has no `{_KEY}`, only {names}.")
+        return data
+    return {"0": data if isinstance(data, np.ndarray) else as_array(data)}
 
 
 def _checked(path: Path, name: str, counts: np.ndarray) -> np.ndarray:
