@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eplb_jax import ExpertTables, rebalance_experts
-from eplb_jax.layer.grouped_products import grouped_matmul, num_block_rows
 from eplb_jax.layer.replicas import balanced_shares
+from eplb_jax.products.grouped import grouped_matmul, num_block_rows
 
 LOADS = Path(__file__).parent.parent / "tests/data/eplb_loads_deepseek_v3.npz"
 DEVICES, PHYSICAL = 32, 288

@@ -40,6 +40,29 @@ def whole_dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     return dualpipe(num_ranks, num_microbatches).with_whole_backwards()
 
 
+def sparing_dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
+    """Returns DualPipe with one microbatch of a rank between I and W at a time.
+
+    What waits for W takes 4.6 GiB for each, with products in float8 (8.7 in bfloat16).
+    """
+    schedule = dualpipe(num_ranks, num_microbatches)
+    return schedule.with_whole_backwards(max_waiting=1)
+
+
+def _model() -> DeepSeek:
+    return DeepSeek(
+        architecture=architecture(),
+        compute_dtype="bfloat16",
+        remat=("attention", "experts"),
+        payload="fp8",
+        eplb=EplbConfig(every=1000, num_redundant=64, num_nodes=8),
+        buffer_factor=1.25,
+        stage_code="own",
+        # A fifth layer in one stage would take a quarter more memory on all ranks.
+        max_layers=4,
+    )
+
+
 def config() -> TrainConfig:
     """The published training setting: PP 16 x EP 64 on 1,024 GPUs (2,048 with dp=2).
 
@@ -55,17 +78,7 @@ def config() -> TrainConfig:
     """
     return TrainConfig(
         name="deepseek_v3",
-        model=DeepSeek(
-            architecture=architecture(),
-            compute_dtype="bfloat16",
-            remat=("attention", "experts"),
-            payload="fp8",
-            eplb=EplbConfig(every=1000, num_redundant=64, num_nodes=8),
-            buffer_factor=1.25,
-            stage_code="own",
-            # A fifth layer in one stage would take a quarter more memory on all ranks.
-            max_layers=4,
-        ),
+        model=_model(),
         mesh={"pp": 16, "dp": 1, "ep": 64},
         schedule=whole_dualpipe,
         num_microbatches=60,
@@ -93,4 +106,20 @@ def two_pods() -> TrainConfig:
         name="deepseek_v3_dp2",
         mesh={"pp": 16, "dp": 2, "ep": 64},
         microbatch_size=128,
+    )
+
+
+def fp8() -> TrainConfig:
+    """The same with products in float8, as the model was trained, and some W apart.
+
+    One I of a rank at a time is apart from its W, to fill bubbles. Not compiled yet: by
+    the program's account it needs 4.6 GiB more per GPU than whole backwards. Simulated
+    with DeepSeek's costs, bubbles are 13.8 % instead of 15.4 %.
+    """
+    one = config()
+    return dataclasses.replace(
+        one,
+        name="deepseek_v3_fp8",
+        model=dataclasses.replace(_model(), products="fp8"),
+        schedule=sparing_dualpipe,
     )

@@ -1,5 +1,8 @@
 """The main job: a byte-level DeepSeek-V3-style model, trained with DualPipe."""
 
+import dataclasses
+from typing import Any
+
 from dualpipe_jax.deepseek import DeepSeek, DeepSeekConfig, EplbConfig
 from dualpipe_jax.train import OptimizerConfig, TrainConfig
 
@@ -26,6 +29,12 @@ def architecture() -> DeepSeekConfig:
     )
 
 
+def model(**options: Any) -> DeepSeek:
+    """The model, with redundant experts."""
+    eplb = EplbConfig(every=10, num_redundant=2)
+    return DeepSeek(architecture=architecture(), eplb=eplb, **options)
+
+
 def config() -> TrainConfig:
     """A DeepSeek-V3-style model on 8 virtual CPU devices, pp=4 x ep=2.
 
@@ -36,10 +45,7 @@ def config() -> TrainConfig:
     """
     return TrainConfig(
         name="tiny",
-        model=DeepSeek(
-            architecture=architecture(),
-            eplb=EplbConfig(every=10, num_redundant=2),
-        ),
+        model=model(),
         mesh={"pp": 4, "ep": 2},
         schedule="dualpipe",
         num_microbatches=8,
@@ -52,3 +58,12 @@ def config() -> TrainConfig:
         sample_tokens=200,
         platform="cpu",
     )
+
+
+def fp8() -> TrainConfig:
+    """The same with products and tokens in float8, as the DeepSeek-V3 report trains.
+
+    Command: `python -m dualpipe_jax train tiny:fp8`.
+    """
+    in_float8 = model(products="fp8", payload="fp8")
+    return dataclasses.replace(config(), name="tiny_fp8", model=in_float8)

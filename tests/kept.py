@@ -34,15 +34,22 @@ class KeptLowered:
         self._lowered, self._mesh = lowered, mesh
         self._program = _without_lines(lowered.as_text(debug_info=True))
 
-    def compile(self, compiler_options=None):
+    def compile(self, compiler_options=None, *, with_ptx=False):
+        """Compiles it; `with_ptx`, and keeps the text of its kernels, too."""
         options = dict(compiler_options or {})
-        path = _path(_key(self._program, self._mesh, options))
+        key = _key(self._program, self._mesh, options)
+        path = _path(f"ptx-{key}" if with_ptx else key)
         if path is not None and path.exists():
             kept = json.loads(zlib.decompress(path.read_bytes()))
         else:
-            with shared_kernels() as kernels:
+            with shared_kernels() as kernels, tempfile.TemporaryDirectory() as folder:
+                if with_ptx:
+                    # Kernels from XLA's own file would not be written.
+                    kernels = {"xla_dump_to": folder}
                 compiled = self._lowered.compile({**kernels, **options})
+                ptx = [file.read_text() for file in Path(folder).glob("*.ptx")]
             kept = {"text": compiled.as_text(), "memory": _sizes(compiled)}
+            kept |= {"ptx": "\n".join(ptx)}
             if path is not None:
                 _write(path, zlib.compress(json.dumps(kept).encode()))
         return KeptCompiled(self._mesh, **kept)
@@ -51,8 +58,9 @@ class KeptLowered:
 class KeptCompiled(jax.stages.Compiled):
     """What tests read of a program that was compiled, now or in an earlier session."""
 
-    def __init__(self, mesh, *, text, memory):
+    def __init__(self, mesh, *, text, memory, ptx=""):
         self._mesh, self._text, self._memory = mesh, text, memory
+        self.ptx = ptx
 
     def as_text(self):
         return self._text

@@ -34,10 +34,10 @@ _CHEAP = _names("""
     bitcast_convert_type broadcast_in_dim cbrt ceil clamp clz complex concatenate conj
     convert_element_type copy copy_p cos cosh digamma div dynamic_slice empty empty2 eq
     erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota
-    is_finite le lgamma log log1p log2 logistic lt max min mul name ne neg nextafter not
-    one_minus_square optimization_barrier or pad pcast polynomial population_count pow
-    pvary random_fold_in random_seed random_split random_unwrap random_wrap real
-    reduce_precision rem reshape rev round rsqrt select_n shift_left
+    is_finite layout_constraint le lgamma log log1p log2 logistic lt max min mul name ne
+    neg nextafter not one_minus_square optimization_barrier or pad pcast polynomial
+    population_count pow pvary random_fold_in random_seed random_split random_unwrap
+    random_wrap real reduce_precision rem reshape rev round rsqrt select_n shift_left
     shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square
     squeeze stack stop_gradient sub tan tanh transpose unstack xor
 """)

@@ -17,8 +17,7 @@ class Gpu:
       memory_bandwidth: bytes per second.
       memory_size: bytes.
       l2_cache_size: bytes.
-      bf16_flops: of dense bfloat16 matrix products, per second; float8 is twice as
-        fast where the GPU has it, TF32 half.
+      bf16_flops: of dense bfloat16 matrix products, per second; TF32 is half as fast.
       nvlink_bandwidth: usable bytes per second in one direction, inside a node.
       network_bandwidth: the same between nodes, of one GPU's network card.
       has_fp8: whether its tensor cores multiply float8.
@@ -41,6 +40,16 @@ class Gpu:
     fpus_per_core: int = 128
     shared_memory_per_core: int = 233472
     shared_memory_per_block_optin: int = 232448
+
+    @property
+    def fp8_flops(self) -> float | None:
+        """The same of float8; None if the tensor cores have none.
+
+        Examples:
+          >>> GPUS["h800"].fp8_flops, GPUS["a100"].fp8_flops
+          (1978800000000000.0, None)
+        """
+        return 2 * self.bf16_flops if self.has_fp8 else None
 
     def target_config(self) -> str:
         """Returns the text form of stream_executor's GpuTargetConfigProto."""

@@ -92,28 +92,30 @@ class Schedule:
         """Whether the schedule consists of F tasks only."""
         return all(task.op == "F" for _, _, step in self for task in step)
 
-    def with_whole_backwards(self) -> Schedule:
-        """Returns the same order with every I followed at once by its W, as one B.
+    def with_whole_backwards(self, *, max_waiting: int = 0) -> Schedule:
+        """Returns the same order with I and its W as one B, where memory needs it.
 
-        Nothing is then kept from I to W: that memory is saved (for DualPipe, of P / 2
+        Nothing is kept from I to W then: that memory is saved (for DualPipe, of P / 2
         microbatches), and the bubbles that W would fill are back.
+
+        Args:
+          max_waiting: most microbatches of a rank between I and W at a time; they stay
+            apart, and fill bubbles. 0: all backwards are whole.
+
+        Raises:
+          ValueError: `max_waiting` is negative.
 
         Examples:
           >>> schedule = Schedule.from_csv("0F0,0I0,0W0", kind="mine")
           >>> print(schedule.with_whole_backwards().to_csv())
           0F0,0B0
+          >>> schedule.with_whole_backwards(max_waiting=1) == schedule
+          True
         """
-        steps = (
-            tuple(
-                tuple(
-                    task._replace(op="B") if task.op == "I" else task for task in step
-                )
-                for step in own
-                if step[0].op != "W"
-            )
-            for own in self.steps
-        )
-        return dataclasses.replace(self, steps=tuple(steps))
+        if max_waiting < 0:
+            raise ValueError(f"{max_waiting=} must be at least 0.")
+        steps = tuple(tuple(_joined(own, max_waiting)) for own in self.steps)
+        return dataclasses.replace(self, steps=steps)
 
     def rank_of(self, stage: int, microbatch: int) -> int:
         """Returns the rank that holds `stage` for `microbatch`."""
@@ -253,3 +255,24 @@ def _directions_along(route: Sequence[int]) -> tuple[int, ...]:
             directions.append(directions[-1])
             heading = move
     return tuple(directions)
+
+
+def _joined(own: Sequence[Step], max_waiting: int) -> Iterator[Step]:
+    """Yields a rank's steps with I and W joined where too many would wait for W."""
+    waiting: set[tuple[int, int]] = set()
+    for step in own:
+        tasks = []
+        for task in step:
+            backward = task.stage, task.microbatch
+            if task.op == "W":
+                if backward not in waiting:
+                    continue  # it is a part of the B
+                waiting.remove(backward)
+            elif task.op == "I":
+                if len(waiting) < max_waiting:
+                    waiting.add(backward)
+                else:
+                    task = task._replace(op="B")
+            tasks.append(task)
+        if tasks:
+            yield tuple(tasks)

@@ -1,6 +1,6 @@
-"""The mixture-of-experts layer: routing, dispatch to replicas, grouped products.
+"""The mixture-of-experts layer: routing, dispatch to replicas, experts.
 
-Imports: placement, runtime.
+Imports: placement, products, runtime.
 """
 
 from typing import TYPE_CHECKING
@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING
 from eplb_jax import lookup
 from eplb_jax.layer.exchange import Transport as Transport
 from eplb_jax.layer.expert_weights import ExpertWeights
-from eplb_jax.layer.grouped_products import grouped_matmul
-from eplb_jax.layer.kernels import (
-    cross_compiling as cross_compiling,
-    load_tokamax as load_tokamax,
-    on_cuda as on_cuda,
-)
+from eplb_jax.layer.experts import Products as Products, run_network as run_network
 from eplb_jax.layer.microbatch_plan import MicrobatchPlan, plan_microbatch
 from eplb_jax.layer.mixture import (
     EXCHANGED as EXCHANGED,
@@ -54,7 +49,6 @@ __all__ = [
     "MicrobatchPlan",
     "MoE",
     "Routing",
-    "grouped_matmul",
     "mix_experts",
     "physical_weights",
     "plan_microbatch",

@@ -13,6 +13,7 @@ Shape suffixes: see `eplb_jax`; here C choices of all tokens, C = T * K.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,7 +24,8 @@ from eplb_jax.layer.axes import Axis
 from eplb_jax.layer.choices import from_experts, to_experts
 from eplb_jax.layer.dispatch_plan import DispatchPlan
 from eplb_jax.layer.exchange import Transport
-from eplb_jax.layer.payload import Payload, check_payload, pack_fp8, unpack_fp8
+from eplb_jax.layer.payload import Payload, check_payload, pack, unpack
+from eplb_jax.products import ScaledRows, rows_of, scale_rows, unscale_rows
 
 
 def dispatch_tokens(
@@ -58,7 +60,34 @@ def dispatch_tokens(
       [1.0, 2.0, 1.0, 0.0]
     """
     check_payload(payload, x.shape[1])
-    return _dispatch_tokens(x, plan, axis_name, transport, payload)
+    if payload == "plain":
+        return _dispatch_tokens(x, plan, axis_name, transport)
+    rows = dispatch_scaled(
+        scale_rows(x), plan, axis_name=axis_name, transport=transport
+    )
+    return unscale_rows(rows)
+
+
+def dispatch_scaled(
+    x: ScaledRows,
+    plan: DispatchPlan,
+    *,
+    axis_name: Axis | None = None,
+    transport: Transport = "auto",
+) -> ScaledRows:
+    """Brings each token in float8 to the physical experts that it chose.
+
+    Args:
+      x: [tokens, d], a multiple of 128.
+      plan: from `plan_dispatch`.
+      axis_name: as in `plan_dispatch`.
+      transport: see `exchange`.
+
+    Returns:
+      [rows, d], as in `dispatch_tokens`; quantized as they were. Gradients come back in
+      the dtype of the tokens.
+    """
+    return _dispatch_scaled(x, plan, axis_name, transport)
 
 
 def combine(
@@ -91,46 +120,59 @@ def combine(
     return _combine(rows, plan, num_tokens, axis_name, transport)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dispatch_tokens(
-    x: jax.Array,
-    plan: DispatchPlan,
-    axis_name: Axis | None,
-    transport: Transport,
-    payload: Payload,
+    x: jax.Array, plan: DispatchPlan, axis_name: Axis | None, transport: Transport
+) -> jax.Array:
+    return _to_tokens_experts(x, plan, axis_name, transport)
+
+
+def _to_tokens_experts(
+    x: jax.Array, plan: DispatchPlan, axis_name: Axis | None, transport: Transport
 ) -> jax.Array:
     token_C = plan.order // max(1, _top_k(plan, len(x)))
-    if payload == "plain":
-        return to_experts(x[token_C], plan, axis_name, transport)
-    bytes_T = pack_fp8(x)
-    bytes_M = to_experts(bytes_T[token_C], plan, axis_name, transport)
-    return unpack_fp8(bytes_M, x.shape[1], x.dtype)
+    return to_experts(x[token_C], plan, axis_name, transport)
 
 
 def _dispatch_tokens_forward(
-    x: jax.Array,
-    plan: DispatchPlan,
-    axis_name: Axis | None,
-    transport: Transport,
-    payload: Payload,
+    x: jax.Array, plan: DispatchPlan, axis_name: Axis | None, transport: Transport
 ) -> Any:
-    return _dispatch_tokens(x, plan, axis_name, transport, payload), (plan, len(x))
+    return _dispatch_tokens(x, plan, axis_name, transport), (plan, len(x))
 
 
 def _dispatch_tokens_backward(
-    axis_name: Axis | None,
-    transport: Transport,
-    payload: Payload,
-    saved: Any,
-    ct: jax.Array,
+    axis_name: Axis | None, transport: Transport, saved: Any, ct: jax.Array
 ) -> Any:
-    del payload
     plan, num_tokens = saved
     with jax.named_scope("dispatch"):
         return _sum_choices(ct, plan, num_tokens, axis_name, transport), None
 
 
 _dispatch_tokens.defvjp(_dispatch_tokens_forward, _dispatch_tokens_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dispatch_scaled(
+    x: ScaledRows, plan: DispatchPlan, axis_name: Axis | None, transport: Transport
+) -> ScaledRows:
+    bytes_M = _to_tokens_experts(pack(x.scaled), plan, axis_name, transport)
+    return rows_of(unpack(bytes_M, x.shape[1]), x.dtype, x.powers_of_two)
+
+
+def _dispatch_scaled_forward(
+    x: ScaledRows, plan: DispatchPlan, axis_name: Axis | None, transport: Transport
+) -> Any:
+    return _dispatch_scaled(x, plan, axis_name, transport), (plan, x.shape[0])
+
+
+def _dispatch_scaled_backward(
+    axis_name: Axis | None, transport: Transport, saved: Any, ct: ScaledRows
+) -> Any:
+    handle, _ = _dispatch_tokens_backward(axis_name, transport, saved, ct.handle)
+    return dataclasses.replace(ct, scaled=None, handle=handle), None
+
+
+_dispatch_scaled.defvjp(_dispatch_scaled_forward, _dispatch_scaled_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -163,7 +205,7 @@ def _combine_backward(
 ) -> Any:
     del num_tokens
     with jax.named_scope("combine"):
-        return _dispatch_tokens(ct, plan, axis_name, transport, "plain"), None
+        return _dispatch_tokens(ct, plan, axis_name, transport), None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)

@@ -17,7 +17,7 @@ from eplb_jax.layer.axes import Axis, all_gather, axis_index, psum
 from eplb_jax.layer.exchange import Segments
 from eplb_jax.layer.ids import known_ids
 from eplb_jax.layer.routing import count_experts
-from eplb_jax.layer.varying import is_typed
+from eplb_jax.products import is_typed
 
 
 class DispatchPlan(NamedTuple):

@@ -27,8 +27,8 @@ from eplb_jax.layer.microbatch_plan import (
 )
 from eplb_jax.layer.parallel import ExpertParallel
 from eplb_jax.layer.routing import count_experts
-from eplb_jax.layer.varying import is_typed, vary_alike
 from eplb_jax.placement import ExpertTables
+from eplb_jax.products import is_typed, vary_alike
 
 
 class Slots(NamedTuple):

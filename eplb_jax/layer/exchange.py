@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.layer.axes import Axis, all_gather, axis_index, ragged_all_to_all
-from eplb_jax.layer.varying import vary_alike
 from eplb_jax.placement import check_choices, take_or_zero
+from eplb_jax.products import vary_alike
 
 Transport = Literal["auto", "ragged", "gather"]
 

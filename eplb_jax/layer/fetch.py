@@ -22,8 +22,8 @@ from jax.typing import ArrayLike
 from eplb_jax.layer.axes import all_gather, axis_index, ragged_all_to_all
 from eplb_jax.layer.exchange import Transport, by_transport, exchange
 from eplb_jax.layer.physical import WeightGatherPlan, plan_weight_gather
-from eplb_jax.layer.varying import vary_alike
 from eplb_jax.placement import take_or_zero
+from eplb_jax.products import vary_alike
 from eplb_jax.runtime import on_cpu
 
 

@@ -22,14 +22,15 @@ from eplb_jax.layer.exact import (
     plan_slots,
 )
 from eplb_jax.layer.expert_weights import ExpertWeights
-from eplb_jax.layer.grouped_products import Implementation
+from eplb_jax.layer.experts import Products
 from eplb_jax.layer.ids import known_ids, merge_repeated
 from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.physical import physical_weights
 from eplb_jax.layer.replicas import choose_physical_experts
 from eplb_jax.layer.routes import Fetched, mix_physical
 from eplb_jax.layer.routing import ROUTING
-from eplb_jax.placement import ExpertTables
+from eplb_jax.placement import ExpertTables, check_choices
+from eplb_jax.products import Implementation, ScaledRows, scale_rows, unscale_rows
 
 # Names of the values that a layer must keep so that its recomputation exchanges
 # nothing: `jax.checkpoint_policies.save_only_these_names(*EXCHANGED)`.
@@ -57,6 +58,7 @@ def mix_experts(
     *,
     is_physical: bool = False,
     implementation: Implementation = "auto",
+    products: Products = "plain",
     is_distinct: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes the weighted sum of each token's experts.
@@ -75,6 +77,7 @@ def mix_experts(
       parallel: how physical experts are divided among devices.
       is_physical: whether `expert_weights` are gathered already.
       implementation: see `grouped_matmul`.
+      products: see `MoE`.
       is_distinct: whether no token chooses an expert twice, as after a top-k; then
         choices are not compared with each other.
 
@@ -106,13 +109,14 @@ def mix_experts(
         parallel,
         is_physical=is_physical,
         implementation=implementation,
+        products=products,
         is_distinct=is_distinct,
     )
     return mixed.outputs, mixed.tokens_per_physical_expert, mixed.overflow
 
 
 def mix(
-    x: jax.Array,
+    x: jax.Array | ScaledRows,
     experts: jax.Array,
     weights: jax.Array,
     expert_weights: ExpertWeights,
@@ -121,17 +125,21 @@ def mix(
     *,
     is_physical: bool = False,
     implementation: Implementation = "auto",
+    products: Products = "plain",
     is_distinct: bool = False,
     shared: ExpertWeights | None = None,
 ) -> Mixed:
     """Does what `mix_experts` says, and counts the rows of each device as well.
 
+    `x` may be quantized already, if its payload and the products are float8.
+
     With exact balance, `shared` [1, ...] is an expert that all tokens go to, and that
     all devices hold; its rows are planned with the others.
     """
     p = parallel
+    check_choices(products=(products, Products))
     if tables is None:
-        num_physical_experts = expert_weights.gate.shape[0] * p.num_devices
+        num_physical_experts = expert_weights.num_experts * p.num_devices
         num_experts = num_physical_experts
     else:
         num_physical_experts = tables.num_physical_experts
@@ -144,15 +152,26 @@ def mix(
         experts, weights = merge_repeated(experts, weights)
     if tables is not None:
         expert_weights = _hold(expert_weights, tables, p, is_physical)
+    if products == "fp8" and p.payload == "fp8" and not isinstance(x, ScaledRows):
+        x = scale_rows(x)  # what is sent is what is multiplied
     if not len(x):
         # Nothing to send, on any device: all have equally many tokens.
         counts = jnp.zeros(num_physical_experts, jnp.int32)
         none = jnp.zeros((), jnp.int32)
         device_rows = jnp.zeros(p.num_devices, jnp.int32)
-        return Mixed(x, counts, none, device_rows, none, none)
+        outputs = unscale_rows(x) if isinstance(x, ScaledRows) else x
+        return Mixed(outputs, counts, none, device_rows, none, none)
     if p.is_exact:
         return _mix_exactly(
-            x, experts, weights, expert_weights, tables, p, implementation, shared
+            x,
+            experts,
+            weights,
+            expert_weights,
+            tables,
+            p,
+            implementation,
+            products,
+            shared,
         )
     if tables is not None:
         experts = choose_physical_experts(
@@ -164,7 +183,14 @@ def mix(
             axis_name=p.axis_name,
         )
     outputs, counts, overflow = mix_physical(
-        x, experts, weights, expert_weights, num_physical_experts, p, implementation
+        x,
+        experts,
+        weights,
+        expert_weights,
+        num_physical_experts,
+        p,
+        implementation,
+        products,
     )
     device_rows = counts.reshape(p.num_devices, -1).sum(axis=1, dtype=jnp.int32)
     none = jnp.zeros((), jnp.int32)
@@ -188,19 +214,20 @@ def _hold(
 
 
 def _mix_exactly(
-    x: jax.Array,
+    x: jax.Array | ScaledRows,
     experts: jax.Array,
     weights: jax.Array,
     expert_weights: ExpertWeights,
     tables: ExpertTables | None,
     p: ExpertParallel,
     implementation: Implementation,
+    products: Products,
     shared: ExpertWeights | None,
 ) -> Mixed:
     """Mixes with slots, see `eplb_jax.layer.exact`, in place of physical experts."""
     assert p.axis_name is not None
     if tables is None:
-        num_experts = expert_weights.gate.shape[0] * p.num_devices
+        num_experts = expert_weights.num_experts * p.num_devices
         tables = ExpertTables.in_order(num_experts)
     if shared is not None:
         # It comes after the others, of the choices as of the experts of a device.
@@ -226,6 +253,7 @@ def _mix_exactly(
         rows_DO.shape[1],
         dataclasses.replace(p, num_rows=num_rows),
         implementation,
+        products,
         Fetched(slots.fetch, p.axis_name, rows_DO),
     )
     return Mixed(
@@ -243,7 +271,7 @@ def _check_fit(
     tables: ExpertTables,
     parallel: ExpertParallel,
 ) -> None:
-    held = weights.gate.shape[0]
+    held = weights.num_experts
     if held * parallel.num_devices != tables.num_physical_experts:
         raise ValueError(
             f"weights of {held} physical experts per device do not fit tables of "

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from eplb_jax.layer.expert_weights import ExpertWeights
-from eplb_jax.layer.grouped_products import Implementation
+from eplb_jax.layer.experts import Products, run_network
 from eplb_jax.layer.mixture import mix
 from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.routing import (
@@ -19,7 +19,8 @@ from eplb_jax.layer.routing import (
     sigmoid_group_top_k,
     softmax_top_k,
 )
-from eplb_jax.placement import ExpertTables
+from eplb_jax.placement import ExpertTables, check_choices
+from eplb_jax.products import Implementation, ScaledRows, scale_rows
 
 
 class RouterBias(nnx.Variable):
@@ -102,6 +103,7 @@ class MoE(nnx.Module):
         route_scale: float = 1.0,
         parallel: ExpertParallel = ONE_DEVICE,
         implementation: Implementation = "auto",
+        products: Products = "plain",
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -123,6 +125,11 @@ class MoE(nnx.Module):
           route_scale: factor of the router weights.
           parallel: how the physical experts are divided among devices.
           implementation: see `grouped_matmul`.
+          products: `"fp8"` quantizes the operands of the experts' products, forward and
+            backward, to float8_e4m3fn, with scales for 1 x 128 values of activations
+            and gradients and for 128 x 128 of weights (arXiv:2412.19437, section 3.3);
+            what is kept for the backward pass is in float8, too. With a payload in
+            float8 the experts multiply what was sent. `"plain"`: in `dtype`.
           dtype: of the experts' arithmetic; None: that of the input.
           param_dtype: of the experts' parameters. The router's are float32.
           rngs: provides the key stream `params`.
@@ -147,6 +154,8 @@ class MoE(nnx.Module):
         self.route_norm, self.route_scale = route_norm, route_scale
         self.parallel = parallel
         self.implementation: Implementation = implementation
+        check_choices(products=(products, Products))
+        self.products: Products = products
         self.dtype = dtype
         initial = nnx.initializers.lecun_normal()
         batched = nnx.initializers.lecun_normal(batch_axis=0)
@@ -243,12 +252,15 @@ class MoE(nnx.Module):
         held = physical
         if held is None:
             held = ExpertWeights(*(leaf[...] for leaf in self.experts))
+        rows: jax.Array | ScaledRows = tokens
+        if self.products == "fp8" and self.parallel.payload == "fp8":
+            rows = scale_rows(tokens)  # once, for the shared experts too
         shared = self.shared
         if shared is not None:
-            shared = ExpertWeights(*(leaf[...] for leaf in shared))
+            shared = ExpertWeights(*(leaf.get_value() for leaf in shared))
         is_planned = self.parallel.is_exact and self.parallel.spread_shared
         mixed = mix(
-            tokens,
+            rows,
             experts.reshape(-1, self.top_k),
             routing.weights.reshape(-1, self.top_k),
             held,
@@ -256,13 +268,14 @@ class MoE(nnx.Module):
             self.parallel,
             is_physical=physical is not None,
             implementation=self.implementation,
+            products=self.products,
             is_distinct=True,
             shared=shared if is_planned else None,
         )
         outputs, counts = mixed.outputs, mixed.tokens_per_physical_expert
         if shared is not None and not is_planned:
-            gate, up, down = (leaf[0].astype(dtype) for leaf in shared)
-            outputs += (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
+            weights = jax.tree.map(lambda leaf: leaf[0], shared)
+            outputs += run_network(rows, weights, products=self.products)
         if tables is not None:
             # Each choice has one physical expert, whose count is that of all devices.
             counts = tables.add_replicas(counts)

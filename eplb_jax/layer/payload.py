@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.placement import check_choices
+from eplb_jax.products import E4M3, TILE, Scaled
 
 Payload = Literal["plain", "fp8"]
-
-_TILE = 128
-_LARGEST_FP8 = 448.0
 
 
 def check_payload(payload: Payload, num_features: int) -> None:
@@ -33,9 +31,9 @@ def check_payload(payload: Payload, num_features: int) -> None:
         features.
     """
     check_choices(payload=(payload, Payload))
-    if payload == "fp8" and num_features % _TILE:
+    if payload == "fp8" and num_features % TILE:
         raise ValueError(
-            f"payload='fp8' scales tiles of {_TILE} channels, which do not divide "
+            f"payload='fp8' scales tiles of {TILE} channels, which do not divide "
             f"{num_features} features; use payload='plain'."
         )
 
@@ -48,49 +46,41 @@ def bytes_of_token(payload: Payload, num_features: int, dtype: Any) -> int:
       (512, 264)
     """
     if payload == "fp8":
-        return num_features + 4 * num_features // _TILE
+        return num_features + 4 * num_features // TILE
     return num_features * jnp.dtype(dtype).itemsize
 
 
-def pack_fp8(x_TF: jax.Array) -> jax.Array:
-    """Encodes tokens as bytes: float8_e4m3fn values, then a float32 scale per tile.
+def pack(scaled: Scaled) -> jax.Array:
+    """Encodes tokens in float8 as bytes: the values, then a float32 scale per tile.
 
     Args:
-      x_TF: [tokens, d].
+      scaled: [tokens, d], from `quantize_tiles`.
 
     Returns:
       [tokens, d + 4 * d / 128] uint8.
     """
-    num_tiles = x_TF.shape[1] // _TILE
-    tile_T = x_TF.astype(jnp.float32).reshape(len(x_TF), num_tiles, _TILE)
-    scale_T = jnp.abs(tile_T).max(axis=-1, keepdims=True) / _LARGEST_FP8
-    scale_T = jnp.where(scale_T > 0, scale_T, 1.0)
-    small_T = (tile_T / scale_T).astype(jnp.float8_e4m3fn).reshape(x_TF.shape)
     # As bytes, since not every backend's collectives support the type; and in one row,
     # since a second exchange, just for the scales, would cost the network's latency.
-    return jnp.concatenate(
-        [lax.bitcast_convert_type(small_T, jnp.uint8), _as_bytes(scale_T[..., 0])],
-        axis=1,
-    )
+    values_T = lax.bitcast_convert_type(scaled.values, jnp.uint8)
+    return jnp.concatenate([values_T, _as_bytes(scaled.scales)], axis=1)
 
 
-def unpack_fp8(bytes_M: jax.Array, num_features: int, dtype: Any) -> jax.Array:
-    """Decodes rows that `pack_fp8` encoded.
+def unpack(bytes_M: jax.Array, num_features: int) -> Scaled:
+    """Decodes rows that `pack` encoded; a row of zeros is zero.
 
     Args:
       bytes_M: [rows, d + 4 * d / 128] uint8.
       num_features: d.
-      dtype: of the result.
 
     Returns:
       [rows, d].
     """
-    shape = len(bytes_M), num_features // _TILE
-    small_M, scale_M = jnp.split(bytes_M, [num_features], axis=1)
-    small_M = lax.bitcast_convert_type(small_M, jnp.float8_e4m3fn)
-    scale_M = lax.bitcast_convert_type(scale_M.reshape(*shape, 4), jnp.float32)
-    tile_M = small_M.astype(jnp.float32).reshape(*shape, _TILE) * scale_M[..., None]
-    return tile_M.reshape(small_M.shape).astype(dtype)
+    values_M, scales_M = jnp.split(bytes_M, [num_features], axis=1)
+    scales_M = scales_M.reshape(len(bytes_M), num_features // TILE, 4)
+    return Scaled(
+        lax.bitcast_convert_type(values_M, E4M3),
+        lax.bitcast_convert_type(scales_M, jnp.float32),
+    )
 
 
 def _as_bytes(x: jax.Array) -> jax.Array:

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.layer.exchange import Segments, Transport, exchange
-from eplb_jax.layer.varying import vary_alike
 from eplb_jax.placement import ExpertTables, divisor_from, take_or_zero
+from eplb_jax.products import vary_alike
 from eplb_jax.runtime import on_cpu
 
 PyTree = Any

@@ -17,8 +17,8 @@ from jax import lax
 
 from eplb_jax.layer.ids import known_ids
 from eplb_jax.layer.routing import count_experts
-from eplb_jax.layer.varying import vary_alike
 from eplb_jax.placement import ExpertTables, check_choices, mix_bits
+from eplb_jax.products import vary_alike
 
 ReplicaChoice = Literal["spread", "nearest", "balanced"]
 

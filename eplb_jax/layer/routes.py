@@ -6,6 +6,7 @@ Shape suffixes: see `eplb_jax`; here C choices of all tokens, C = T * K.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from eplb_jax.layer.axes import Axis, Groups, all_gather, axis_index, psum
 from eplb_jax.layer.choices import combine_choices, dispatch_choices
-from eplb_jax.layer.dispatch import combine, dispatch_tokens
-from eplb_jax.layer.dispatch_plan import plan_dispatch
+from eplb_jax.layer.dispatch import combine, dispatch_scaled, dispatch_tokens
+from eplb_jax.layer.dispatch_plan import DispatchPlan, plan_dispatch
 from eplb_jax.layer.exchange import Transport
 from eplb_jax.layer.expert_weights import ExpertWeights
+from eplb_jax.layer.experts import Products, run_experts, run_scaled_experts
 from eplb_jax.layer.fetch import Fetch, add_fetched
-from eplb_jax.layer.grouped_products import Implementation, grouped_matmul
 from eplb_jax.layer.ids import is_repeated
 from eplb_jax.layer.parallel import ExpertParallel
+from eplb_jax.layer.payload import Payload
+from eplb_jax.products import Implementation, ScaledRows, named_rows
 
 
 class Fetched(NamedTuple):
@@ -40,7 +43,7 @@ class Fetched(NamedTuple):
     def add(self, weight: jax.Array, dtype: Any, transport: Transport) -> jax.Array:
         """From the weights of a device's physical experts to those of its slots."""
         if self.plan is None:
-            return weight.astype(dtype)
+            return weight
         return add_fetched(
             weight,
             self.plan,
@@ -51,13 +54,14 @@ class Fetched(NamedTuple):
 
 
 def mix_physical(
-    x: jax.Array,
+    x: jax.Array | ScaledRows,
     physical_experts: jax.Array,
     weights: jax.Array,
     expert_weights: ExpertWeights,
     num_physical_experts: int,
     p: ExpertParallel,
     implementation: Implementation,
+    products: Products,
     fetched: Fetched | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Like `mix_experts`, for choices of physical experts, by the route of `p`."""
@@ -71,12 +75,13 @@ def mix_physical(
         p,
         p.axis_name,
         implementation,
+        products,
         fetched,
     )
 
 
 def _mix_by_node(
-    x: jax.Array,
+    x: jax.Array | ScaledRows,
     physical_experts: jax.Array,
     weights: jax.Array,
     expert_weights: ExpertWeights,
@@ -84,6 +89,7 @@ def _mix_by_node(
     p: ExpertParallel,
     axis: Axis | None,
     implementation: Implementation,
+    products: Products,
     fetched: Fetched | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Like `_mix_directly`, in two hops: to nodes, then inside each node.
@@ -105,12 +111,12 @@ def _mix_by_node(
     )
     plan = checkpoint_name(plan, "moe_plan")
     with jax.named_scope("dispatch"):
-        rows = dispatch_tokens(x, plan, payload=p.payload, **way)
+        rows = _dispatch(x, plan, p.payload, way)
         # Counted from 1, since an empty row is zero.
         physical_TK = (physical_experts + 1).astype(jnp.float32)
         routing = jnp.concatenate([physical_TK, weights], axis=1)
         routing = dispatch_tokens(routing, plan, **way)
-        rows, routing = checkpoint_name((rows, routing), "moe_rows")
+        routing = checkpoint_name(routing, "moe_rows")
     physical_MK, weight_MK = jnp.split(routing, 2, axis=1)
     physical_MK = physical_MK.astype(jnp.int32) - 1 - axis_index(across) * per_node
     is_here_MK = (physical_MK >= 0) & (physical_MK < per_node)
@@ -123,6 +129,7 @@ def _mix_by_node(
         dataclasses.replace(p, num_devices=p.num_devices // num_nodes, num_nodes=1),
         node,
         implementation,
+        products,
         # In a node choices are others: those that came to its devices.
         None if fetched is None else fetched._replace(counts=None),
     )
@@ -134,6 +141,16 @@ def _mix_by_node(
         tokens_per_physical_expert,
         psum(plan.overflow, node) + psum(overflow, across),
     )
+
+
+def _dispatch(
+    x: jax.Array | ScaledRows, plan: DispatchPlan, payload: Payload, way: dict[str, Any]
+) -> jax.Array | ScaledRows:
+    """Brings tokens to experts, or to nodes; names what then need not be sent again."""
+    if isinstance(x, ScaledRows):
+        return named_rows(dispatch_scaled(x, plan, **way), "moe_rows")
+    rows = dispatch_tokens(x, plan, payload=payload, **way)
+    return checkpoint_name(rows, "moe_rows")
 
 
 def _nodes_of(physical_TK: jax.Array, per_node: int, num_nodes: int) -> jax.Array:
@@ -152,7 +169,7 @@ def _nodes_of(physical_TK: jax.Array, per_node: int, num_nodes: int) -> jax.Arra
 
 
 def _mix_directly(
-    x: jax.Array,
+    x: jax.Array | ScaledRows,
     physical_experts: jax.Array,
     weights: jax.Array,
     expert_weights: ExpertWeights,
@@ -160,6 +177,7 @@ def _mix_directly(
     p: ExpertParallel,
     axis: Axis | None,
     implementation: Implementation,
+    products: Products,
     fetched: Fetched | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Like `mix_experts`, for choices of physical experts of the devices of an axis."""
@@ -178,35 +196,25 @@ def _mix_directly(
     plan = checkpoint_name(plan, "moe_plan")
     way = {"axis_name": axis, "transport": p.transport}
 
-    def multiply(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    def hold(weight: jax.Array, dtype: Any) -> jax.Array:
         if fetched is None:
-            weight = weight.astype(rows.dtype)
-        else:
-            weight = fetched.add(weight, rows.dtype, p.transport)
-        return grouped_matmul(
-            rows, weight, plan.group_sizes, implementation=implementation
-        )
+            return weight
+        return fetched.add(weight, dtype, p.transport)
 
-    if fetched is not None and not (p.keep_fetched or p.remat):
-        # Keeps the rows alone, so that the backward pass fetches weights again.
-        multiply = jax.checkpoint(multiply)
-
+    run = functools.partial(
+        run_scaled_experts if products == "fp8" else run_experts,
+        hold=hold,
+        group_sizes=plan.group_sizes,
+        implementation=implementation,
+        # Then the backward pass fetches weights again.
+        refetch=fetched is not None and not (p.keep_fetched or p.remat),
+    )
     is_before = p.apply_scores == "before"
     with jax.named_scope("dispatch"):
-        rows, weights_M1 = dispatch_tokens(x, plan, payload=p.payload, **way), None
+        rows, weights_M1 = _dispatch(x, plan, p.payload, way), None
         if is_before:
             weights_M1 = dispatch_choices(weights.reshape(-1, 1), plan, **way)
-        rows, weights_M1 = checkpoint_name((rows, weights_M1), "moe_rows")
-
-    def run(
-        rows: jax.Array, weights_M1: jax.Array | None, e: ExpertWeights
-    ) -> jax.Array:
-        hidden = jax.nn.silu(multiply(rows, e.gate)) * multiply(rows, e.up)
-        if weights_M1 is not None:
-            # Here and not after the last product: there, the gradient of the weights
-            # would need the outputs again, which are several times as wide.
-            hidden = (hidden.astype(jnp.float32) * weights_M1).astype(hidden.dtype)
-        return multiply(hidden, e.down)
+            weights_M1 = checkpoint_name(weights_M1, "moe_rows")
 
     with jax.named_scope("mlp"):
         if p.remat:

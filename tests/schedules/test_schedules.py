@@ -22,6 +22,7 @@ from dualpipe_jax.schedules.generators.v_min import v_min
 from dualpipe_jax.schedules.generators.zb1p import zb1p
 from dualpipe_jax.schedules.generators.zbv import zbv
 from dualpipe_jax.schedules.schedule import OPS, Schedule, Task, predecessors, result_of
+from dualpipe_jax.schedules.simulator import simulate
 
 # [rank][step][task] = [op, direction, index within direction], recorded by running
 # deepseek-ai/DualPipe@3da1bbe with compute and communication stubbed.
@@ -362,3 +363,20 @@ def test_whole_backwards_are_the_same_work_with_nothing_waiting(make, num_ranks)
             map(len, after)
         )
     assert lower(whole).num_wgrad_residual_slots == 0
+
+
+@pytest.mark.parametrize("max_waiting", [0, 1, 2, 99])
+@pytest.mark.parametrize("make", [dualpipe, zb1p, zbv])
+def test_no_more_backwards_wait_than_allowed(make, max_waiting):
+    schedule = make(4, 16)
+    found = schedule.with_whole_backwards(max_waiting=max_waiting)
+    slots = lower(schedule).num_wgrad_residual_slots
+    assert lower(found).num_wgrad_residual_slots == min(max_waiting, slots)
+    if max_waiting >= slots:
+        assert found == schedule
+    if make is dualpipe:  # others may lose more to the order than W fills
+        whole = schedule.with_whole_backwards()
+        times = [simulate(each).makespan for each in (schedule, found, whole)]
+        assert times == sorted(times)
+    with pytest.raises(ValueError, match=r"max_waiting=-1 must be at least 0"):
+        schedule.with_whole_backwards(max_waiting=-1)

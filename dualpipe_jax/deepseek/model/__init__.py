@@ -5,7 +5,7 @@ per step), `stage` and `ends` (per microbatch), `balancing` (after the step). Sh
 suffixes: see `dualpipe_jax.deepseek`.
 
 Imports: checked, schedules, planning, executor, train, eplb_jax.placement,
-eplb_jax.layer.
+eplb_jax.products, eplb_jax.layer.
 """
 
 from dualpipe_jax.deepseek.model.balancing import RouterState as RouterState

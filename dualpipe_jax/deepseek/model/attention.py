@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
+from dualpipe_jax.deepseek.model.projections import matrix, operand, project
 from dualpipe_jax.deepseek.model.rope import rotate
-from eplb_jax.layer import load_tokamax, on_cuda
+from eplb_jax.layer import Products
+from eplb_jax.products import ScaledRows, load_tokamax, on_cuda
 
 # DeepSeek's code and others give the norms inside the attention no epsilon of the
 # config: it is this, whatever `rms_norm_eps` is.
@@ -138,8 +140,23 @@ class LatentAttention(nnx.Module):
       out: from the heads' values to the residual stream (W^O).
     """
 
-    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DeepSeekConfig,
+        *,
+        products: Products = "plain",
+        rngs: nnx.Rngs,
+    ):
+        """Draws the parameters.
+
+        Args:
+          config: the sizes.
+          products: of these matrices, see `DeepSeek`; scores and what is mixed by them
+            are not quantized.
+          rngs: provides the key stream `params`.
+        """
         c = self.config = config
+        self.products: Products = products
         linear = functools.partial(
             nnx.LinearGeneral,
             use_bias=False,
@@ -156,25 +173,36 @@ class LatentAttention(nnx.Module):
         self.kv_up = linear(c.kv_lora_rank, (heads, c.qk_nope_head_dim + c.v_head_dim))
         self.out = linear((heads, c.v_head_dim), width, axis=(-2, -1))
 
-    def compress(self, x: jax.Array) -> jax.Array:
+    def operand(self, x: jax.Array) -> jax.Array | ScaledRows:
+        """Returns the input of `compress` and `latents`, quantized once for both."""
+        return operand(x, self.products)
+
+    def compress(self, x: jax.Array | ScaledRows) -> jax.Array | ScaledRows:
         """Returns the queries' compression, [..., Q]; without one, `x` itself."""
         if self.q_down is None or self.q_norm is None:
             return x
-        return self.q_norm(self.q_down(x))
+        shape = (self.config.q_lora_rank or 0,)
+        return self.operand(self.q_norm(project(self.q_down, x, shape)))
 
-    def queries(self, compressed_BTQ: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def queries(
+        self, compressed_BTQ: jax.Array | ScaledRows, positions_BT: jax.Array
+    ) -> jax.Array:
         """Returns [batch, sequence, heads, N + R], in this order of the parts."""
         c = self.config
-        nope, rope = jnp.split(self.q_up(compressed_BTQ), [c.qk_nope_head_dim], axis=-1)
+        shape = c.num_attention_heads, c.qk_head_dim
+        q_BTHK = project(self.q_up, compressed_BTQ, shape)
+        nope, rope = jnp.split(q_BTHK, [c.qk_nope_head_dim], axis=-1)
         rope = rotate(rope, positions_BT, c.rope_theta, c.rope_scaling)
         return jnp.concatenate([nope, rope], axis=-1)
 
     def latents(
-        self, x_BTD: jax.Array, positions_BT: jax.Array
+        self, x_BTD: jax.Array | ScaledRows, positions_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns what a cache keeps: [batch, sequence, C] and [batch, sequence, R]."""
         c = self.config
-        latent, rope = jnp.split(self.kv_down(x_BTD), [c.kv_lora_rank], axis=-1)
+        width = c.kv_lora_rank + c.qk_rope_head_dim
+        both = project(self.kv_down, x_BTD, (width,))
+        latent, rope = jnp.split(both, [c.kv_lora_rank], axis=-1)
         rope_BT1R = rotate(rope[:, :, None], positions_BT, c.rope_theta, c.rope_scaling)
         return self.kv_norm(latent), rope_BT1R[:, :, 0]
 
@@ -197,7 +225,9 @@ class LatentAttention(nnx.Module):
           [batch, sequence, heads, V].
         """
         c = self.config
-        nope, v_BTHV = jnp.split(self.kv_up(latent_BTC), [c.qk_nope_head_dim], axis=-1)
+        shape = c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim
+        both = project(self.kv_up, self.operand(latent_BTC), shape)
+        nope, v_BTHV = jnp.split(both, [c.qk_nope_head_dim], axis=-1)
         rope = jnp.broadcast_to(
             rope_BTR[:, :, None], (*nope.shape[:3], c.qk_rope_head_dim)
         )
@@ -207,13 +237,25 @@ class LatentAttention(nnx.Module):
             return attend_at(q_BTHK, k_BTHK, v_BTHV, position_BT, score_scale=scale)
         return attend(q_BTHK, k_BTHK, v_BTHV, score_scale=scale)
 
+    def output(self, v_BTHV: jax.Array) -> jax.Array:
+        """Returns what is added to the residual stream, [..., D].
+
+        Scales are powers of two, as in the report (section 3.3.3): quantizing again
+        along the other axis, for the gradient of the matrix, then loses nothing.
+        """
+        *leading, heads, width = v_BTHV.shape
+        flat = v_BTHV.reshape(*leading, heads * width)
+        scaled = operand(flat, self.products, powers_of_two=True)
+        return project(self.out, scaled, (self.config.hidden_size,))
+
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         batch, sequence, _ = x_BTD.shape
         positions_BT = jnp.broadcast_to(
             jnp.arange(sequence, dtype=jnp.int32)[None], (batch, sequence)
         )
-        q_BTHK = self.queries(self.compress(x_BTD), positions_BT)
-        return self.out(self.mix(q_BTHK, *self.latents(x_BTD, positions_BT)))
+        x = self.operand(x_BTD)
+        q_BTHK = self.queries(self.compress(x), positions_BT)
+        return self.output(self.mix(q_BTHK, *self.latents(x, positions_BT)))
 
     def decode(
         self, x_BD: jax.Array, positions_B: jax.Array, cache_BSW: jax.Array
@@ -235,8 +277,9 @@ class LatentAttention(nnx.Module):
         """
         c = self.config
         position_B1 = positions_B[:, None]
-        q_BHK = self.queries(self.compress(x_BD[:, None]), position_B1)[:, 0]
-        pair = self.latents(x_BD[:, None], position_B1)
+        x = self.operand(x_BD[:, None])
+        q_BHK = self.queries(self.compress(x), position_B1)[:, 0]
+        pair = self.latents(x, position_B1)
         new_BW = jnp.concatenate(pair, axis=-1)[:, 0]
         batch_B = jnp.arange(len(x_BD), dtype=jnp.int32)
         cache_BSW = cache_BSW.at[batch_B, positions_B].set(
@@ -245,9 +288,10 @@ class LatentAttention(nnx.Module):
             mode="promise_in_bounds",
             wrap_negative_indices=False,
         )
-        up_CHN, up_CHV = jnp.split(
-            self.kv_up.kernel[...].astype(x_BD.dtype), [c.qk_nope_head_dim], axis=-1
-        )
+        # Absorbed, it is a part of the attention, and not in float8.
+        up_CHM = matrix(self.kv_up, x_BD.dtype)
+        up_CHM = up_CHM.reshape(len(up_CHM), c.num_attention_heads, -1)
+        up_CHN, up_CHV = jnp.split(up_CHM, [c.qk_nope_head_dim], axis=-1)
         nope_BHN, rope_BHR = jnp.split(q_BHK, [c.qk_nope_head_dim], axis=-1)
         q_BHC = jnp.einsum("bhn,chn->bhc", nope_BHN, up_CHN)
         q_BHW = jnp.concatenate([q_BHC, rope_BHR], axis=-1)
@@ -263,4 +307,4 @@ class LatentAttention(nnx.Module):
         # it off first would copy the cache.
         mixed_BHW = jnp.einsum("bhs,bsw->bhw", weights_BHS, cache_BSW)
         v_BHV = jnp.einsum("bhc,chv->bhv", mixed_BHW[..., : c.kv_lora_rank], up_CHV)
-        return self.out(v_BHV), cache_BSW
+        return self.output(v_BHV), cache_BSW

@@ -256,7 +256,9 @@ class DeepSeekConfig:
         """Whether a layer's feed-forward network is dense."""
         return layer < self.first_k_dense_replace
 
-    def forward_flops(self, layer: int, sequence_length: int) -> float:
+    def forward_flops(
+        self, layer: int, sequence_length: int, matrix_cost: float = 1.0
+    ) -> float:
         """Estimated FLOPs of a layer's forward pass for one token.
 
         Counts matrix products, two FLOPs for each multiply and add, and half the
@@ -266,6 +268,8 @@ class DeepSeekConfig:
         Args:
           layer: index of the layer.
           sequence_length: tokens of a sequence.
+          matrix_cost: of an operation with a weight, in those of the attention's
+            scores: a half if they are in float8.
         """
         counts = layer_parameters(self)
         weights = counts.attention + (
@@ -273,19 +277,20 @@ class DeepSeekConfig:
         )
         head = self.qk_head_dim + self.v_head_dim
         mixing = self.num_attention_heads * head * sequence_length / 2
-        return 2.0 * (weights + mixing)
+        return 2.0 * (weights * matrix_cost + mixing)
 
-    def head_flops(self, sequence_length: int) -> float:
+    def head_flops(self, sequence_length: int, matrix_cost: float = 1.0) -> float:
         """Estimated FLOPs of what follows the last layer, for one token.
 
         That is the output matrix, and with multi-token prediction the module and the
-        output matrix again.
+        output matrix again. For the arguments see `forward_flops`; `matrix_cost` is of
+        the module's layer alone.
         """
         head = 2.0 * self.hidden_size * self.vocab_size
         if not self.num_nextn_predict_layers:
             return head
         project = 4.0 * self.hidden_size**2
-        layer = self.forward_flops(self.num_hidden_layers, sequence_length)
+        layer = self.forward_flops(self.num_hidden_layers, sequence_length, matrix_cost)
         return 2 * head + project + layer
 
     def count_parameters(self) -> ParameterCount:

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from eplb_jax.layer import cross_compiling
+from eplb_jax.products import cross_compiling
 
 
 def kernels_for(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:

@@ -17,7 +17,7 @@ from dualpipe_jax.deepseek.model.attention import LatentAttention
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
 from dualpipe_jax.deepseek.model.trees import parameters
 from eplb_jax import ExpertParallel, ExpertTables, ExpertWeights, MoE
-from eplb_jax.layer import MoEStats
+from eplb_jax.layer import MoEStats, Products, run_network
 
 
 def _norm(config: DeepSeekConfig, key: jax.Array) -> nnx.RMSNorm:
@@ -29,7 +29,11 @@ def _norm(config: DeepSeekConfig, key: jax.Array) -> nnx.RMSNorm:
 class FeedForward(nnx.Module):
     """SwiGLU (Shazeer 2020): `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DeepSeekConfig, *, products: Products = "plain", rngs: nnx.Rngs
+    ):
+        self.products: Products = products
+
         def linear(into: int, out: int) -> nnx.Linear:
             initial = nnx.initializers.truncated_normal(stddev=config.initializer_range)
             return nnx.Linear(into, out, use_bias=False, kernel_init=initial, rngs=rngs)
@@ -39,6 +43,10 @@ class FeedForward(nnx.Module):
         self.down = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        if self.products == "fp8":
+            parts = self.gate, self.up, self.down
+            weights = ExpertWeights(*(part.kernel.get_value() for part in parts))
+            return run_network(x_BTD, weights, products=self.products)
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
 
 
@@ -60,15 +68,18 @@ class Layer(nnx.Module):
         *,
         has_dense: bool,
         has_moe: bool,
+        products: Products = "plain",
         key: jax.Array,
     ):
         c = config
         keys = jax.random.split(key, 5)
         self.attention_norm = _norm(c, keys[0])
-        self.attention = LatentAttention(c, rngs=nnx.Rngs(keys[1]))
+        self.attention = LatentAttention(c, products=products, rngs=nnx.Rngs(keys[1]))
         self.feed_forward_norm = _norm(c, keys[2])
         self.dense = nnx.data(
-            FeedForward(c, rngs=nnx.Rngs(keys[3])) if has_dense else None
+            FeedForward(c, products=products, rngs=nnx.Rngs(keys[3]))
+            if has_dense
+            else None
         )
         self.moe = nnx.data(
             MoE(
@@ -83,6 +94,7 @@ class Layer(nnx.Module):
                 route_norm=c.norm_topk_prob,
                 route_scale=c.routed_scaling_factor,
                 parallel=parallel,
+                products=products,
                 rngs=nnx.Rngs(keys[4]),
             )
             if has_moe
@@ -158,7 +170,11 @@ class MultiTokenPrediction(nnx.Module):
     """
 
     def __init__(
-        self, config: DeepSeekConfig, parallel: ExpertParallel, key: jax.Array
+        self,
+        config: DeepSeekConfig,
+        parallel: ExpertParallel,
+        key: jax.Array,
+        products: Products = "plain",
     ):
         keys = jax.random.split(key, 5)
         self.hidden_norm, self.token_norm, self.norm = (
@@ -167,7 +183,14 @@ class MultiTokenPrediction(nnx.Module):
         shape = (2 * config.hidden_size, config.hidden_size)
         initial = nnx.initializers.truncated_normal(stddev=config.initializer_range)
         self.project = nnx.Param(initial(keys[3], shape))
-        self.layer = Layer(config, parallel, has_dense=False, has_moe=True, key=keys[4])
+        self.layer = Layer(
+            config,
+            parallel,
+            has_dense=False,
+            has_moe=True,
+            products=products,
+            key=keys[4],
+        )
 
     def __call__(
         self, x_BTD: jax.Array, next_BTD: jax.Array, tables: ExpertTables | None

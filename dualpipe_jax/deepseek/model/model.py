@@ -24,6 +24,14 @@ class DeepSeek(DeepSeekOptions):
       architecture: its sizes.
       compute_dtype: of activations and of the weights in matrix products; parameters,
         gradients and the optimizer are float32, and so is the router.
+      products: `"fp8"` multiplies in float8, forward and backward, with scales for 1 x
+        128 values of activations and gradients and for 128 x 128 of weights: experts,
+        dense networks and the matrices of the attention. Embedding, output, router,
+        norms and the scores of the attention stay in `compute_dtype` or float32. What
+        is kept for the backward, and what waits for W, is in float8 (DeepSeek-V3
+        report, section 3.3). On NVIDIA GPUs it needs compute capability 8.9 or more;
+        elsewhere the same rounded numbers are multiplied in float32. `"plain"`: in
+        `compute_dtype`.
       eplb: redundant experts, rebalanced as the load changes; None: no redundant
         experts.
       bias_update_rate: of the auxiliary-loss-free balancing.
@@ -63,11 +71,13 @@ class DeepSeek(DeepSeekOptions):
         arch = self.architecture
         costs, head_cost = self.layer_costs, self.head_cost
         if costs is None or head_cost is None:
+            # Tensor cores multiply float8 twice as fast as bfloat16.
+            matrix_cost = 0.5 if self.products == "fp8" else 1.0
             costs = tuple(
-                arch.forward_flops(layer, sequence_length)
+                arch.forward_flops(layer, sequence_length, matrix_cost)
                 for layer in range(arch.num_hidden_layers)
             )
-            head_cost = arch.head_flops(sequence_length)
+            head_cost = arch.head_flops(sequence_length, matrix_cost)
         return partition_layers(
             costs,
             schedule,
@@ -93,8 +103,8 @@ class DeepSeek(DeepSeekOptions):
           sequence_length: tokens of a sequence.
 
         Raises:
-          ValueError: the layers do not fit the stages, or the experts do not fit the ep
-            axis.
+          ValueError: the layers do not fit the stages, the experts do not fit the ep
+            axis, or products are in float8 and the GPUs have none.
         """
         partition = self.partition(schedule, sequence_length)
         devices = mesh.shape["ep"]

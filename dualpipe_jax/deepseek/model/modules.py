@@ -32,6 +32,7 @@ from dualpipe_jax.deepseek.model.trees import (
 )
 from dualpipe_jax.executor import PipelineParams
 from eplb_jax import ExpertParallel
+from eplb_jax.layer import Products
 
 P = PartitionSpec
 PyTree = Any
@@ -50,11 +51,13 @@ class Modules:
       arch: the sizes.
       layout: which layer is at which position.
       parallel: how the physical experts of a layer are divided over ep.
+      products: of the layers' matrices.
     """
 
     arch: DeepSeekConfig
     layout: Layout
     parallel: ExpertParallel
+    products: Products = "plain"
 
     def init(self, key: jax.Array) -> PipelineParams:
         """Returns initial parameters; each layer has its own key in any layout."""
@@ -138,10 +141,16 @@ class Modules:
         return {"has_dense": DENSE in kinds, "has_moe": MOE in kinds}
 
     def _layer(self, position: int, key: jax.Array) -> Layer:
-        return Layer(self.arch, self.parallel, key=key, **self._kinds(position))
+        return Layer(
+            self.arch,
+            self.parallel,
+            products=self.products,
+            key=key,
+            **self._kinds(position),
+        )
 
     def _mtp(self, key: jax.Array) -> MultiTokenPrediction:
-        return MultiTokenPrediction(self.arch, self.parallel, key)
+        return MultiTokenPrediction(self.arch, self.parallel, key, self.products)
 
 
 def _any_key() -> jax.Array:

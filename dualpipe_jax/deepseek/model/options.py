@@ -12,7 +12,7 @@ from dualpipe_jax.deepseek.model.placement_config import (
     EplbConfig,
     check_balance,
 )
-from eplb_jax.layer import Balance, Payload, check_payload
+from eplb_jax.layer import Balance, Payload, Products, check_payload
 
 Remat = Literal["attention", "experts"]
 StageCode = Literal["shared", "own"]
@@ -25,6 +25,7 @@ class DeepSeekOptions:
 
     architecture: DeepSeekConfig
     compute_dtype: ComputeDtype = "float32"
+    products: Products = "plain"
     eplb: EplbConfig | None = None
     bias_update_rate: NotNegative = 1e-3
     balance_loss: NotNegative = 1e-4

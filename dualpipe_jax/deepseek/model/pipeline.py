@@ -26,6 +26,7 @@ from dualpipe_jax.deepseek.model.stage import StageRunner
 from dualpipe_jax.executor import PipelineParams
 from dualpipe_jax.train import PipelineModel
 from eplb_jax import ExpertParallel, lookup
+from eplb_jax.products import check_has_float8
 
 PyTree = Any
 
@@ -67,6 +68,8 @@ class DeepSeekPipeline(PipelineModel):
                     f"{name}={getattr(arch, name)} must be a multiple of the ep axis, "
                     f"{devices}, which the matrices are divided over at rest."
                 )
+        if self.model.products == "fp8" and isinstance(self.mesh, Mesh):
+            check_has_float8(self.mesh.devices.flat[0])
         self.balancer  # noqa: B018  raises now if sizes do not fit
 
     @property
@@ -99,7 +102,7 @@ class DeepSeekPipeline(PipelineModel):
 
     @functools.cached_property
     def _modules(self) -> Modules:
-        return Modules(self.arch, self.layout, self.parallel)
+        return Modules(self.arch, self.layout, self.parallel, self.model.products)
 
     @functools.cached_property
     def _preparation(self) -> ParamPreparation:

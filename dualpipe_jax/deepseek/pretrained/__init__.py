@@ -5,7 +5,7 @@ what a folder holds, `safetensors` and `fp8` how it lies in files; `reading` and
 `saving` move weights, and `forward` computes logits.
 
 Imports: schedules.generators, executor, tokens, train, deepseek.model,
-eplb_jax.files.
+eplb_jax.files, eplb_jax.products.
 """
 
 from dualpipe_jax.deepseek.pretrained.exporting import export_run as export_run

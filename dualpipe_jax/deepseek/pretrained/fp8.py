@@ -1,17 +1,19 @@
 """Weights in float8 with one scale for each block, as DeepSeek publishes them.
 
-A weight is `values * scale`, where each block of 128 x 128 values shares a scale.
+A weight is `values * scale`, where each block of 128 x 128 values shares a scale. For
+parts of files, on the host, with NumPy; the same as `eplb_jax.quantize_blocks`, but for
+scales that are known.
 """
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 
-E4M3 = np.dtype(jnp.float8_e4m3fn)
+from eplb_jax.products import E4M3 as _E4M3, LARGEST
+
+E4M3 = np.dtype(_E4M3)
 # NumPy would convert one value at a time.
 _VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
-_MAX = 448.0
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
@@ -68,7 +70,7 @@ def quantize(
     """
     exact = weights.astype(np.float32)
     peak = _largest(exact, block)
-    scales = np.where(peak > 0, peak / np.float32(_MAX), np.float32(1)).astype(
+    scales = np.where(peak > 0, peak / np.float32(LARGEST), np.float32(1)).astype(
         np.float32
     )
     if known is not None:
@@ -85,7 +87,7 @@ def _divide(
     values = np.empty(weights.shape, E4M3)
     with np.errstate(divide="ignore", invalid="ignore"):  # a scale that is 0 or NaN
         for rows, row_scales in _rows_of(weights.shape, scales, block, (0, 0)):
-            scaled = np.clip(weights[rows] / row_scales, -_MAX, _MAX)
+            scaled = np.clip(weights[rows] / row_scales, -LARGEST, LARGEST)
             values[rows] = scaled.astype(E4M3)
     return values
 

@@ -5,7 +5,8 @@ runs when), `programs` (the jitted steps), `steps` (what a device runs), `forwar
 model over a cache). Shape suffixes: see `dualpipe_jax.deepseek`.
 
 Imports: checked, backward, executor, gpu, gpu.overlap, train, deepseek.model,
-deepseek.pretrained, eplb_jax.placement, eplb_jax.layer.
+deepseek.pretrained, eplb_jax.placement, eplb_jax.products,
+eplb_jax.layer.
 """
 
 from dualpipe_jax.deepseek.serve.arrays import ServeParams

@@ -16,7 +16,7 @@ from flax import nnx
 from dualpipe_jax.deepseek.serve.arrays import NOWHERE, Prompts
 from dualpipe_jax.deepseek.serve.config import HALVES
 from dualpipe_jax.deepseek.serve.rows import Rows, start_and_stop
-from eplb_jax.layer import cross_compiling
+from eplb_jax.products import cross_compiling
 
 # The parts of a layer are functions of their own so that layers of one structure are
 # traced, and lowered, once.
@@ -116,8 +116,8 @@ def attend_in_prompts(
     module = nnx.merge(graph, arrays)
     attention, c = module.attention, module.attention.config
     with jax.named_scope("attn"), kernels(is_on_gpu):
-        x_1MD, position_1M = module.attention_norm(x_MD)[None], position_M[None]
-        pair = attention.latents(x_1MD, position_1M)
+        x_1MD = attention.operand(module.attention_norm(x_MD)[None])
+        pair = attention.latents(x_1MD, position_M[None])
         latent_MW = jnp.concatenate(pair, axis=-1)[0]
         kept_BTW = rows.spread(latent_MW)
         if pieces is not None and caches is not None:
@@ -131,14 +131,15 @@ def attend_in_prompts(
             kept_BTW = kept_BTW.at[0].set(first_TW)
         asking = rows if pieces is None else pieces.rows
         position_BT = rows.position_BT if pieces is None else pieces.position_BQ
-        q_BTHK = attention.queries(
-            asking.spread(attention.compress(x_1MD)[0]), position_BT
+        compressed = jax.tree.map(
+            lambda leaf_1M: asking.spread(leaf_1M[0]), attention.compress(x_1MD)
         )
+        q_BTHK = attention.queries(compressed, position_BT)
         latent_BTC, rope_BTR = jnp.split(kept_BTW, [c.kv_lora_rank], axis=-1)
         v_BTHV = attention.mix(
             q_BTHK, latent_BTC, rope_BTR, None if pieces is None else position_BT
         )
-        x_MD = x_MD + attention.out(asking.gather(v_BTHV))
+        x_MD = x_MD + attention.output(asking.gather(v_BTHV))
     return x_MD, latent_MW, kept_BTW[-1]
 
 

@@ -23,7 +23,7 @@ from dualpipe_jax.deepseek.serve.fetch_costs import break_even
 from dualpipe_jax.gpu import Gpu
 from dualpipe_jax.train import Platform
 from eplb_jax import ExpertBalancer, ExpertParallel, lookup, moving_average
-from eplb_jax.layer import Balance, Payload, Route, check_payload
+from eplb_jax.layer import Balance, Payload, Products, Route, check_payload
 
 Phase = Literal["prefill", "decode"]
 # Each step is divided into two microbatches, which overlap.
@@ -69,6 +69,9 @@ class ServeConfig:
         `"decode"` one token of each request.
       compute_dtype: of activations, of the cache, and of all weights except the
         routers'.
+      products: `"fp8"` holds the layers' matrices in float8, with a scale for 128 x 128
+        values, and multiplies in float8, see `DeepSeek`. Where decoding absorbs a
+        matrix into its attention, it computes in `compute_dtype`.
       num_devices: devices of the `ep` axis.
       num_nodes: nodes that the devices are divided among.
       num_redundant: physical experts of a layer beyond one per expert.
@@ -104,6 +107,7 @@ class ServeConfig:
     architecture: DeepSeekConfig
     phase: Phase = "decode"
     compute_dtype: ComputeDtype = "float32"
+    products: Products = "plain"
     num_devices: Count
     num_nodes: Count = 1
     num_redundant: NumRedundant = 0
@@ -134,6 +138,11 @@ class ServeConfig:
         check_fields(self)  # what has just been computed, too
         check_payload(self.payload, self.architecture.hidden_size)
         self._check_sizes()
+        if self.products == "fp8" and self.balance == "exact":
+            raise ValueError(
+                "balance='exact' fetches weights that are not float8 only; use "
+                "products='plain' or balance='placement'."
+            )
         check_balance(
             self.architecture,
             self.balance,

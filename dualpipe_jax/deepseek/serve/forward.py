@@ -33,7 +33,7 @@ from dualpipe_jax.deepseek.serve.attending import (
 from dualpipe_jax.deepseek.serve.config import ServeConfig
 from dualpipe_jax.deepseek.serve.rows import Rows
 from eplb_jax import ExpertTables, ExpertWeights, MoEStats
-from eplb_jax.layer import ONE_DEVICE
+from eplb_jax.layer import ONE_DEVICE, Products
 from eplb_jax.placement import take_or_zero
 
 
@@ -59,7 +59,7 @@ class Forward:
         arch = self.config.architecture
 
         def make(dense: bool) -> Any:
-            module = nnx.merge(*_layer(arch, dense))
+            module = nnx.merge(*_layer(arch, dense, self.config.products))
             if module.moe is not None:
                 # Only physical experts are divided over the devices here.
                 module.moe.experts = None
@@ -207,12 +207,13 @@ class Forward:
 
 
 @functools.cache
-def _layer(arch: DeepSeekConfig, dense: bool) -> tuple[Any, Any]:
+def _layer(arch: DeepSeekConfig, dense: bool, products: Products) -> tuple[Any, Any]:
     """Returns the structure of a layer, and the shapes of its arrays."""
 
     def make() -> Layer:
         key = jax.random.key(0)
-        return Layer(arch, ONE_DEVICE, has_dense=dense, has_moe=not dense, key=key)
+        kinds = {"has_dense": dense, "has_moe": not dense}
+        return Layer(arch, ONE_DEVICE, **kinds, products=products, key=key)
 
     return nnx.split(nnx.eval_shape(make))
 

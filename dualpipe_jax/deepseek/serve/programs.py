@@ -25,6 +25,7 @@ from dualpipe_jax.deepseek.serve.weights import initial_params
 from dualpipe_jax.gpu import gpu_of_device_kind
 from dualpipe_jax.gpu.overlap import compile_for
 from dualpipe_jax.train import CompileProgress, Job, compile_together
+from eplb_jax.products import check_has_float8
 
 P = PartitionSpec
 PyTree = Any
@@ -119,7 +120,8 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
         `gpu_mesh` to compile for GPUs.
 
     Raises:
-      ValueError: the mesh has another size, or there are too few devices.
+      ValueError: the mesh has another size, there are too few devices, or products are
+        in float8 and the GPUs have none.
     """
     if mesh is None:
         mesh = make_serve_mesh(config)
@@ -128,6 +130,8 @@ def make_serve_programs(config: ServeConfig, mesh: Mesh | None = None) -> ServeP
             f"mesh has the axes {dict(mesh.shape)}, but the server's is "
             f"{config.mesh_shape}; make it with this one."
         )
+    if config.products == "fp8":
+        check_has_float8(mesh.devices.flat[0])
     gpu = gpu_of_device_kind(mesh.devices.flat[0].device_kind)
     steps = Steps(config, compat.platform_of(mesh), gpu)
     whole, over, halves = P(), P("ep"), P(None, "ep")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,7 @@ from dualpipe_jax.executor import PipelineParams
 from eplb_jax import ExpertWeights, rebalance_experts
 from eplb_jax.layer import ONE_DEVICE
 from eplb_jax.placement import take_or_zero
+from eplb_jax.products import ScaledWeight
 
 P = PartitionSpec
 PyTree = Any
@@ -177,7 +179,10 @@ def load_published(
     model = DeepSeek(architecture=arch).build_unpipelined()
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     shardings = jax.tree.map(lambda leaf: _divided(leaf, mesh).sharding, shapes)
-    params = read_params(source, model, shardings, config.compute_dtype)
+    # In float32 the product of a published float8 weight and its scale is exact, so
+    # that quantizing it again gives the same values.
+    dtype = "float32" if config.products == "fp8" else config.compute_dtype
+    params = read_params(source, model, shardings, dtype)
     bias = read_bias(source, model)
     weights = ServeParams(*(NamedSharding(mesh, spec) for spec in PARAM_SPECS))
     make = functools.partial(trained_params, config, model)
@@ -239,8 +244,22 @@ def _placed(
             experts.append(ExpertWeights(*physical))
         rest.append(tree)
 
-    def cast(names: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+    def prepare(names: tuple[str, ...], leaf: jax.Array) -> Any:
+        if config.products == "fp8" and _is_matrix(names):
+            # Of a matrix: the axes of its input, then those of its result.
+            num_in = leaf.ndim - 1 if "out" in names else 1
+            size = math.prod(leaf.shape[:num_in])
+            if "attention" in names:
+                leaf = leaf.reshape(size, leaf.size // size)
+            return ScaledWeight.of(leaf)
         is_router = {"router", "bias"} & set(names)
         return leaf if is_router else leaf.astype(config.compute_dtype)
 
-    return map_with_names(cast, ServeParams(embed, head, rest, experts))
+    named = {"embed": embed, "head": head, "layers": rest, "experts": experts}
+    return ServeParams(**map_with_names(prepare, named))
+
+
+def _is_matrix(names: tuple[str, ...]) -> bool:
+    """Whether a parameter of a server is multiplied in float8, if anything is."""
+    kinds = {"experts", "shared", "dense"}
+    return bool(kinds & set(names)) or ("attention" in names and "kernel" in names)

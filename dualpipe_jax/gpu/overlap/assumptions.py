@@ -45,7 +45,7 @@ def assumptions(
       unknown: targets of custom calls whose FLOPs are unknown.
     """
     found = [
-        f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s of bfloat16 and "
+        f"{gpu.name}: {_products(gpu)} and "
         f"{gpu.memory_bandwidth / 1e12:.2f} TB/s, of which kernels reach "
         f"{efficiency:.0%}; NVLink {gpu.nvlink_bandwidth / 1e9:.0f} GB/s, "
         f"network {gpu.network_bandwidth / 1e9:.0f} GB/s",
@@ -67,6 +67,11 @@ def assumptions(
         names = ", ".join(sorted(unknown))
         found.append(f"custom calls of unknown FLOPs count as zero FLOPs: {names}")
     return tuple(found)
+
+
+def _products(gpu: Gpu) -> str:
+    rates = f"{gpu.bf16_flops / 1e12:.0f} TFLOP/s of bfloat16"
+    return rates + (f", {gpu.fp8_flops / 1e12:.0f} of float8" if gpu.fp8_flops else "")
 
 
 def _guessed_trips(program: HloProgram) -> Iterator[str]:

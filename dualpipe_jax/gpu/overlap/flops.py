@@ -58,7 +58,9 @@ def of(op: Instruction, where: Computation, has_fp8: bool) -> Flops | None:
         count, algorithm = _custom(op, arrays, results), ""
     if count is None:
         return None
-    return Flops(count, count * _slowness(arrays[:2], algorithm, has_fp8))
+    # Kernels may take integers, such as the sizes of groups, before what they multiply.
+    factors = [array for array in arrays if "f" in array.dtype] or arrays
+    return Flops(count, count * _slowness(factors[:2], algorithm, has_fp8))
 
 
 def name(op: Instruction) -> str:

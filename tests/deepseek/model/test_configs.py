@@ -10,10 +10,12 @@ from dualpipe_jax.configs import deepseek_v3, moe_16b, profiles, small, tiny
 
 TRAINING = [
     tiny.config,
+    tiny.fp8,
     small.config,
     moe_16b.config,
     deepseek_v3.config,
     deepseek_v3.two_pods,
+    deepseek_v3.fp8,
     profiles.training,
 ]
 

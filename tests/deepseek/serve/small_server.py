@@ -61,7 +61,8 @@ def prompts(count, config, seed=0):
 
 def reference(config, bias):
     """Greedy completions by the training model: all of the sequence for each token."""
-    model = DeepSeek(architecture=config.architecture).build_unpipelined()
+    sizes = {"architecture": config.architecture, "products": config.products}
+    model = DeepSeek(**sizes).build_unpipelined()
     buffers = model.init_buffers()._replace(bias=jnp.asarray(bias))
     weights = single_params(config.architecture)
 

@@ -91,10 +91,10 @@ def program(parallel=None, *, check_vma=False, **changes):
     )
 
 
-def with_gradients(fn, params):
+def with_gradients(fn, params, out=OUT):
     def loss(params, x, tables):
         y, stats = fn(params, tables, x)
-        return (y * OUT).sum(), (y, stats)
+        return (y * out).sum(), (y, stats)
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 

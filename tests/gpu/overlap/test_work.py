@@ -206,6 +206,30 @@ def test_views_and_tuples_are_free():
             'custom_call_target="__gpu$xla.gpu.triton"',
             2 * 512 * 128 * 256,
         ),
+        (  # float8 with scales, and which rows a program computes
+            {
+                "a": "f8e4m3fn[512,256]",
+                "b": "f8e4m3fn[4,384,256]",
+                "s": "f32[512,2]",
+                "t": "f32[4,3,2]",
+                "n": "s32[9]",
+            },
+            "bf16[512,384] custom-call(%a, %b, %s, %t, %n, %n, %n), "
+            'custom_call_target="__gpu$xla.gpu.triton"',
+            2 * 512 * 384 * 256,
+        ),
+        (  # the gradient of its weights
+            {
+                "a": "f8e4m3fn[256,512]",
+                "b": "f8e4m3fn[384,512]",
+                "s": "f32[256,4]",
+                "t": "f32[384,4]",
+                "n": "s32[4]",
+            },
+            "f32[4,256,384] custom-call(%a, %b, %s, %t, %n, %n), "
+            'custom_call_target="__gpu$xla.gpu.triton"',
+            2 * 512 * 384 * 256,
+        ),
         (  # attention of 2 x 4 heads of 64, 128 by 128, masked
             {"a": "bf16[2,128,4,64]", "b": "bf16[2,128,4,64]"},
             '(bf16[2,128,4,64], u8[0]) custom-call(%a, %b, %b), custom_call_target="'
@@ -243,6 +267,17 @@ def test_calls_of_libraries(shapes, call, flops):
     work, report = under(f"{constants(**shapes)}\n  %c = {call}")
     assert work.flops == flops
     assert not any("custom calls" in each for each in report.assumptions)
+
+
+@pytest.mark.parametrize(("dtype", "slowness"), [("bf16", 1), ("f8e4m3fn", 0.5)])
+def test_a_kernel_is_as_fast_as_the_type_that_it_multiplies(dtype, slowness):
+    """Whatever its first operand is: here the sizes of the groups."""
+    shapes = {"a": f"{dtype}[2000,2000]", "b": f"{dtype}[4,2000,2000]", "n": "s32[4]"}
+    lines = constants(**shapes) + (
+        "\n  %c = bf16[2000,2000] custom-call(%n, %a, %b), "
+        'custom_call_target="__gpu$xla.gpu.triton"'
+    )
+    assert under(lines)[0].seconds == pytest.approx(slowness * 16e9 / 1e12 + KERNEL)
 
 
 def test_a_kernel_of_unknown_flops_is_named():

@@ -49,3 +49,15 @@ def _axes(value: Any) -> frozenset[str]:
 def is_typed(value: jax.Array) -> bool:
     """Returns whether an array's type says that its value differs between devices."""
     return bool(_axes(value))
+
+
+def struct_like(shape: tuple[int, ...], dtype: Any, value: jax.Array) -> Any:
+    """Returns a struct that varies over the mesh axes over which `value` varies."""
+    axes = _axes(value)
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    type_ = jax.typeof(value)
+    if (kind := getattr(type_, "manual_axis_type", None)) is not None:
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+    options: dict[str, Any] = {"vma": axes}  # of jax before 0.10
+    return jax.ShapeDtypeStruct(shape, dtype, **options)

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from eplb_jax.layer.kernels import has_tokamax, load_tokamax, on_cuda
-from eplb_jax.layer.varying import vary_alike
 from eplb_jax.placement import check_choices
+from eplb_jax.products.kernels import has_tokamax, load_tokamax, on_cuda
+from eplb_jax.products.varying import vary_alike
 
 Implementation = Literal["auto", "blocks", "tokamax", "xla"]
 
@@ -106,7 +106,7 @@ def num_block_rows(group_sizes: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _by_blocks(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return _product(x, weight, group_sizes, contract=1)
+    return multiply_groups(x, weight, group_sizes, contract=1)
 
 
 def _by_blocks_forward(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> Any:
@@ -115,14 +115,14 @@ def _by_blocks_forward(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) 
 
 def _by_blocks_backward(saved: Any, dy: jax.Array) -> Any:
     x, weight, group_sizes = saved
-    dx = _product(dy, weight, group_sizes, contract=2)
-    return dx, _outer(x, dy, group_sizes, weight.dtype), None
+    dx = multiply_groups(dy, weight, group_sizes, contract=2)
+    return dx, multiply_transposed(x, dy, group_sizes, weight.dtype), None
 
 
 _by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
 
 
-def _product(
+def multiply_groups(
     x_MF: jax.Array, weight: jax.Array, sizes_I: jax.Array, contract: int
 ) -> jax.Array:
     """Multiplies rows with their group's matrix or its transpose; zero for padding."""
@@ -153,10 +153,10 @@ def _product(
     y_MH = jnp.zeros((num_rows + room, num_out), x_MF.dtype)
     y_MH, _ = vary_alike(y_MH, x_MF)
     y_MH = lax.fori_loop(0, len(sizes_I), group, y_MH)[:num_rows]
-    return _mask(y_MH, ends_I[-1])
+    return mask_rows(y_MH, ends_I[-1])
 
 
-def _outer(
+def multiply_transposed(
     x_MF: jax.Array, dy_MH: jax.Array, sizes_I: jax.Array, dtype: Any
 ) -> jax.Array:
     """Computes x.T @ dy over the rows of each group."""
@@ -169,7 +169,7 @@ def _outer(
         def block(row: jax.Array, size: int, dw_FH: jax.Array) -> jax.Array:
             # Both are masked: 0 times a NaN of the next group would be NaN.
             x_BF, dy_BH = (
-                _mask(lax.dynamic_slice_in_dim(v, row, size), ends_I[g] - row)
+                mask_rows(lax.dynamic_slice_in_dim(v, row, size), ends_I[g] - row)
                 for v in (x_MF, dy_MH)
             )
             return dw_FH + lax.dot_general(
@@ -214,7 +214,7 @@ def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.
     num_rows = group_sizes.sum(dtype=jnp.int32)
     weight = _zero_grad_where_empty(weight, group_sizes)
     product = functools.partial(
-        tokamax.ragged_dot, _mask(x, num_rows), weight, group_sizes
+        tokamax.ragged_dot, mask_rows(x, num_rows), weight, group_sizes
     )
     # tokamax's default may be the dense product. Its Triton kernels also compile for a
     # mesh without GPUs; which kernels an installation has depends on its version.
@@ -224,16 +224,16 @@ def _by_tokamax(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.
         if "Unknown implementation" not in str(error):
             raise
         y = product(implementation="mosaic")
-    return _mask(y.astype(x.dtype), num_rows)
+    return mask_rows(y.astype(x.dtype), num_rows)
 
 
 def _by_xla(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
     num_rows = group_sizes.sum(dtype=jnp.int32)
     weight = _zero_grad_where_empty(weight, group_sizes)
     y = lax.ragged_dot(
-        _mask(x, num_rows), weight, group_sizes, preferred_element_type=jnp.float32
+        mask_rows(x, num_rows), weight, group_sizes, preferred_element_type=jnp.float32
     )
-    return _mask(y.astype(x.dtype), num_rows)
+    return mask_rows(y.astype(x.dtype), num_rows)
 
 
 # Not a mask of the weights themselves, which would copy them before the kernel.
@@ -254,7 +254,8 @@ _zero_grad_where_empty.defvjp(
 )
 
 
-def _mask(value_M: jax.Array, num_rows: jax.Array) -> jax.Array:
+def mask_rows(value_M: jax.Array, num_rows: jax.Array) -> jax.Array:
+    """Returns the values with zeros in all rows from `num_rows` on."""
     row_M1 = jnp.arange(value_M.shape[0], dtype=jnp.int32)[:, None]
     return jnp.where(row_M1 < num_rows, value_M, jnp.zeros((), value_M.dtype))
 

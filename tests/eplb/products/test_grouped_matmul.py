@@ -15,8 +15,8 @@ from jax import lax
 
 from dualpipe_jax import compat
 from dualpipe_jax.gpu.topology import gpu_mesh
-from eplb_jax.layer import cross_compiling, load_tokamax, on_cuda
-from eplb_jax.layer.grouped_products import grouped_matmul, num_block_rows
+from eplb_jax.products import cross_compiling, load_tokamax, on_cuda
+from eplb_jax.products.grouped import grouped_matmul, num_block_rows
 
 SIZES = [
     [5, 0, 40, 3],
