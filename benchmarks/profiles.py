@@ -30,7 +30,7 @@ PUBLISHED = ROOT / "tests" / "data" / "deepseek_v3_train_trace.json.gz"
 PROFILES = {
     "training": ("h800", "one F&B pair, 4 MoE layers per chunk, EP64, 4K sequence"),
     "prefill": ("h100", "16 MoE layers, EP32, 16K tokens per GPU in prompts of 4K"),
-    "decode": ("h800", "61 layers, EP128, 128 requests per GPU, context 4K"),
+    "decode": ("h800", "32 layers, EP128, 128 requests per GPU, context 4K"),
 }
 
 

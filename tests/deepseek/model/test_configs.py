@@ -17,6 +17,8 @@ TRAINING = [
     deepseek_v3.two_pods,
     deepseek_v3.fp8,
     profiles.training,
+    profiles.exact_training,
+    profiles.fp8_training,
 ]
 
 
@@ -74,3 +76,4 @@ def test_the_settings_of_the_published_profiles():
     assert (prefill.num_devices, prefill.tokens_per_device) == (32, 16 * 1024)
     assert (decode.num_devices, decode.tokens_per_device) == (128, 128)
     assert decode.context_length == 4096
+    assert profiles.fp8_decode().products == "fp8"
