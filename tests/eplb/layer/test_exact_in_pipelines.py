@@ -58,7 +58,7 @@ def make_params(num_stages):
 def stage_with(parallel):
     def stage_fn(layer, x):
         """[sequences, tokens, DIM]; each microbatch has hot experts of its own."""
-        tokens = x.reshape(-1, DIM)
+        tokens = jnp.tanh(x.reshape(-1, DIM))
         hot = jnp.cos(jnp.arange(EXPERTS, dtype=x.dtype))[None]
         logits = tokens @ layer["router"] + 2 * tokens.mean() * hot
         scores, experts = jax.lax.top_k(jax.nn.softmax(logits), TOP_K)
@@ -108,7 +108,7 @@ def train(schedule, parallel, overlap=None):
     params, losses, fetched = make_params(schedule.num_stages), [], 0
     for inputs, targets in zip(*batches(), strict=True):
         (loss, aux), grads = step(params, inputs, targets)
-        params = jax.tree.map(lambda p, g: p - 0.0002 * g, params, grads)
+        params = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
         losses.append(loss.mean())
         fetched += aux.sum()
     return np.array(losses), int(fetched)
@@ -132,5 +132,5 @@ def test_losses_are_those_of_the_run_without(name):
         spread_shared=name == "zb1p",
     )
     losses, fetched = train(SCHEDULES[name], parallel, name == "dualpipe" or None)
-    assert np.isfinite(losses).all() and fetched > 0
+    assert np.isfinite(losses).all() and np.ptp(losses) > 0.1 and fetched > 0
     np.testing.assert_allclose(losses, without(SCHEDULES[name].num_stages), rtol=1e-4)
