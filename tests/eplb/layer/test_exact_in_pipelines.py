@@ -128,7 +128,7 @@ def test_losses_are_those_of_the_run_without(name):
         "ep",
         DEVICES,
         balance="exact",
-        num_fetched=2,
+        num_fetched=EXPERTS - EXPERTS // DEVICES,
         spread_shared=name == "zb1p",
     )
     losses, fetched = train(SCHEDULES[name], parallel, name == "dualpipe" or None)
