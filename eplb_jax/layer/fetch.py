@@ -5,8 +5,8 @@ the expert is held and written into the slot, so that nothing is copied in betwe
 the way home several devices may send a gradient of the same expert; there a buffer is
 needed, and what does not fit into it comes in later rounds.
 
-Shape suffixes: see `eplb_jax`. X are the extra slots of a device; Y those of the buffer
-for gradients.
+Shape suffixes: see `eplb_jax`; here Y entries of another row. X are the extra slots of
+a device, Y those of the buffer for gradients.
 """
 
 from __future__ import annotations

@@ -237,12 +237,12 @@ def _sums_so_far(value_DE: jax.Array) -> jax.Array:
     num_devices, num_experts = value_DE.shape
     block = math.isqrt(num_devices - 1) + 1
     padded_DE = jnp.pad(value_DE, ((0, -num_devices % block), (0, 0)))
-    value_BDE = padded_DE.reshape(-1, block, num_experts)
+    value_ADE = padded_DE.reshape(-1, block, num_experts)
     is_up_to_DD = np.tri(block, dtype=bool)[None, :, :, None]
-    inside_BDE = jnp.where(is_up_to_DD, value_BDE[:, None], 0).sum(axis=2)
-    is_before_BB = np.tri(len(value_BDE), k=-1, dtype=bool)[:, :, None]
-    before_BE = jnp.where(is_before_BB, value_BDE.sum(axis=1)[None], 0).sum(axis=1)
-    sums_DE = (before_BE[:, None] + inside_BDE).reshape(-1, num_experts)
+    inside_ADE = jnp.where(is_up_to_DD, value_ADE[:, None], 0).sum(axis=2)
+    is_before_AA = np.tri(len(value_ADE), k=-1, dtype=bool)[:, :, None]
+    before_AE = jnp.where(is_before_AA, value_ADE.sum(axis=1)[None], 0).sum(axis=1)
+    sums_DE = (before_AE[:, None] + inside_ADE).reshape(-1, num_experts)
     return sums_DE[:num_devices]
 
 

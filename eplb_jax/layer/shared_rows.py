@@ -2,6 +2,8 @@
 
 All devices hold the shared expert, so its rows even devices out without a fetch; they
 travel as other rows do. SGLang calls this Waterfill.
+
+Shape suffixes: see `eplb_jax`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ axis that is summed over, with inexact sums, and adds the result times its scale
 float32 sums (arXiv:2412.19437, section 3.3.2). Both operands lie along that axis, as
 Hopper's tensor cores need it for types of 8 bits.
 
-Shape suffixes: see `eplb_jax`; here P programs along the rows.
+Shape suffixes: see `eplb_jax`; here Y entries of another row. X are programs along the
+rows, Y groups and one for padding.
 """
 
 from __future__ import annotations
@@ -116,25 +117,25 @@ def _tiles_of_groups(
     """Which rows each program computes: of one group, or the padding after the last.
 
     Returns:
-      group_P: the group; their number for padding.
-      start_P: the first row.
-      end_P: the end of the group's rows; equal to `start_P` if there is nothing to do.
+      group_X: the group; their number for padding.
+      start_X: the first row.
+      end_X: the end of the group's rows; equal to `start_X` if there is nothing to do.
     """
     padding = num_rows - sizes_I.sum(dtype=jnp.int32)
-    size_J = jnp.concatenate([sizes_I, padding[None]])
-    end_J = jnp.cumsum(size_J)
-    count_J = -(-size_J // tile_rows)
-    last_J = jnp.cumsum(count_J)
-    program_P = jnp.arange(programs, dtype=jnp.int32)
-    is_after_PJ = last_J[None] <= program_P[:, None]
-    group_P = is_after_PJ.sum(axis=1, dtype=jnp.int32)
-    is_used_P = group_P < len(size_J)
-    of_P = jnp.minimum(group_P, len(size_J) - 1)
-    position_P = program_P - (last_J - count_J)[of_P]
-    start_P = (end_J - size_J)[of_P] + position_P * tile_rows
-    start_P = jnp.where(is_used_P, start_P, 0)
-    end_P = jnp.where(is_used_P, end_J[of_P], 0)
-    return jnp.minimum(group_P, len(sizes_I)), start_P, end_P
+    size_Y = jnp.concatenate([sizes_I, padding[None]])
+    end_Y = jnp.cumsum(size_Y)
+    count_Y = -(-size_Y // tile_rows)
+    last_Y = jnp.cumsum(count_Y)
+    program_X = jnp.arange(programs, dtype=jnp.int32)
+    is_after_XY = last_Y[None] <= program_X[:, None]
+    group_X = is_after_XY.sum(axis=1, dtype=jnp.int32)
+    is_used_X = group_X < len(size_Y)
+    of_X = jnp.minimum(group_X, len(size_Y) - 1)
+    position_X = program_X - (last_Y - count_Y)[of_X]
+    start_X = (end_Y - size_Y)[of_X] + position_X * tile_rows
+    start_X = jnp.where(is_used_X, start_X, 0)
+    end_X = jnp.where(is_used_X, end_Y[of_X], 0)
+    return jnp.minimum(group_X, len(sizes_I)), start_X, end_X
 
 
 def _rows_kernel(

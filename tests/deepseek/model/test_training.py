@@ -100,12 +100,7 @@ def test_one_rank_tied_and_computed_again():
 def test_exact_balance_changes_where_rows_are_computed():
     config = small.config(
         mesh={"pp": 2, "ep": 4},
-        model={
-            "eplb": None,
-            "balance": "exact",
-            "num_fetched": 3,
-            "spread_shared": True,
-        },
+        model={"eplb": None, "balance": "exact", "num_fetched": 3},
     )
     pipelined, _ = pipelined_steps(config, 4)
     assert_equal_steps(pipelined, small.unpipelined_steps(config, 4), rtol=1e-4)
