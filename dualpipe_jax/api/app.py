@@ -154,9 +154,7 @@ class Api:
         return await self._generate(request, is_chat=True)
 
     async def _generate(self, request: Request, *, is_chat: bool) -> Response:
-        if self.is_draining:
-            raise ApiError(503, "The server is ending.", code="shutting_down")
-        engine = self.worker.check_running()
+        engine = self._check_open()
         fields = parse_json(await self._body(request))
         self._check_model(fields.get("model"))
         most = self._limits.max_choices
@@ -241,10 +239,14 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     async def _ready(self, _: Request) -> Response:
+        self._check_open()
+        return JSONResponse({"status": "ready"})
+
+    def _check_open(self) -> Engine:
+        """Returns the engine, if it takes new requests."""
         if self.is_draining:
             raise ApiError(503, "The server is ending.", code="shutting_down")
-        self.worker.check_running()
-        return JSONResponse({"status": "ready"})
+        return self.worker.check_running()
 
 
 def _error(error: ApiError) -> Response:

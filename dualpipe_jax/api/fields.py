@@ -214,11 +214,9 @@ def _number(fields: Mapping[str, Any], name: str, kind: type, default: Any) -> A
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:
     value = fields.get(name)
-    if value not in (None, True, False) or isinstance(value, (int, float)) != (
-        isinstance(value, bool)
-    ):
-        raise ApiError(400, f"{name}={value!r:.40} must be true or false.", param=name)
-    return bool(value)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ApiError(400, f"{name}={value!r:.40} must be true or false.", param=name)
 
 
 def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:

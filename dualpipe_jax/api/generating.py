@@ -7,11 +7,13 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
+
 from dualpipe_jax.api.answers import Answer, Piece
 from dualpipe_jax.api.errors import ApiError
 from dualpipe_jax.api.fields import Generation
 from dualpipe_jax.api.stops import StopFinder
-from dualpipe_jax.api.worker import EngineWorker, Ticket, random_seed
+from dualpipe_jax.api.worker import EngineWorker, Ticket
 from dualpipe_jax.deepseek.serve import Engine, Token
 from dualpipe_jax.tokens import Tokenizer
 
@@ -30,11 +32,9 @@ def engine_requests(
       ApiError: a prompt is empty, too long, or has tokens of another vocabulary, or an
         option is out of range.
     """
-    seed = (
-        random_seed(generation.num_choices)
-        if generation.seed is None
-        else generation.seed
-    )
+    seed = generation.seed
+    if seed is None:
+        seed = int(np.random.default_rng().integers(2**31 - generation.num_choices))
     requests = []
     for prompt in generation.prompts:
         for choice in range(generation.num_choices):

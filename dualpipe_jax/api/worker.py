@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from dualpipe_jax.api.errors import ApiError
 from dualpipe_jax.api.measures import Measures
 from dualpipe_jax.deepseek.serve import Engine, Token
@@ -236,8 +234,3 @@ class EngineWorker:
 def _set(result: asyncio.Future[Any], value: Any) -> None:
     if not result.done():
         result.set_result(value)
-
-
-def random_seed(number: int) -> int:
-    """Returns the first of some seeds, for a request that gives none."""
-    return int(np.random.default_rng().integers(2**31 - number))

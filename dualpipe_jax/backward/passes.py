@@ -70,8 +70,7 @@ class Pass:
             slices and casts, run where they are first needed. None: as early as others.
           made: `made()` of a pass that is ahead, whose results this one reads.
         """
-        group = _group_exchanges(jaxpr)
-        num_sends = max(group.values(), default=-1) + 1
+        group, num_sends = _group_exchanges(jaxpr)
         there: dict[Any, int] = dict(made or {})
         still = set(weights or ())
         levels: list[int | None] = []
@@ -104,8 +103,7 @@ class Pass:
         """Places each equation as late as its users allow, so that less is kept."""
         is_needed = [i < num_needed for i in range(len(jaxpr.outvars))]
         needed = live_vars(jaxpr, is_needed, whole=True)
-        group = _group_exchanges(jaxpr, needed)
-        num_sends = max(group.values(), default=-1) + 1
+        group, num_sends = _group_exchanges(jaxpr, needed)
         sends: list[list[Any]] = [[] for _ in range(num_sends)]
         pieces: list[list[Any]] = [[] for _ in range(num_sends + 1)]
         free: list[Any] = []
@@ -158,7 +156,9 @@ def _multiplies(eqn: Any) -> bool:
     return name in ("dot_general", "pallas_call", "while", "scan", "ragged_dot_general")
 
 
-def _group_exchanges(jaxpr: Any, needed: Set[Any] | None = None) -> dict[int, int]:
+def _group_exchanges(
+    jaxpr: Any, needed: Set[Any] | None = None
+) -> tuple[dict[int, int], int]:
     """Numbers the large exchanges by the sends that they belong to.
 
     Those that the same number of others wait for, one after another, are one send: an
@@ -169,7 +169,7 @@ def _group_exchanges(jaxpr: Any, needed: Set[Any] | None = None) -> dict[int, in
       needed: variables; exchanges of other ones are left out. None: of all.
 
     Returns:
-      By the `id` of an exchange, its number.
+      By the `id` of an exchange the number of its send, and the number of sends.
     """
     exchanges = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in EXCHANGES]
     if needed is not None:
@@ -186,4 +186,4 @@ def _group_exchanges(jaxpr: Any, needed: Set[Any] | None = None) -> dict[int, in
         for v in filter(is_var, eqn.invars):
             after[v] = max(after.get(v, 0), level)
     highest = max(height.values(), default=0)
-    return {eqn: highest - level for eqn, level in height.items()}
+    return {eqn: highest - level for eqn, level in height.items()}, highest

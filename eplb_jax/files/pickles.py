@@ -45,7 +45,7 @@ class _Array:
         if not kind.dtype.hasobject:
             array = np.frombuffer(content, kind.dtype)
             self.value = array.reshape(shape, order="F" if is_fortran else "C")
-        elif shape == ():  # how numpy.save writes what is no array, such as a dict
+        elif shape == ():  # numpy.save of an object that is not an array
             [self.value] = content
         else:
             raise ValueError("it holds an array of Python objects.")

@@ -11,6 +11,7 @@ are the slots of all devices, by expert.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -168,33 +169,36 @@ def count_by_holder(
     shared_D = jnp.full((num_devices, num_shared), -1, jnp.int32)
     of_DO = jnp.concatenate([physical_DI, shared_D, plan.source], axis=1)
 
-    def count(of: jax.Array, rows: jax.Array) -> jax.Array:
-        room_S = vary_alike(jnp.zeros(num_physical, jnp.int32), of, rows)[0]
-        of = jnp.where(of < 0, num_physical, of)
-        return room_S.at[of].add(rows, mode="drop")
+    def count(of_O: jax.Array, rows_O: jax.Array) -> jax.Array:
+        room_S = vary_alike(jnp.zeros(num_physical, jnp.int32), of_O, rows_O)[0]
+        of_O = jnp.where(of_O < 0, num_physical, of_O)
+        return room_S.at[of_O].add(rows_O, mode="drop")
 
-    if is_typed(of_DO):
-        # Where types must say that all devices have the same values.
-        me = axis_index(axis_name)
-        return psum(count(of_DO[me], rows_DO[me]), axis_name)
-    return count(of_DO.reshape(-1), rows_DO.reshape(-1))
+    return _over_devices(count, axis_name, of_DO, rows_DO)
 
 
 def count_fetched(plan: MicrobatchPlan, axis_name: str) -> jax.Array:
     """Counts the experts that all devices fetch: [] int32."""
-    return _sum((plan.fetched >= 0).sum(axis=1, dtype=jnp.int32), axis_name)
+
+    def count(fetched_X: jax.Array) -> jax.Array:
+        return (fetched_X >= 0).sum(dtype=jnp.int32)
+
+    return _over_devices(count, axis_name, plan.fetched)
 
 
 def count_moved(plan: MicrobatchPlan, axis_name: str) -> jax.Array:
     """Counts the rows that are computed on another device than their token's."""
     rows_DD = plan.rows.sum(axis=2, dtype=jnp.int32)
-    is_here_DD = np.eye(len(rows_DD), dtype=bool)
-    moved_DD = jnp.where(is_here_DD, 0, rows_DD)
-    return _sum(moved_DD.sum(axis=1, dtype=jnp.int32), axis_name)
+    moved_DD = jnp.where(np.eye(len(rows_DD), dtype=bool), 0, rows_DD)
+    return _over_devices(lambda moved: moved.sum(dtype=jnp.int32), axis_name, moved_DD)
 
 
-def _sum(count_D: jax.Array, axis_name: str) -> jax.Array:
-    if is_typed(count_D):
+def _over_devices(
+    count: Callable[..., jax.Array], axis_name: str, *each: jax.Array
+) -> jax.Array:
+    """Counts over the rows, [devices, n], of arrays that all devices have."""
+    if is_typed(each[0]):
         # Where types must say that all devices have the same values.
-        return psum(count_D[axis_index(axis_name)], axis_name)
-    return count_D.sum(dtype=jnp.int32)
+        me = axis_index(axis_name)
+        return psum(count(*(rows[me] for rows in each)), axis_name)
+    return count(*(rows.reshape(-1) for rows in each))

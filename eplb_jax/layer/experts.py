@@ -53,7 +53,7 @@ def run_experts(
     Returns:
       [rows, d].
     """
-    plain = unscale_rows(rows) if isinstance(rows, ScaledRows) else rows
+    plain = unscale_rows(rows)
 
     def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
         weight = hold(weight, x.dtype).astype(x.dtype)
@@ -81,7 +81,7 @@ def run_scaled_experts(
     Rows that arrive in float8 are multiplied as they are.
     """
     del implementation
-    scaled = rows if isinstance(rows, ScaledRows) else scale_rows(rows)
+    scaled = scale_rows(rows)
 
     def multiply(x: ScaledRows, weight: jax.Array) -> jax.Array:
         return scaled_linear(x, hold(weight, x.dtype), group_sizes)
@@ -111,7 +111,7 @@ def run_network(
       [..., d].
     """
     if products == "fp8":
-        rows = x if isinstance(x, ScaledRows) else scale_rows(x)
+        rows = scale_rows(x)
         gate, up = (scaled_linear(rows, each) for each in (weights.gate, weights.up))
         return scaled_swiglu(gate, up, weights.down)
     assert isinstance(x, jax.Array)

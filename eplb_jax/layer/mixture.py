@@ -27,7 +27,7 @@ from eplb_jax.layer.ids import known_ids, merge_repeated
 from eplb_jax.layer.parallel import ONE_DEVICE, ExpertParallel
 from eplb_jax.layer.physical import physical_weights
 from eplb_jax.layer.replicas import choose_physical_experts
-from eplb_jax.layer.routes import Fetched, mix_physical
+from eplb_jax.layer.routes import Fetched, Networks, mix_physical
 from eplb_jax.layer.routing import ROUTING
 from eplb_jax.placement import ExpertTables, check_choices
 from eplb_jax.products import Implementation, ScaledRows, scale_rows, unscale_rows
@@ -152,27 +152,17 @@ def mix(
         experts, weights = merge_repeated(experts, weights)
     if tables is not None:
         expert_weights = _hold(expert_weights, tables, p, is_physical)
-    if products == "fp8" and p.payload == "fp8" and not isinstance(x, ScaledRows):
+    if products == "fp8" and p.payload == "fp8":
         x = scale_rows(x)  # what is sent is what is multiplied
     if not len(x):
         # Nothing to send, on any device: all have equally many tokens.
         counts = jnp.zeros(num_physical_experts, jnp.int32)
         none = jnp.zeros((), jnp.int32)
         device_rows = jnp.zeros(p.num_devices, jnp.int32)
-        outputs = unscale_rows(x) if isinstance(x, ScaledRows) else x
-        return Mixed(outputs, counts, none, device_rows, none, none)
+        return Mixed(unscale_rows(x), counts, none, device_rows, none, none)
+    networks = Networks(expert_weights, implementation, products)
     if p.is_exact:
-        return _mix_exactly(
-            x,
-            experts,
-            weights,
-            expert_weights,
-            tables,
-            p,
-            implementation,
-            products,
-            shared,
-        )
+        return _mix_exactly(x, experts, weights, networks, tables, p, shared)
     if tables is not None:
         experts = choose_physical_experts(
             experts,
@@ -183,14 +173,7 @@ def mix(
             axis_name=p.axis_name,
         )
     outputs, counts, overflow = mix_physical(
-        x,
-        experts,
-        weights,
-        expert_weights,
-        num_physical_experts,
-        p,
-        implementation,
-        products,
+        x, experts, weights, networks, num_physical_experts, p
     )
     device_rows = counts.reshape(p.num_devices, -1).sum(axis=1, dtype=jnp.int32)
     none = jnp.zeros((), jnp.int32)
@@ -217,17 +200,15 @@ def _mix_exactly(
     x: jax.Array | ScaledRows,
     experts: jax.Array,
     weights: jax.Array,
-    expert_weights: ExpertWeights,
+    networks: Networks,
     tables: ExpertTables | None,
     p: ExpertParallel,
-    implementation: Implementation,
-    products: Products,
     shared: ExpertWeights | None,
 ) -> Mixed:
     """Mixes with slots, see `eplb_jax.layer.exact`, in place of physical experts."""
     assert p.axis_name is not None
     if tables is None:
-        num_experts = expert_weights.num_experts * p.num_devices
+        num_experts = networks.weights.num_experts * p.num_devices
         tables = ExpertTables.in_order(num_experts)
     if shared is not None:
         # It comes after the others, of the choices as of the experts of a device.
@@ -235,11 +216,12 @@ def _mix_exactly(
         chosen_T1 = jnp.where(is_token_T1, tables.num_experts, -1)
         experts = jnp.concatenate([experts, chosen_T1], axis=1)
         weights = jnp.concatenate([weights, is_token_T1.astype(weights.dtype)], axis=1)
-        expert_weights = jax.tree.map(
+        held = jax.tree.map(
             lambda held, one: jnp.concatenate([held, one.astype(held.dtype)]),
-            expert_weights,
+            networks.weights,
             shared,
         )
+        networks = networks._replace(weights=held)
     num_rows = count_rows(experts.size, p)
     with jax.named_scope("plan"):
         slots = plan_slots(experts, tables, p, num_shared=int(shared is not None))
@@ -249,12 +231,9 @@ def _mix_exactly(
         x,
         slots.slots,
         weights,
-        expert_weights,
+        networks._replace(fetched=Fetched(slots.fetch, p.axis_name, rows_DO)),
         rows_DO.shape[1],
         dataclasses.replace(p, num_rows=num_rows),
-        implementation,
-        products,
-        Fetched(slots.fetch, p.axis_name, rows_DO),
     )
     return Mixed(
         outputs,

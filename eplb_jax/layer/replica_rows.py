@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from eplb_jax.layer.ids import is_repeated
 from eplb_jax.placement import ExpertTables
 
 # After eight rounds hardly any pair is left that helps (recorded loads, 288 physical
@@ -46,10 +47,7 @@ def hold(tables: ExpertTables, num_devices: int) -> Held:
     """Reads the tables of one layer."""
     expert_DI = tables.physical_to_logical_map.reshape(num_devices, -1)
     if expert_DI.size > tables.num_experts:
-        is_same_DII = expert_DI[:, :, None] == expert_DI[:, None]
-        is_before_II = np.tri(expert_DI.shape[1], k=-1, dtype=bool)
-        is_again_DI = (is_same_DII & is_before_II[None]).any(axis=2)
-        expert_DI = jnp.where(is_again_DI, -1, expert_DI)
+        expert_DI = jnp.where(is_repeated(expert_DI), -1, expert_DI)
     key_S = jnp.where(expert_DI < 0, tables.num_experts, expert_DI).reshape(-1)
     order_X = jnp.argsort(key_S, stable=True).astype(jnp.int32)
     # Comparisons: XLA for CPUs makes a loop of a scatter, and a second sort is slower.

@@ -53,30 +53,34 @@ class Fetched(NamedTuple):
         )
 
 
+class Networks(NamedTuple):
+    """What a device computes rows with.
+
+    Attributes:
+      weights: of its physical experts.
+      implementation: see `grouped_matmul`.
+      products: see `MoE`.
+      fetched: with exact balance, what its slots have beside these.
+    """
+
+    weights: ExpertWeights
+    implementation: Implementation
+    products: Products
+    fetched: Fetched | None = None
+
+
 def mix_physical(
     x: jax.Array | ScaledRows,
     physical_experts: jax.Array,
     weights: jax.Array,
-    expert_weights: ExpertWeights,
+    networks: Networks,
     num_physical_experts: int,
     p: ExpertParallel,
-    implementation: Implementation,
-    products: Products,
-    fetched: Fetched | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Like `mix_experts`, for choices of physical experts, by the route of `p`."""
     mix = _mix_by_node if p.route == "by_node" and p.num_nodes > 1 else _mix_directly
     return mix(
-        x,
-        physical_experts,
-        weights,
-        expert_weights,
-        num_physical_experts,
-        p,
-        p.axis_name,
-        implementation,
-        products,
-        fetched,
+        x, physical_experts, weights, networks, num_physical_experts, p, p.axis_name
     )
 
 
@@ -84,13 +88,10 @@ def _mix_by_node(
     x: jax.Array | ScaledRows,
     physical_experts: jax.Array,
     weights: jax.Array,
-    expert_weights: ExpertWeights,
+    networks: Networks,
     num_physical_experts: int,
     p: ExpertParallel,
     axis: Axis | None,
-    implementation: Implementation,
-    products: Products,
-    fetched: Fetched | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Like `_mix_directly`, in two hops: to nodes, then inside each node.
 
@@ -120,18 +121,18 @@ def _mix_by_node(
     physical_MK, weight_MK = jnp.split(routing, 2, axis=1)
     physical_MK = physical_MK.astype(jnp.int32) - 1 - axis_index(across) * per_node
     is_here_MK = (physical_MK >= 0) & (physical_MK < per_node)
+    if networks.fetched is not None:
+        # In a node choices are others: those that came to its devices.
+        fetched = networks.fetched._replace(counts=None)
+        networks = networks._replace(fetched=fetched)
     results, count_I, overflow = _mix_directly(
         rows,
         jnp.where(is_here_MK, physical_MK, -1),
         jnp.where(is_here_MK, weight_MK, 0.0),
-        expert_weights,
+        networks,
         per_node,
         dataclasses.replace(p, num_devices=p.num_devices // num_nodes, num_nodes=1),
         node,
-        implementation,
-        products,
-        # In a node choices are others: those that came to its devices.
-        None if fetched is None else fetched._replace(counts=None),
     )
     with jax.named_scope("combine"):
         outputs = combine(results, plan, len(x), **way).astype(x.dtype)
@@ -172,15 +173,13 @@ def _mix_directly(
     x: jax.Array | ScaledRows,
     physical_experts: jax.Array,
     weights: jax.Array,
-    expert_weights: ExpertWeights,
+    networks: Networks,
     num_physical_experts: int,
     p: ExpertParallel,
     axis: Axis | None,
-    implementation: Implementation,
-    products: Products,
-    fetched: Fetched | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Like `mix_experts`, for choices of physical experts of the devices of an axis."""
+    fetched = networks.fetched
     # What a device forwards is not evened out.
     is_limited = p.route == "by_node" and fetched is None
     plan = plan_dispatch(
@@ -202,10 +201,10 @@ def _mix_directly(
         return fetched.add(weight, dtype, p.transport)
 
     run = functools.partial(
-        run_scaled_experts if products == "fp8" else run_experts,
+        run_scaled_experts if networks.products == "fp8" else run_experts,
         hold=hold,
         group_sizes=plan.group_sizes,
-        implementation=implementation,
+        implementation=networks.implementation,
         # Then the backward pass fetches weights again.
         refetch=fetched is not None and not (p.keep_fetched or p.remat),
     )
@@ -219,7 +218,7 @@ def _mix_directly(
     with jax.named_scope("mlp"):
         if p.remat:
             run = jax.checkpoint(run)
-        results = run(rows, weights_M1, expert_weights)
+        results = run(rows, weights_M1, networks.weights)
     with jax.named_scope("combine"):
         if is_before:
             outputs = combine(results, plan, len(x), **way)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from eplb_jax.layer.sorting import comes_before
+
 # Extra slots that are left room for each device that has too many rows: it gives away
 # one expert or two, and what it gives is cut between the devices that have room. With
 # fewer, slots run out; with more, more devices fetch.
@@ -47,7 +49,7 @@ def spread_shared(
     surplus = excess_D.sum(dtype=jnp.int32)
     num_slots = _SLOTS_OF_GIVER * (excess_D > 0).sum(dtype=jnp.int32)
     num_fetching = jnp.maximum(-(-num_slots // max(num_fetched, 1)), 1)
-    largest_DD = _is_before(room_D)
+    largest_DD = comes_before(room_D)
     each_D = jnp.minimum(room_D, -(-surplus // num_fetching))
     kept_D = _fill(surplus, each_D, largest_DD)
     kept_D += _fill(surplus - kept_D.sum(dtype=jnp.int32), room_D - kept_D, largest_DD)
@@ -56,13 +58,6 @@ def spread_shared(
     rest = shared_D.sum(dtype=jnp.int32) - own_D.sum(dtype=jnp.int32)
     in_order_DD = np.tri(len(load_D), k=-1, dtype=bool)
     return own_D + _fill(rest, room_D - own_D, in_order_DD)
-
-
-def _is_before(size_D: jax.Array) -> jax.Array:
-    """Whether the second device comes before the first, the largest being the first."""
-    is_tie_DD = size_D[None] == size_D[:, None]
-    is_tie_DD &= np.tri(len(size_D), k=-1, dtype=bool)
-    return (size_D[None] > size_D[:, None]) | is_tie_DD
 
 
 def _fill(total: jax.Array, room_D: jax.Array, is_before_DD: ArrayLike) -> jax.Array:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from eplb_jax.layer.sorting import comes_before
 from eplb_jax.runtime import on_cpu
 
 # Where the extra slots do not suffice, other orders of the devices are tried, and
@@ -182,10 +183,7 @@ def _give_once(
     room_start_D = _line(room_D, rank_D, first_N)
 
     # Each device's hottest expert first, ties in order.
-    hotter_DII = rows_DI[:, None] > rows_DI[:, :, None]
-    is_tie_DII = rows_DI[:, None] == rows_DI[:, :, None]
-    is_before_II = np.tri(rows_DI.shape[1], k=-1, dtype=bool)
-    is_hotter_DII = hotter_DII | (is_tie_DII & is_before_II[None])
+    is_hotter_DII = comes_before(rows_DI)
     before_DI = jnp.where(is_hotter_DII, rows_DI[:, None], 0).sum(2, dtype=jnp.int32)
     piece_DI = jnp.clip(surplus_D[:, None] - before_DI, 0, rows_DI)
     start_S = (start_D[:, None] + before_DI).reshape(-1)
@@ -205,11 +203,7 @@ def _give_once(
     extra_DY -= jnp.maximum(start_X[index_DY], room_start_D[:, None])
     extra_DY = jnp.where(is_piece_DY, jnp.maximum(extra_DY, 0), 0)
     # As many as there are slots, the largest first.
-    is_before_YY = np.tri(num_pieces, k=-1, dtype=bool)
-    is_larger_DYY = extra_DY[:, None] > extra_DY[:, :, None]
-    is_tie_DYY = extra_DY[:, None] == extra_DY[:, :, None]
-    is_tie_DYY &= is_before_YY[None]
-    rank_DY = (is_larger_DYY | is_tie_DYY).sum(axis=2, dtype=jnp.int32)
+    rank_DY = comes_before(extra_DY).sum(axis=2, dtype=jnp.int32)
     extra_DY = jnp.where(rank_DY < num_free_D[:, None], extra_DY, 0)
 
     slot_DY = order_X[index_DY]
@@ -223,13 +217,9 @@ def _give_once(
 def _line(size_D: jax.Array, rank_D: jax.Array, first_N: jax.Array) -> jax.Array:
     """Where each device's part of a line begins: by rank, then the largest first."""
     size_NX, rank_NX = (v.reshape(len(first_N), -1) for v in (size_D, rank_D))
-    is_larger_NXX = size_NX[:, None] > size_NX[:, :, None]
-    is_tie_NXX = size_NX[:, None] == size_NX[:, :, None]
-    is_before_XX = np.tri(size_NX.shape[1], k=-1, dtype=bool)
-    is_ahead_NXX = is_larger_NXX | (is_tie_NXX & is_before_XX[None])
     is_tie_NXX = rank_NX[:, None] == rank_NX[:, :, None]
     is_ahead_NXX = (rank_NX[:, None] < rank_NX[:, :, None]) | (
-        is_tie_NXX & is_ahead_NXX
+        is_tie_NXX & comes_before(size_NX)
     )
     before_NX = jnp.where(is_ahead_NXX, size_NX[:, None], 0).sum(2, dtype=jnp.int32)
     return (first_N[:, None] + before_NX).reshape(-1)

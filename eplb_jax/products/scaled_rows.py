@@ -66,14 +66,14 @@ def one_leading_axis(x: jax.Array) -> jax.Array:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def scale_rows(x: jax.Array, *, powers_of_two: bool = False) -> ScaledRows:
+def scale_rows(x: jax.Array | ScaledRows, *, powers_of_two: bool = False) -> ScaledRows:
     """Quantizes activations for any number of products; differentiable.
 
     Args:
-      x: [..., d].
+      x: [..., d]; what is quantized already stays as it is.
       powers_of_two: see `quantize_tiles`.
     """
-    return _scale_rows(powers_of_two, x)
+    return x if isinstance(x, ScaledRows) else _scale_rows(powers_of_two, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -105,21 +105,25 @@ def named_rows(rows: ScaledRows, name: str) -> ScaledRows:
     return dataclasses.replace(rows, scaled=checkpoint_name(rows.scaled, name))
 
 
+def unscale_rows(x: jax.Array | ScaledRows) -> jax.Array:
+    """Returns activations in their dtype, also if they are not quantized."""
+    return _unscale_rows(x) if isinstance(x, ScaledRows) else x
+
+
 @jax.custom_vjp
-def unscale_rows(rows: ScaledRows) -> jax.Array:
-    """Returns the activations in their dtype; differentiable."""
+def _unscale_rows(rows: ScaledRows) -> jax.Array:
     return dequantize(rows.scaled, rows.dtype)
 
 
 def _unscale_rows_forward(rows: ScaledRows) -> Any:
-    return unscale_rows(rows), RowsKind(rows.powers_of_two)
+    return _unscale_rows(rows), RowsKind(rows.powers_of_two)
 
 
 def _unscale_rows_backward(kind: RowsKind, ct: jax.Array) -> Any:
     return (cotangent_of_rows(ct, kind),)
 
 
-unscale_rows.defvjp(_unscale_rows_forward, _unscale_rows_backward)
+_unscale_rows.defvjp(_unscale_rows_forward, _unscale_rows_backward)
 
 
 @jax.tree_util.register_static

@@ -78,14 +78,24 @@ def _by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, divisor: float) -> jax.
 def _by_xla(
     q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHV: jax.Array, divisor: float
 ) -> jax.Array:
-    scores_BHTS = jnp.einsum(
-        "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
-    )
-    scores_BHTS = scores_BHTS / divisor
     # Queries and keys are of the same positions.
     position_T = jnp.arange(q_BTHK.shape[1], dtype=jnp.int32)
     is_past_TS = position_T[:, None] >= position_T[None]
-    scores_BHTS = jnp.where(is_past_TS[None, None], scores_BHTS, -jnp.inf)
+    return _attend_where(is_past_TS[None, None], q_BTHK, k_BSHK, v_BSHV, divisor)
+
+
+def _attend_where(
+    is_seen_BHTS: jax.Array,
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHV: jax.Array,
+    divisor: float,
+) -> jax.Array:
+    """Attends to what a mask says, of which B and H may be 1."""
+    scores_BHTS = jnp.einsum(
+        "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
+    )
+    scores_BHTS = jnp.where(is_seen_BHTS, scores_BHTS / divisor, -jnp.inf)
     weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHV.dtype)
     return jnp.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV)
 
@@ -117,14 +127,9 @@ def attend_at(
       Array([0.5], dtype=float32)
     """
     divisor = math.sqrt(q_BTHK.shape[-1]) / score_scale
-    scores_BHTS = jnp.einsum(
-        "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
-    )
     position_S = jnp.arange(k_BSHK.shape[1], dtype=jnp.int32)
     is_past_BTS = position_BT[..., None] >= position_S[None, None]
-    scores_BHTS = jnp.where(is_past_BTS[:, None], scores_BHTS / divisor, -jnp.inf)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHV.dtype)
-    return jnp.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV)
+    return _attend_where(is_past_BTS[:, None], q_BTHK, k_BSHK, v_BSHV, divisor)
 
 
 class LatentAttention(nnx.Module):

@@ -46,13 +46,7 @@ class DeepSeekOptions:
     def __post_init__(self):
         check_fields(self)
         check_payload(self.payload, self.architecture.hidden_size)
-        check_balance(
-            self.architecture,
-            self.balance,
-            self.num_fetched,
-            self.spread_shared,
-            self.buffer_factor,
-        )
+        check_balance(self)
         if (self.layer_costs is None) != (self.head_cost is None):
             raise ValueError(
                 "layer_costs and head_cost share a unit; set both or neither."

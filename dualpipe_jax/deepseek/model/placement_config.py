@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from dualpipe_jax.checked import Count, Range, check_fields
 from dualpipe_jax.deepseek.model.config import DeepSeekConfig
@@ -34,25 +34,30 @@ def rows_of_buffer(
     return math.ceil(min(buffer_factor, num_devices) * num_choices)
 
 
-def check_balance(
-    config: DeepSeekConfig,
-    balance: Balance,
-    num_fetched: int,
-    spread_shared: bool,
-    buffer_factor: float | None,
-) -> None:
-    """Raises unless settings of exact balance fit each other and the model.
+class BalanceOptions(Protocol):
+    """Options of exact balance; see `eplb_jax.ExpertParallel` and `rows_of_buffer`."""
 
-    Args:
-      config: sizes of the model.
-      balance: see `eplb_jax.ExpertParallel`.
-      num_fetched: see there.
-      spread_shared: see there.
-      buffer_factor: see `rows_of_buffer`.
+    @property
+    def architecture(self) -> DeepSeekConfig: ...
+    @property
+    def balance(self) -> Balance: ...
+    @property
+    def num_fetched(self) -> int: ...
+    @property
+    def spread_shared(self) -> bool: ...
+    @property
+    def buffer_factor(self) -> float | None: ...
+
+
+def check_balance(options: BalanceOptions) -> None:
+    """Raises unless options of exact balance fit each other and the model.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: naming the option.
     """
+    balance, num_fetched = options.balance, options.num_fetched
+    spread_shared, buffer_factor = options.spread_shared, options.buffer_factor
+    config = options.architecture
     if num_fetched and balance != "exact":
         raise ValueError(
             f"{num_fetched=} needs balance='exact'; {balance=} fetches nothing."

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dualpipe_jax.deepseek.serve.arrays import NOWHERE, Prompts
+from dualpipe_jax.deepseek.serve.arrays import Prompts
 from dualpipe_jax.deepseek.serve.config import HALVES
-from dualpipe_jax.deepseek.serve.rows import Rows, start_and_stop
+from dualpipe_jax.deepseek.serve.rows import Rows, place_in_half, start_and_stop
 from eplb_jax.products import cross_compiling
 
 # The parts of a layer are functions of their own so that layers of one structure are
@@ -60,14 +60,13 @@ class Pieces(NamedTuple):
         """Returns those of a microbatch."""
         num_tokens, slots = len(prompts.tokens), prompts.request_slots
         start_B, _ = start_and_stop(prompts)
-        per_half = requests_per_device // HALVES
         return cls(
             Rows.of(prompts, num_tokens, start_B),
             start_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None],
             slots,
             jnp.stack(
                 [
-                    jnp.where(slots // per_half == half, slots % per_half, NOWHERE)
+                    place_in_half(slots, half, requests_per_device)
                     for half in range(HALVES)
                 ]
             ),

@@ -143,13 +143,7 @@ class ServeConfig:
                 "balance='exact' fetches weights that are not float8 only; use "
                 "products='plain' or balance='placement'."
             )
-        check_balance(
-            self.architecture,
-            self.balance,
-            self.num_fetched,
-            self.spread_shared,
-            self.buffer_factor,
-        )
+        check_balance(self)
         if self.exact_from is not None and self.balance != "exact":
             raise ValueError(
                 f"exact_from={self.exact_from} needs balance='exact'; leave it out."

@@ -11,7 +11,27 @@ import jax
 import jax.numpy as jnp
 
 from dualpipe_jax.deepseek.serve.arrays import NOWHERE, Prompts
+from dualpipe_jax.deepseek.serve.config import HALVES
 from eplb_jax.placement import take_or_zero
+
+
+def place_in_half(slots: jax.Array, half: int, requests_per_device: int) -> jax.Array:
+    """Returns the places of request slots of a device in a half of its cache.
+
+    Args:
+      slots: int32; -1 for none.
+      half: which half.
+      requests_per_device: request slots of both.
+
+    Returns:
+      Of the same shape; out of range for slots of the other half, and for none.
+
+    Examples:
+      >>> place_in_half(jnp.array([1, 3, -1]), 1, 4)[1].item()
+      1
+    """
+    per_half = requests_per_device // HALVES
+    return jnp.where(slots // per_half == half, slots % per_half, NOWHERE)
 
 
 class Rows(NamedTuple):

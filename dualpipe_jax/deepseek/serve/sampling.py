@@ -36,12 +36,11 @@ def choose_tokens(
         is_warm_B = sampling.temperature > 0
         temperature_B = jnp.where(is_warm_B, sampling.temperature, 1.0)
         warm_BU = logits_BU / temperature_B[:, None]
-        is_cut = (sampling.top_p < 1).any()
         warm_BU = jax.lax.cond(
-            is_cut,
-            _keep_most_likely,
-            lambda warm_BU, _: warm_BU,
-            *(warm_BU, sampling.top_p),
+            (sampling.top_p < 1).any(),
+            lambda warm_BU: _keep_most_likely(warm_BU, sampling.top_p),
+            lambda warm_BU: warm_BU,
+            warm_BU,
         )
 
         def one(warm_U, position, seed):

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from dualpipe_jax.backward import run_interleaved
 from dualpipe_jax.deepseek.serve.arrays import (
-    NOWHERE,
     Chosen,
     Loads,
     Prompts,
@@ -26,7 +25,7 @@ from dualpipe_jax.deepseek.serve.arrays import (
 )
 from dualpipe_jax.deepseek.serve.config import HALVES, ServeConfig
 from dualpipe_jax.deepseek.serve.forward import Forward
-from dualpipe_jax.deepseek.serve.rows import start_and_stop
+from dualpipe_jax.deepseek.serve.rows import place_in_half, start_and_stop
 from dualpipe_jax.deepseek.serve.sampling import choose_tokens, greedy
 from dualpipe_jax.gpu import Gpu
 from eplb_jax import BalancerState, ExpertBalancer, ExpertTables, migrate
@@ -186,7 +185,6 @@ class Steps:
         self, state: ServeState, prompts: Prompts, tokens_B: jax.Array, latents: list
     ) -> ServeState:
         """Writes the results of a microbatch of prompts into the state."""
-        per_half = self.config.requests_per_device // HALVES
         slots = prompts.request_slots
         slot_M = jnp.where(prompts.rows < 0, -1, slots[prompts.rows])
         ended_B = jnp.where(prompts.last < 0, -1, slots)
@@ -198,7 +196,7 @@ class Steps:
         caches, requests = [], []
         for half in range(HALVES):
             at_M, at_B = (
-                jnp.where(slot // per_half == half, slot % per_half, NOWHERE)
+                place_in_half(slot, half, self.config.requests_per_device)
                 for slot in (slot_M, ended_B)
             )
             caches.append(

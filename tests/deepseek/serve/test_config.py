@@ -56,6 +56,13 @@ def test_lengths_that_are_not_given_follow_from_others(given, expected):
         ),
         ({"payload": "fp4"}, "payload='fp4' must be 'plain' or 'fp8'"),
         ({"compute_dtype": "float64"}, "must be 'float32' or 'bfloat16'"),
+        (
+            {"products": "fp8", "balance": "exact"},
+            "balance='exact' fetches weights that are not float8 only",
+        ),
+        ({"num_fetched": 2}, "num_fetched=2 needs balance='exact'"),
+        ({"spread_shared": True}, "spread_shared=True needs balance='exact'"),
+        ({"exact_from": 8}, "exact_from=8 needs balance='exact'"),
         ({"num_devices": 0}, "num_devices=0 must be at least 1"),
         ({"max_prompt_length": 0}, "max_prompt_length=0 must be at least 1"),
         ({"num_nodes": 3}, "num_nodes=3 must divide .*32"),
